@@ -1,0 +1,56 @@
+"""Writing that is never half done."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lissom.errors import UserError
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary sibling of `path`; rename it to `path` when the block ends without an error.
+
+    The caller writes a file or makes a directory at the yielded path. What it wrote is flushed to the disk before
+    the rename, so that a crash at any moment leaves the old content or the new, never a part. A directory replaces
+    an existing directory.
+
+    Raises:
+        UserError: the folder cannot be written to, or the disk is full.
+    """
+    target = Path(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise UserError(f"Cannot write to {target.parent}: {error.strerror or error}.") from error
+    temporary = scratch / target.name
+    try:
+        yield temporary
+        _sync(temporary)
+        if temporary.is_dir() and target.is_dir():
+            target.rename(scratch / "replaced")
+        temporary.replace(target)
+        _sync_entry(target.parent)
+    except OSError as error:
+        raise UserError(f"Cannot write {target}: {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    for entry in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        _sync_entry(entry)
+
+
+def _sync_entry(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
