@@ -1,0 +1,136 @@
+"""Settings of attention matching, and the fit of one layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from lissom.errors import UserError
+from lissom.kv.attention_matching.matching import (
+    attention,
+    fit_mass,
+    fit_values,
+    highest_attention_scores,
+    mass_features,
+    orthogonal_matching_pursuit,
+)
+from lissom.kv.compactor import Compactor, Problem, Queries, top_entries
+from lissom.kv.storage import Block
+
+Selection = Literal["hak", "omp", "omp-fast", "omp-progressive", "random"]
+
+# (keys per step k, refit every τ steps) of the paper's OMP variants; None is the progressive schedule.
+_PURSUITS: dict[str, tuple[int | None, int]] = {
+    "omp": (1, 1),
+    "omp-fast": (4, 2),
+    "omp-progressive": (None, 1),
+}
+
+
+@dataclass(frozen=True)
+class AttentionMatching(Compactor):
+    """Compaction by attention matching.
+
+    Attributes:
+        select: how keys are chosen: `hak` (highest attention keys), the OMP variants, or `random` (a control).
+        bias: fit β; without it a subset of keys can only lose mass.
+        fit_values: fit new values; without it the originals are copied.
+        beta_max: bound on |β| for HAK (paper: 3); OMP has β <= 7 (paper).
+        exact: solve the mass fit to optimality instead of the published clamp and two gradient steps.
+        ridge: λ/(‖X‖²_F/t) of the value fit (paper: 0).
+        prior: what the ridge draws the values towards: `zero` (the code's) or `original` (extension).
+        reduce, pool: how HAK reduces attention over queries (paper: rms), and the width of its max-pool (0 = none).
+        on_policy: fit each layer on queries that have passed the already compacted layers below (repeat and
+            self-study queries), in one pass.
+    """
+
+    name: ClassVar[str] = "attention-matching"
+
+    queries: Queries = "repeat"
+    select: Selection = "hak"
+    bias: bool = True
+    fit_values: bool = True
+    beta_max: float = 3.0
+    exact: bool = False
+    ridge: float = 1e-3
+    prior: Literal["zero", "original"] = "zero"
+    reduce: Literal["rms", "mean", "max"] = "rms"
+    pool: int = 0
+    on_policy: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.select not in ("hak", "random", *_PURSUITS):
+            raise UserError(f"select={self.select!r}: expected one of hak, random, {', '.join(_PURSUITS)}.")
+        if self.queries == "none":
+            raise UserError("Attention matching needs reference queries: queries='none' is for eviction methods.")
+        if not (self.ridge >= 0 and math.isfinite(self.ridge)):
+            raise UserError(f"ridge={self.ridge} must be a finite number of at least 0.")
+
+    def fit(self, problem: Problem, budget: Sequence[int]) -> list[Block]:
+        """See `Compactor.fit`. Heads whose budget covers all their entries keep them exactly."""
+        available = problem.exists.sum(-1).tolist()
+        if all(count >= have for count, have in zip(budget, available, strict=True)):
+            return [problem.block(h, problem.exists[h].nonzero().flatten()) for h in range(len(budget))]
+        logits = problem.logits()
+        features, mass = mass_features(logits)
+        chosen = self._select(problem, logits, features, mass, budget)
+        # Heads may keep different numbers: shorter lists are padded with a column that is switched off.
+        longest = max(len(indices) for indices in chosen)
+        index = torch.stack([torch.nn.functional.pad(i, (0, longest - len(i))) for i in chosen])
+        keep = torch.stack([torch.arange(longest, device=index.device) < len(i) for i in chosen])
+        kept_logits = logits.gather(2, index[:, None].expand(-1, logits.shape[1], -1))
+        kept_logits = kept_logits.masked_fill(~keep[:, None], -torch.inf)
+        old_bias = problem.bias.gather(1, index)
+        bias = torch.zeros_like(old_bias)
+        if self.bias:
+            kept = features.gather(2, index[:, None].expand(-1, logits.shape[1], -1)) * keep[:, None]
+            lower, upper, steps = self._bounds()
+            bias = fit_mass(kept, mass, lower, upper, steps, self.exact).log().to(bias.dtype)
+        size = problem.values.shape[-1]
+        original = problem.values.gather(1, index[..., None].expand(-1, -1, size))
+        values = original
+        if self.fit_values:
+            outputs = attention(logits) @ problem.values
+            prior = original if self.prior == "original" else None
+            values = fit_values(attention(kept_logits + bias[:, None]), outputs, self.ridge, prior).to(original.dtype)
+        blocks = []
+        for head, indices in enumerate(chosen):
+            if budget[head] >= available[head]:
+                blocks.append(problem.block(head, indices))
+                continue
+            count = len(indices)
+            total = old_bias[head, :count] + bias[head, :count]
+            blocks.append(
+                Block(problem.keys[head, indices], values[head, :count], problem.positions[head, indices], total)
+            )
+        return blocks
+
+    def _bounds(self) -> tuple[float, float, int]:
+        if self.select in _PURSUITS:
+            return 1e-12, math.exp(7.0), 0
+        return math.exp(-self.beta_max), math.exp(self.beta_max), 2
+
+    def _select(
+        self,
+        problem: Problem,
+        logits: torch.Tensor,
+        features: torch.Tensor,
+        mass: torch.Tensor,
+        budget: Sequence[int],
+    ) -> list[torch.Tensor]:
+        if self.select == "hak":
+            return top_entries(highest_attention_scores(logits, self.reduce, self.pool), problem, budget)
+        if self.select == "random":
+            generator = torch.Generator().manual_seed(problem.seed)
+            return top_entries(torch.rand(problem.bias.shape, generator=generator), problem, budget)
+        keys_per_step, refit_every = _PURSUITS[self.select]
+        forced = problem.protected & problem.exists
+        order = orthogonal_matching_pursuit(
+            features, mass, max(budget), math.exp(7.0), 1e-12, keys_per_step, refit_every, forced
+        )
+        return [order[head, :count].sort().values for head, count in enumerate(budget)]

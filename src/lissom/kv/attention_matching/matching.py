@@ -1,0 +1,207 @@
+"""The mathematics of compaction by attention matching: pure functions, tensors in, tensors out.
+
+Notation of the paper (arXiv 2602.16284, section 3): for one KV head with keys K and values V, reference queries Q and
+logits S = QKᵀ·scaling (+ old biases), Φ = e^(S − row maximum), the mass is m = Φ1 and the output is softmax(S)V. A
+compaction keeps t keys, gives each a weight w = e^β so that the mass is matched, and fits new values so that the
+output is matched. Everything here is batched over heads and computed in float64 where a Gram matrix is solved.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import scipy.optimize
+import torch
+import torch.nn.functional as F
+
+
+def mass_features(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Φ `[heads, queries, keys]` and the target mass m `[heads, queries]`, each row divided by e^(its maximum).
+
+    The division leaves β unbiased (both sides scale) and weighs every query by its relative mass. A logit of -inf
+    (an absent or future key) gives 0; a row without any key gives zeros.
+    """
+    top = logits.amax(-1, keepdim=True)
+    features = torch.exp(logits - torch.where(top.isfinite(), top, 0.0))
+    return features, features.sum(-1)
+
+
+def attention(logits: torch.Tensor) -> torch.Tensor:
+    """Row softmax of `logits` `[..., keys]`; a row without any key gives zeros instead of NaN."""
+    features, mass = mass_features(logits)
+    return features / mass.clamp(min=torch.finfo(features.dtype).tiny)[..., None]
+
+
+def highest_attention_scores(logits: torch.Tensor, reduce: str = "rms", pool: int = 0) -> torch.Tensor:
+    """Score of each key `[heads, keys]`: its attention weight, reduced over the queries (HAK, section 3.3).
+
+    Args:
+        logits: `[heads, queries, keys]`.
+        reduce: `rms` (the paper's), `mean` or `max`.
+        pool: odd width of a max-pool over neighbouring keys, 0 = none.
+    """
+    weights = attention(logits)
+    if reduce == "rms":
+        scores = weights.square().mean(1).sqrt()
+    elif reduce == "mean":
+        scores = weights.mean(1)
+    elif reduce == "max":
+        scores = weights.amax(1)
+    else:
+        raise ValueError(f"reduce={reduce!r}: expected 'rms', 'mean' or 'max'.")
+    if pool > 1:
+        scores = F.max_pool1d(scores[:, None], pool, stride=1, padding=pool // 2)[:, 0]
+    return scores
+
+
+def solve_spd(gram: torch.Tensor, right: torch.Tensor, ridge: float = 0.0) -> torch.Tensor:
+    """Least squares from normal equations, `(gram + ridge·mean(diag)·I) x = right`, batched, stable.
+
+    `gram` `[..., t, t]` float64 and `right` `[..., t, k]`. A Cholesky solve; where the matrix is singular (duplicate
+    keys, fewer queries than keys) the minimum-norm solution by eigenvalues, small ones cut off.
+    """
+    size = gram.shape[-1]
+    level = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp(min=1e-300)
+    damped = gram + ridge * level * torch.eye(size, dtype=gram.dtype, device=gram.device)
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    smallest = factor.diagonal(dim1=-2, dim2=-1).amin(-1, keepdim=True)[..., None]
+    singular = (failed[..., None, None] > 0) | ~(smallest.square() > 1e-11 * level)
+    if not singular.any():
+        return torch.cholesky_solve(right, factor)
+    eigenvalues, vectors = torch.linalg.eigh(damped)
+    cut = 1e-11 * eigenvalues[..., -1:].clamp(min=1e-300)
+    inverse = torch.where(eigenvalues > cut, 1.0 / eigenvalues.clamp(min=1e-300), 0.0)
+    return vectors @ (inverse[..., None] * (vectors.mT @ right))
+
+
+def fit_mass(
+    features: torch.Tensor, mass: torch.Tensor, lower: float, upper: float, steps: int = 2, exact: bool = False
+) -> torch.Tensor:
+    """Weights w `[heads, t]` in `[lower, upper]` with `features @ w ≈ mass` (section 3.2).
+
+    The published solver: unconstrained least squares, clamped, then `steps` projected gradient steps of size
+    1/‖M‖² (three power iterations). With `exact` the bounded problem is solved to optimality instead (SciPy).
+
+    Args:
+        features: Φ of the kept keys, `[heads, queries, t]`.
+        mass: `[heads, queries]`.
+    """
+    matrix, target = features.double(), mass.double()
+    if exact:
+        return _fit_mass_exactly(matrix, target, lower, upper)
+    gram = matrix.mT @ matrix
+    right = matrix.mT @ target[..., None]
+    weights = solve_spd(gram, right).clamp(lower, upper)
+    if steps:
+        vector = torch.ones_like(right)
+        for _ in range(3):
+            vector = gram @ vector
+            vector = vector / vector.norm(dim=-2, keepdim=True).clamp(min=1e-300)
+        step = 1.0 / (vector.mT @ gram @ vector).clamp(min=1e-300)
+        for _ in range(steps):
+            weights = (weights - step * (gram @ weights - right)).clamp(lower, upper)
+    return weights[..., 0]
+
+
+def _fit_mass_exactly(matrix: torch.Tensor, target: torch.Tensor, lower: float, upper: float) -> torch.Tensor:
+    solutions = []
+    for rows, aim in zip(matrix.cpu().numpy(), target.cpu().numpy(), strict=True):
+        if math.isinf(upper) and lower == 0.0:
+            solution, _ = scipy.optimize.nnls(rows, aim, maxiter=30 * rows.shape[1])
+        else:
+            solution = scipy.optimize.lsq_linear(rows, aim, bounds=(lower, upper), method="bvls").x
+        solutions.append(np.clip(solution, lower, upper))
+    return torch.as_tensor(np.stack(solutions), dtype=matrix.dtype, device=matrix.device)
+
+
+def fit_values(
+    weights: torch.Tensor,
+    outputs: torch.Tensor,
+    ridge: float = 0.0,
+    prior: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Values C `[heads, t, head_dim]` with `weights @ C ≈ outputs` (section 3.2, last step).
+
+    Args:
+        weights: X = softmax(QC_kᵀ·scaling + β), `[heads, queries, t]`.
+        outputs: Y = softmax(S)V, `[heads, queries, head_dim]`.
+        ridge: λ = ridge·‖X‖²_F/t; 0 is the published fit.
+        prior: `[heads, t, head_dim]`, what the ridge draws towards; None = zero.
+    """
+    matrix, target = weights.double(), outputs.double()
+    if prior is not None:
+        target = target - matrix @ prior.double()
+    change = solve_spd(matrix.mT @ matrix, matrix.mT @ target, ridge)
+    return change if prior is None else prior.double() + change
+
+
+def orthogonal_matching_pursuit(
+    features: torch.Tensor,
+    mass: torch.Tensor,
+    count: int,
+    upper: float,
+    lower: float = 1e-12,
+    keys_per_step: int | None = 1,
+    refit_every: int = 1,
+    forced: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Greedy choice of keys whose mass adds up to the target (Algorithms 1 and 2), in Gram form.
+
+    Args:
+        features: Φ `[heads, queries, keys]`.
+        mass: `[heads, queries]`.
+        count: keys to choose per head.
+        upper, lower: bounds of the weights when they are refitted.
+        keys_per_step, refit_every: k and τ; `keys_per_step=None` is the progressive schedule: (1, 1) below 300
+            chosen keys, (2, 2) below 1500, then (4, 2).
+        forced: bool `[heads, keys]`, keys that are chosen first.
+
+    Returns:
+        Indices `[heads, count]` in the order of choice.
+    """
+    matrix = features.double()
+    gram = matrix.mT @ matrix
+    aim = (matrix.mT @ mass.double()[..., None])[..., 0]
+    heads, keys = aim.shape
+    free = torch.ones(heads, keys, dtype=torch.bool, device=aim.device) & (features.amax(1) > 0)
+    chosen = torch.empty(heads, 0, dtype=torch.int64, device=aim.device)
+    if forced is not None and forced.any():
+        first = int(forced.sum(-1).min())
+        chosen = forced.to(torch.int8).topk(first, dim=-1).indices
+        free.scatter_(1, chosen, False)
+    weights = gram.new_full((heads, chosen.shape[1]), lower)
+    rounds, refit_due = 0, chosen.shape[1] > 0
+    while True:
+        size = chosen.shape[1]
+        step, period = (keys_per_step, refit_every) if keys_per_step else _progressive(size)
+        if refit_due or rounds % period == 0:
+            weights = _refit(gram, aim, chosen, lower, upper)
+            refit_due = False
+        if size >= count:
+            return chosen
+        columns = gram.gather(2, chosen[:, None].expand(-1, keys, -1))
+        correlation = aim - (columns @ weights[..., None])[..., 0]
+        take = min(step, count - size)
+        best = correlation.masked_fill(~free, -torch.inf).topk(take, dim=-1).indices
+        free.scatter_(1, best, False)
+        chosen = torch.cat([chosen, best], dim=1)
+        weights = F.pad(weights, (0, take), value=lower)
+        rounds += 1
+
+
+def _progressive(size: int) -> tuple[int, int]:
+    if size < 300:
+        return 1, 1
+    return (2, 2) if size < 1500 else (4, 2)
+
+
+def _refit(
+    gram: torch.Tensor, aim: torch.Tensor, chosen: torch.Tensor, lower: float, upper: float
+) -> torch.Tensor:
+    size = chosen.shape[1]
+    if size == 0:
+        return gram.new_empty(gram.shape[0], 0)
+    rows = gram.gather(1, chosen[..., None].expand(-1, -1, gram.shape[-1]))
+    part = rows.gather(2, chosen[:, None].expand(-1, size, -1))
+    return solve_spd(part, aim.gather(1, chosen)[..., None])[..., 0].clamp(lower, upper)

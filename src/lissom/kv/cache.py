@@ -1,0 +1,253 @@
+"""`CompactCache`: a transformers cache over ragged, biased storage."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+from lissom.errors import UserError
+from lissom.kernels import ragged_attention
+from lissom.kv.storage import Block, RaggedStore
+from lissom.models.attention import AttentionHandle, install
+
+Observer = Callable[["CompactLayer", torch.Tensor, float], None]
+
+# Up to here one pass over the ragged blocks is cheaper than making them dense; above, matrix products pay.
+_FEW_QUERIES = 16
+_QUERY_CHUNK = 512
+
+
+class CompactLayer(CacheLayerMixin):
+    """One layer: a compacted part, ragged over rows and heads, followed by a tail of plain tokens.
+
+    The model sees the *logical* length (how many tokens were read), so rotary positions stay right however few
+    entries are stored. The mask that transformers makes covers only the tail, whose entries stand one for one for
+    the last tokens; everything before the tail is visible to every query.
+
+    Attributes:
+        store: the entries, or None before the first update.
+        logical: tokens read so far, padding included.
+        tail: entries at the end of every block that stand for the last `tail` tokens, one for one.
+        observer: called with (layer, query, scaling) before each attention, where a compaction wants the queries.
+    """
+
+    is_sliding = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self) -> None:
+        self.store: RaggedStore | None = None
+        self.logical = 0
+        self.tail = 0
+        self.observer: Observer | None = None
+
+    @property
+    def is_initialized(self) -> bool:  # type: ignore[override]
+        return self.store is not None
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        if key_states.shape[-1] != value_states.shape[-1]:
+            raise UserError("A compacted cache needs keys and values of one head_dim; this model has two.")
+        rows, heads, _, size = key_states.shape
+        empty = Block(
+            key_states.new_empty(0, size), value_states.new_empty(0, size), torch.empty(0, dtype=torch.int32)
+        )
+        self.store = RaggedStore([empty] * (rows * heads), rows, spare=key_states.shape[-2])
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.store is None:
+            self.lazy_initialization(key_states, value_states)
+        assert self.store is not None
+        self.store.append(key_states, value_states, self.logical)
+        self.logical += key_states.shape[-2]
+        self.tail += key_states.shape[-2]
+        handle = AttentionHandle.of(self, key_states)
+        return handle, handle
+
+    def attend(
+        self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float, softcap: float | None
+    ) -> torch.Tensor:
+        """Attention over all stored entries.
+
+        Args:
+            query: `[rows, query heads, queries, head_dim]`, rotated.
+            mask: bool `[rows, 1, queries, tail]`, true = visible; None = causal.
+            scaling: factor on the logits, the module's own.
+            softcap: logit soft cap, not supported.
+        """
+        if softcap is not None:
+            raise UserError("A compacted cache does not support models with a logit soft cap.")
+        if self.observer is not None:
+            self.observer(self, query, scaling)
+        assert self.store is not None
+        if mask is not None:
+            mask = mask[:, 0, :, -self.tail :].expand(query.shape[0], -1, -1)
+        if query.shape[-2] <= _FEW_QUERIES:
+            store = self.store
+            return ragged_attention(
+                query, store.keys, store.values, store.bias, store.starts, store.lengths, mask, scaling
+            )
+        return _attend_dense(self.store, query, mask, scaling, self.tail)
+
+    def seal(self, visible: torch.Tensor | None = None) -> None:
+        """End the tail: its tokens become part of what every later query sees.
+
+        Args:
+            visible: bool `[rows, tail]`; tokens that are padding (false) are removed from the storage.
+        """
+        assert self.store is not None
+        if visible is not None and not bool(visible[:, -self.tail :].all()):
+            keep = visible[:, -self.tail :].to(self.store.keys.device)
+            blocks = []
+            for index, block in enumerate(self.store.blocks()):
+                before = len(block.keys) - self.tail
+                kept = torch.cat([keep.new_ones(before), keep[index // self.store.heads]])
+                bias = None if block.bias is None else block.bias[kept]
+                blocks.append(Block(block.keys[kept], block.values[kept], block.positions[kept], bias))
+            self.store = RaggedStore(blocks, self.store.rows)
+        self.tail = 0
+
+    def get_seq_length(self) -> int:
+        return self.logical
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.tail + query_length, self.logical - self.tail
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens (transformers passes a negative number)."""
+        tokens = -tokens_to_remove
+        if tokens < 0 or tokens > self.tail:
+            raise UserError(f"Only the last {self.tail} tokens of a compacted cache can be removed, not {tokens}.")
+        if self.store is not None and tokens:
+            self.store.drop_last(tokens)
+            self.tail -= tokens
+            self.logical -= tokens
+
+    def reset(self) -> None:
+        self.store, self.logical, self.tail = None, 0, 0
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        if self.store is not None:
+            rows = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
+            self.store.select_rows(rows)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.store is not None:
+            self.store.select_rows(torch.arange(self.store.rows).repeat_interleave(repeats))
+
+    def offload(self) -> None:
+        raise UserError("A compacted cache cannot be offloaded.")
+
+    @property
+    def stored_bytes(self) -> int:
+        return 0 if self.store is None else self.store.stored_bytes
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.store is None else self.store.nbytes
+
+
+def _attend_dense(
+    store: RaggedStore, query: torch.Tensor, mask: torch.Tensor | None, scaling: float, tail: int
+) -> torch.Tensor:
+    """Attention of many queries: the blocks are made dense, aligned at their ends, and given to SDPA."""
+    keys, values, bias = store.padded()
+    queries, longest = query.shape[-2], keys.shape[-2]
+    groups = query.shape[1] // keys.shape[1]
+    keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
+    if bias is None and mask is None and longest == queries:
+        return F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scaling)
+    if bias is not None:
+        bias = bias.repeat_interleave(groups, 1)[:, :, None].to(query.dtype)
+    column = torch.arange(longest, device=query.device)
+    outputs = []
+    for start in range(0, queries, _QUERY_CHUNK):
+        chunk = query[:, :, start : start + _QUERY_CHUNK]
+        if mask is None:
+            row = torch.arange(start, start + chunk.shape[-2], device=query.device)
+            visible = (column <= row[:, None] + longest - queries)[None, None]
+        else:
+            visible = F.pad(mask[:, None, start : start + chunk.shape[-2]], (longest - tail, 0), value=True)
+        allowed: torch.Tensor = visible
+        if bias is not None:
+            # A finite minimum: a padded query row that sees nothing must not become NaN.
+            lowest = torch.finfo(query.dtype).min
+            allowed = torch.where(visible, bias, lowest).clamp(min=lowest)
+        outputs.append(F.scaled_dot_product_attention(chunk, keys, values, attn_mask=allowed, scale=scaling))
+    return torch.cat(outputs, dim=2)
+
+
+class CompactCache(DynamicCache):
+    """A cache whose full-attention layers are `CompactLayer`s; sliding-window layers stay as they are.
+
+    It is used as any other cache of transformers: `model.generate(..., past_key_values=cache)`. It belongs to the
+    model it was made for. Use `copy()` to ask several questions of one document.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        install(model)
+        super().__init__(config=model.config)
+        self.layers = [compacting(layer) for layer in self.layers]
+        self.layer_class_to_replicate = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Cache.update`. Rows are repeated for beams, several answers, or several questions of one document."""
+        rows, new = self.rows, key_states.shape[0]
+        if rows and new != rows and new % rows == 0:
+            self.batch_repeat_interleave(new // rows)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch that was read, 0 while the cache is empty."""
+        return next((layer.store.rows for _, layer in self.compact_layers() if layer.store is not None), 0)
+
+    def copy(self) -> CompactCache:
+        """An independent copy."""
+        return copy.deepcopy(self)
+
+    def compact_layers(self) -> list[tuple[int, CompactLayer]]:
+        """The layers that hold ragged storage, with their indices."""
+        return [(i, layer) for i, layer in enumerate(self.layers) if isinstance(layer, CompactLayer)]
+
+    @property
+    def stored_entries(self) -> int:
+        return sum(layer.store.stored_entries for _, layer in self.compact_layers() if layer.store is not None)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the entries of the full-attention layers, without spare capacity."""
+        return sum(layer.stored_bytes for _, layer in self.compact_layers())
+
+
+def compacting(layer: CacheLayerMixin) -> CacheLayerMixin:
+    """A `CompactLayer` in place of a plain growing layer, with what it holds; any other layer unchanged."""
+    if type(layer) is not DynamicLayer:
+        return layer
+    compact = CompactLayer()
+    if layer.is_initialized and layer.keys is not None and layer.keys.numel():
+        compact.update(layer.keys, layer.values)
+    return compact
+
+
+def replace_blocks(layer: CompactLayer, blocks: Sequence[Block], tail: int) -> None:
+    """Exchange the entries of `layer`; the last `tail` of every block stand for the last `tail` tokens."""
+    assert layer.store is not None
+    layer.store = RaggedStore(blocks, layer.store.rows)
+    layer.tail = tail

@@ -1,0 +1,124 @@
+"""What every way of compacting a KV cache has in common: the problem of one layer and the settings."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from lissom.errors import UserError
+from lissom.kv.storage import Block
+
+Queries = Literal["none", "context", "repeat", "self-study", "repeat+self-study"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One layer and one row: its entries and the reference queries, all in fp32.
+
+    Attributes:
+        keys, values: `[heads, entries, head_dim]`, heads = KV heads.
+        bias: `[heads, entries]`; -inf marks an entry that does not exist (ragged heads).
+        positions: `[heads, entries]`, the token that each entry came from.
+        protected: bool `[heads, entries]`, entries that must be kept.
+        queries: `[heads, queries, head_dim]`, rotated; the queries of a KV head's whole group.
+        query_positions: `[queries]`.
+        scaling: factor on the logits.
+        seed: for methods that draw.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    bias: torch.Tensor
+    positions: torch.Tensor
+    protected: torch.Tensor
+    queries: torch.Tensor
+    query_positions: torch.Tensor
+    scaling: float
+    seed: int = 0
+
+    def logits(self) -> torch.Tensor:
+        """`[heads, queries, entries]`: scaled, biased, -inf where the entry is absent or later than the query."""
+        logits = torch.matmul(self.queries * self.scaling, self.keys.mT).add_(self.bias[:, None])
+        if int(self.query_positions.min()) >= int(self.positions.max()):
+            return logits
+        return logits.masked_fill_(self.positions[:, None] > self.query_positions[:, None], -torch.inf)
+
+    @property
+    def exists(self) -> torch.Tensor:
+        """bool `[heads, entries]`."""
+        return self.bias > -torch.inf
+
+    def block(self, head: int, indices: torch.Tensor) -> Block:
+        """The original entries `indices` of one head."""
+        return Block(
+            self.keys[head, indices], self.values[head, indices], self.positions[head, indices], self.bias[head, indices]
+        )
+
+
+@dataclass(frozen=True)
+class Compactor(ABC):
+    """Settings that all methods share.
+
+    Called with a model it is a context manager: inside it, `generate` and plain forward calls with an ordinary cache
+    compact what was read as soon as the prompt has been processed. Leaving it restores the model.
+
+    Attributes:
+        ratio: stored entries / tokens, in (0, 1]. Everything counts: protected tokens are part of the budget.
+        sinks: first tokens that are always kept (attention sinks and the start of a chat template).
+        recent: last tokens of the document that are always kept.
+        max_queries: reference queries per KV head at most, drawn at random (paper: 50,000).
+        min_tokens: shorter inputs are left as they are (context-manager use).
+        seed: of the draw.
+    """
+
+    name: ClassVar[str]
+
+    ratio: float = 0.1
+    sinks: int = 4
+    recent: int = 0
+    queries: Queries = "context"
+    max_queries: int = 1024
+    min_tokens: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.ratio <= 1.0:
+            raise UserError(f"ratio={self.ratio} is not in (0, 1]: it is the share of the cache that is kept.")
+        for name in ("sinks", "recent", "min_tokens"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}={getattr(self, name)} is negative.")
+        if self.max_queries < 1:
+            raise UserError(f"max_queries={self.max_queries}: at least one query is needed.")
+
+    @abstractmethod
+    def fit(self, problem: Problem, budget: Sequence[int]) -> list[Block]:
+        """Entries that replace those of `problem`: for each head at most `budget[head]`."""
+
+    def budget(self, tokens: int) -> int:
+        """Entries to keep per head out of `tokens`: at least one beyond what is protected."""
+        return min(tokens, max(round(self.ratio * tokens), min(tokens, self.sinks + self.recent) + 1))
+
+    def __call__(self, model: PreTrainedModel) -> AbstractContextManager[None]:
+        from lissom.kv.transparent import compacted_after_prefill
+
+        return compacted_after_prefill(model, self)
+
+    def settings(self) -> dict[str, Any]:
+        """Method name and settings, for recipes and saved caches."""
+        return {"method": self.name, **asdict(self)}
+
+
+def top_entries(scores: torch.Tensor, problem: Problem, budget: Sequence[int]) -> list[torch.Tensor]:
+    """Per head the indices of the best `budget[head]` entries in their original order, protected ones first."""
+    ranked = scores.masked_fill(problem.protected, torch.inf).masked_fill(~problem.exists, -torch.inf)
+    chosen = []
+    for head, count in enumerate(budget):
+        available = int(problem.exists[head].sum())
+        chosen.append(ranked[head].topk(min(count, available)).indices.sort().values)
+    return chosen

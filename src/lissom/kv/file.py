@@ -1,0 +1,120 @@
+"""Compacted caches on disk: one safetensors file with what is needed to use it again, and only with its model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+from lissom.errors import UserError
+from lissom.files import atomic_path
+from lissom.kv.cache import CompactCache
+from lissom.kv.storage import Block, RaggedStore
+from lissom.models import fingerprint
+
+FORMAT = "lissom-compact-cache"
+VERSION = 1
+
+
+def save(
+    cache: CompactCache,
+    path: str | Path,
+    model: PreTrainedModel,
+    *,
+    tokens: torch.Tensor | None = None,
+    settings: dict[str, Any] | None = None,
+) -> None:
+    """Write `cache` to a safetensors file, atomically.
+
+    Args:
+        tokens: ids `[rows, tokens]` that were read, so that `generate` can be called from the file alone.
+        settings: how it was made; stored for the reader.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    layers: dict[str, Any] = {}
+    for index, layer in cache.compact_layers():
+        store = layer.store
+        if store is None:
+            raise UserError("The cache is empty: there is nothing to save.")
+        blocks = store.blocks()
+        name = f"layers.{index}."
+        tensors[name + "keys"] = torch.cat([block.keys for block in blocks])
+        tensors[name + "values"] = torch.cat([block.values for block in blocks])
+        tensors[name + "positions"] = torch.cat([block.positions for block in blocks])
+        if store.bias is not None:
+            tensors[name + "bias"] = torch.cat([block.bias for block in blocks if block.bias is not None])
+        tensors[name + "lengths"] = store.lengths
+        layers[str(index)] = {"rows": store.rows, "logical": layer.logical, "tail": layer.tail}
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            tensors[f"sliding.{index}.keys"] = layer.keys.contiguous()
+            tensors[f"sliding.{index}.values"] = layer.values.contiguous()
+            layers[str(index)] = {"sliding": layer.cumulative_length}
+    if tokens is not None:
+        tensors["tokens"] = tokens.cpu()
+    header = {"version": VERSION, "model": fingerprint(model), "layers": layers, "settings": settings or {}}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": FORMAT, "lissom": json.dumps(header)})
+
+
+def load(path: str | Path, model: PreTrainedModel) -> tuple[CompactCache, torch.Tensor | None, dict[str, Any]]:
+    """Read a cache that `save` wrote for this model.
+
+    Returns:
+        The cache, the token ids that were read (None where they were not stored) and the settings.
+
+    Raises:
+        UserError: the file is missing, damaged, no compacted cache, or belongs to another model.
+    """
+    header, tensors = _read(Path(path))
+    own = fingerprint(model)
+    if header["model"] != own:
+        raise UserError(
+            f"{path} was made for another model (fingerprint {header['model']}, this one has {own}): "
+            "load the model that it was compacted with."
+        )
+    cache = CompactCache(model)
+    try:
+        for index, layer in cache.compact_layers():
+            _restore(layer, header["layers"][str(index)], f"layers.{index}.", tensors, model.device)
+        for index, layer in enumerate(cache.layers):
+            if isinstance(layer, DynamicSlidingWindowLayer):
+                keys, values = (tensors[f"sliding.{index}.{part}"].to(model.device) for part in ("keys", "values"))
+                layer.lazy_initialization(keys, values)
+                layer.keys, layer.values = keys, values
+                layer.cumulative_length = header["layers"][str(index)]["sliding"]
+    except (KeyError, RuntimeError, ValueError, IndexError) as error:
+        raise UserError(f"{path} is damaged: {error}. Compact the document again.") from error
+    return cache, tensors.get("tokens"), header["settings"]
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    if not path.is_file():
+        raise UserError(f"There is no cache file {path}.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise UserError(f"{path} is a safetensors file, but no compacted cache of lissom.")
+            header = json.loads(metadata["lissom"])
+            if header["version"] != VERSION:
+                raise UserError(f"{path} has format version {header['version']}; this lissom reads {VERSION}.")
+            return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError, KeyError, OSError) as error:
+        raise UserError(f"{path} is no readable cache file ({error}). Compact the document again.") from error
+
+
+def _restore(layer: Any, shape: dict[str, int], name: str, tensors: dict[str, torch.Tensor], device: Any) -> None:
+    lengths = tensors[name + "lengths"].tolist()
+    parts = [tensors[name + part].to(device).split(lengths) for part in ("keys", "values", "positions")]
+    bias = tensors.get(name + "bias")
+    biases = [None] * len(lengths) if bias is None else bias.to(device).split(lengths)
+    blocks = [Block(k, v, p, b) for k, v, p, b in zip(*parts, biases, strict=True)]
+    layer.store = RaggedStore(blocks, shape["rows"])
+    layer.logical, layer.tail = shape["logical"], shape["tail"]

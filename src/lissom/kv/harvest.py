@@ -1,0 +1,166 @@
+"""Reference queries: recording them, and the passes over the model that produce them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lissom.errors import UserError
+from lissom.kv.cache import CompactCache, CompactLayer
+
+REPEAT_PROMPT = "Repeat the text above word for word."
+SELF_STUDY_PROMPTS = (
+    "Summarize the main points of the text above.",
+    "List the facts, names and numbers that the text above states.",
+    "Write the information of the text above as JSON.",
+    "Write three questions about the text above and answer them.",
+)
+
+
+class QueryRecorder:
+    """Collects a layer's rotated queries, a random sample of at most `limit` tokens per row.
+
+    Attributes:
+        queries: per CompactLayer `[rows, query heads, tokens, head_dim]`.
+        positions: `[tokens]`, logical positions of the tokens.
+        visible: bool `[rows, tokens]`, false for padding.
+        scaling: per CompactLayer, the factor on its logits.
+    """
+
+    def __init__(self, limit: int, seed: int) -> None:
+        self.limit = limit
+        self.generator = torch.Generator().manual_seed(seed)
+        self.queries: dict[CompactLayer, list[torch.Tensor]] = {}
+        self.scaling: dict[CompactLayer, float] = {}
+        self._positions: list[torch.Tensor] = []
+        self._visible: list[torch.Tensor] = []
+        self._pick: torch.Tensor | None = None
+
+    @contextmanager
+    def recording(self, cache: CompactCache) -> Iterator[None]:
+        """Record every forward pass inside the block."""
+        layers = [layer for _, layer in cache.compact_layers()]
+        before = [layer.observer for layer in layers]
+        for layer in layers:
+            layer.observer = self._observe
+        try:
+            yield
+        finally:
+            for layer, observer in zip(layers, before, strict=True):
+                layer.observer = observer
+
+    def expect(self, first_position: int, visible: torch.Tensor) -> None:
+        """Announce a forward pass over tokens from `first_position` with padding mask `visible` `[rows, tokens]`."""
+        tokens = visible.shape[1]
+        # All heads of a group are stacked, so a limit in queries is met by fewer tokens; the caller divides.
+        picked = torch.randperm(tokens, generator=self.generator)[: self.limit].sort().values
+        # The last token is TOVA's whole evidence and the best guess of what comes next.
+        picked = torch.cat([picked[picked != tokens - 1], torch.tensor([tokens - 1])])
+        self._pick = picked
+        self._positions.append(first_position + picked)
+        self._visible.append(visible[:, picked].bool().cpu())
+
+    def _observe(self, layer: CompactLayer, query: torch.Tensor, scaling: float) -> None:
+        assert self._pick is not None, "expect() comes before the forward pass"
+        self.queries.setdefault(layer, []).append(query[:, :, self._pick.to(query.device)].detach())
+        self.scaling[layer] = scaling
+
+    def of(self, layer: CompactLayer, row: int, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries `[heads, group · tokens, head_dim]` fp32 of one row, and their positions `[group · tokens]`."""
+        recorded = torch.cat(self.queries[layer], dim=2)[row].float()
+        visible = torch.cat(self._visible, dim=1)[row]
+        positions = torch.cat(self._positions)[visible]
+        recorded = recorded[:, visible.to(recorded.device)]
+        group = recorded.shape[0] // heads
+        return recorded.reshape(heads, -1, recorded.shape[-1]), positions.repeat(group).to(recorded.device)
+
+
+def forward(model: PreTrainedModel, ids: torch.Tensor, visible: torch.Tensor, cache: CompactCache) -> torch.Tensor:
+    """Read `ids` `[rows, tokens]` behind `cache`; logits of the last token `[rows, vocab]`.
+
+    Args:
+        visible: bool `[rows, tokens so far]`, the padding mask of everything read, `ids` included.
+    """
+    positions = (visible.long().cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    mask = None if bool(visible.all()) else visible.long()
+    output = model(
+        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+    )
+    return output.logits[:, -1]
+
+
+@contextmanager
+def rolled_back(cache: CompactCache) -> Iterator[None]:
+    """Whatever is read inside the block is forgotten afterwards."""
+    others = {i: copy.copy(layer) for i, layer in enumerate(cache.layers) if not isinstance(layer, CompactLayer)}
+    lengths = {i: layer.logical for i, layer in cache.compact_layers()}
+    try:
+        yield
+    finally:
+        for i, layer in cache.compact_layers():
+            layer.crop(lengths[i] - layer.logical)
+        for i, saved in others.items():
+            cache.layers[i] = saved
+
+
+def user_turn(tokenizer: PreTrainedTokenizerBase | None, text: str, device: torch.device) -> torch.Tensor:
+    """Tokens `[1, tokens]` of a user's turn that follows a document, up to where the answer starts."""
+    if tokenizer is None:
+        return torch.empty(1, 0, dtype=torch.int64, device=device)
+    if tokenizer.chat_template:
+        marker = "\x00"
+        rendered = tokenizer.apply_chat_template(
+            [{"role": "user", "content": marker + "\n\n" + text}], tokenize=False, add_generation_prompt=True
+        )
+        text = str(rendered).split(marker)[1]
+    else:
+        text = "\n\n" + text + "\n\n"
+    return tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"].to(device)
+
+
+def repeat_ids(
+    ids: torch.Tensor, visible: torch.Tensor, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and padding mask of the repeat pass: a request to repeat, then the document as its answer."""
+    prompt = user_turn(tokenizer, REPEAT_PROMPT, ids.device).expand(len(ids), -1)
+    return torch.cat([prompt, ids], 1), torch.cat([torch.ones_like(prompt, dtype=torch.bool), visible], 1)
+
+
+@torch.no_grad()
+def self_study_ids(
+    model: PreTrainedModel,
+    cache: CompactCache,
+    visible: torch.Tensor,
+    tokenizer: PreTrainedTokenizerBase | None,
+    new_tokens: int,
+    seed: int,
+    prompts: Sequence[str] = SELF_STUDY_PROMPTS,
+) -> list[torch.Tensor]:
+    """Conversations of the model with itself about the document: per prompt `[1, tokens]`, prompt and answer.
+
+    Sampled at temperature 0.7, top-p 0.8, top-k 20 (the published settings).
+    """
+    if tokenizer is None:
+        raise UserError("Self-study needs the tokenizer: pass tokenizer=... or use queries='repeat'.")
+    if len(visible) != 1:
+        raise UserError("Self-study takes one document at a time; use queries='repeat' for a batch.")
+    device = visible.device
+    conversations = []
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for prompt in prompts:
+            start = user_turn(tokenizer, prompt, device)
+            with rolled_back(cache):
+                read = torch.cat([visible, torch.ones_like(start, dtype=torch.bool)], 1)
+                # generate() finds the new tokens by the cache's length, so the document's ids are placeholders.
+                ids = torch.cat([torch.zeros_like(visible, dtype=torch.int64), start], 1)
+                output = model.generate(
+                    input_ids=ids, attention_mask=read.long(), past_key_values=cache, max_new_tokens=new_tokens,
+                    do_sample=True, temperature=0.7, top_p=0.8, top_k=20,
+                )  # fmt: skip
+            conversations.append(output[:, visible.shape[1] :])
+    return conversations

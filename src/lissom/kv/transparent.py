@@ -1,0 +1,69 @@
+"""Compaction inside `generate`: as soon as a prompt has been read, its cache is compacted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from lissom.errors import UserError
+from lissom.kv.cache import CompactLayer, compacting
+from lissom.kv.compact import _token_limit, compact_layer
+from lissom.kv.compactor import Compactor
+from lissom.kv.harvest import QueryRecorder
+from lissom.models.attention import installed
+
+
+@contextmanager
+def compacted_after_prefill(model: PreTrainedModel, method: Compactor) -> Iterator[None]:
+    """Inside the block a prompt of at least `method.min_tokens` is compacted after its forward pass.
+
+    The reference queries are the prompt's own (`context`): a transparent method does not read the prompt twice.
+    """
+    pending: dict[str, Any] = {}
+
+    def before(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        pending.clear()
+        cache = kwargs.get("past_key_values")
+        ids = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else (args[0] if args else None)
+        if cache is None or ids is None or cache.get_seq_length() > 0 or ids.shape[1] < method.min_tokens:
+            return
+        if not isinstance(cache, DynamicCache):
+            raise UserError(f"{type(cache).__name__} cannot be compacted: generate with the default (dynamic) cache.")
+        cache.layers = [compacting(layer) for layer in cache.layers]
+        cache.layer_class_to_replicate = CompactLayer if not cache.layers else None
+        mask = kwargs.get("attention_mask")
+        flat = isinstance(mask, torch.Tensor) and mask.ndim == 2
+        visible = mask[:, -ids.shape[1] :].bool() if flat else torch.ones_like(ids, dtype=torch.bool)
+        recorder = QueryRecorder(_token_limit(model, method), method.seed)
+        recorder.expect(0, visible)
+        for layer in cache.layers:
+            if isinstance(layer, CompactLayer):
+                layer.observer = recorder._observe
+        pending.update(cache=cache, visible=visible, recorder=recorder)
+
+    def after(module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if not pending:
+            return
+        visible = pending["visible"]
+        for layer in pending["cache"].layers:
+            if isinstance(layer, CompactLayer):
+                layer.observer = None
+                layer.seal(visible)
+                compact_layer(layer, method, pending["recorder"], visible.shape[1])
+        pending.clear()
+
+    with installed(model):
+        hooks = [
+            model.register_forward_pre_hook(before, with_kwargs=True),
+            model.register_forward_hook(after, with_kwargs=True),
+        ]
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()

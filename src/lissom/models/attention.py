@@ -1,0 +1,125 @@
+"""The plug-in point by which a cache layer computes its own attention inside any model of transformers.
+
+A cache layer whose storage is not one dense tensor returns an `AttentionHandle` from its `update`, and the attention
+function that `install` registers through transformers' `AttentionInterface` hands the query to it. Every ordinary
+cache goes, untouched, to the attention function that the model had before. An attention function that does not know
+handles fails on the first operation with a clear sentence, so a bias is never silently dropped.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from lissom.errors import UserError
+
+PREFIX = "lissom_"
+SUPPORTED = ("sdpa", "eager")
+
+
+class Attends(Protocol):
+    """A cache layer that reads its own storage."""
+
+    def attend(
+        self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float, softcap: float | None
+    ) -> torch.Tensor:
+        """Attention of `query` `[batch, heads, queries, head_dim]`; the result has the same shape."""
+        ...
+
+
+class AttentionHandle(torch.Tensor):
+    """Stands for the keys and values of a layer between its `update` and the attention function."""
+
+    layer: Attends
+
+    @staticmethod
+    def of(layer: Attends, like: torch.Tensor) -> AttentionHandle:
+        handle = torch.Tensor._make_subclass(AttentionHandle, like.new_empty(0))
+        handle.layer = layer
+        return handle
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") == "__get__":  # dtype, device, requires_grad: harmless
+            return super().__torch_function__(func, types, args, kwargs or {})
+        raise UserError(
+            "A compacted cache was given to an attention function that cannot read it. Use the cache with the model "
+            "it was made for, with attn_implementation 'sdpa' or 'eager', after lissom.models.attention.install(model)."
+        )
+
+
+def _attention_through(fallback: Callable[..., Any] | None) -> Callable[..., Any]:
+    def attention(
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if not isinstance(key, AttentionHandle):
+            function = fallback or sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+            if scaling is not None:
+                kwargs["scaling"] = scaling
+            return function(module, query, key, value, attention_mask, dropout=dropout, **kwargs)
+        if kwargs.get("s_aux") is not None:
+            raise UserError(f"{type(module).__name__} uses attention sinks, which a compacted cache cannot honour.")
+        if attention_mask is not None and attention_mask.dtype != torch.bool:
+            attention_mask = attention_mask == 0
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        output = key.layer.attend(query, attention_mask, scale, kwargs.get("softcap"))
+        return output.transpose(1, 2).contiguous(), None
+
+    return attention
+
+
+for _name, _function in (("sdpa", sdpa_attention_forward), ("eager", None)):
+    AttentionInterface.register(PREFIX + _name, _attention_through(_function))
+    AttentionMaskInterface.register(PREFIX + _name, ALL_MASK_ATTENTION_FUNCTIONS[_name])
+
+
+def install(model: PreTrainedModel) -> None:
+    """Let `model` read caches that compute their own attention; any other cache is handled exactly as before.
+
+    Raises:
+        UserError: the model's attention implementation is neither `sdpa` nor `eager`, or cannot be exchanged.
+    """
+    current = model.config._attn_implementation or "eager"
+    if current.startswith(PREFIX):
+        return
+    if current not in SUPPORTED:
+        raise UserError(
+            f"attn_implementation={current!r} cannot read a compacted cache. "
+            "Load the model with attn_implementation='sdpa' or 'eager'."
+        )
+    model.set_attn_implementation(PREFIX + current)
+    if not model.config._attn_implementation.startswith(PREFIX):
+        raise UserError(f"{type(model).__name__} does not support exchanging its attention function.")
+
+
+def uninstall(model: PreTrainedModel) -> None:
+    """Give `model` back the attention implementation that `install` found."""
+    current = model.config._attn_implementation or ""
+    if current.startswith(PREFIX):
+        model.set_attn_implementation(current.removeprefix(PREFIX))
+
+
+@contextmanager
+def installed(model: PreTrainedModel) -> Iterator[None]:
+    """`install` for the length of a block; where it was installed already, it stays."""
+    before = model.config._attn_implementation or ""
+    install(model)
+    try:
+        yield
+    finally:
+        if not before.startswith(PREFIX):
+            uninstall(model)
