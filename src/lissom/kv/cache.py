@@ -218,6 +218,11 @@ class CompactCache(DynamicCache):
         """Rows of the batch that was read, 0 while the cache is empty."""
         return next((layer.store.rows for _, layer in self.compact_layers() if layer.store is not None), 0)
 
+    @property
+    def heads(self) -> int:
+        """KV heads of a layer, 0 while the cache is empty."""
+        return next((layer.store.heads for _, layer in self.compact_layers() if layer.store is not None), 0)
+
     def copy(self) -> CompactCache:
         """An independent copy."""
         return copy.deepcopy(self)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lissom.errors import UserError
 from lissom.kv.cache import CompactCache, CompactLayer
+from lissom.kv.document import question_ids
 
 REPEAT_PROMPT = "Repeat the text above word for word."
 SELF_STUDY_PROMPTS = (
@@ -107,26 +108,13 @@ def rolled_back(cache: CompactCache) -> Iterator[None]:
             cache.layers[i] = saved
 
 
-def user_turn(tokenizer: PreTrainedTokenizerBase | None, text: str, device: torch.device) -> torch.Tensor:
-    """Tokens `[1, tokens]` of a user's turn that follows a document, up to where the answer starts."""
-    if tokenizer is None:
-        return torch.empty(1, 0, dtype=torch.int64, device=device)
-    if tokenizer.chat_template:
-        marker = "\x00"
-        rendered = tokenizer.apply_chat_template(
-            [{"role": "user", "content": marker + "\n\n" + text}], tokenize=False, add_generation_prompt=True
-        )
-        text = str(rendered).split(marker)[1]
-    else:
-        text = "\n\n" + text + "\n\n"
-    return tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"].to(device)
-
-
 def repeat_ids(
     ids: torch.Tensor, visible: torch.Tensor, tokenizer: PreTrainedTokenizerBase | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens and padding mask of the repeat pass: a request to repeat, then the document as its answer."""
-    prompt = user_turn(tokenizer, REPEAT_PROMPT, ids.device).expand(len(ids), -1)
+    if tokenizer is None:
+        return ids, visible
+    prompt = question_ids(tokenizer, REPEAT_PROMPT).to(ids.device).expand(len(ids), -1)
     return torch.cat([prompt, ids], 1), torch.cat([torch.ones_like(prompt, dtype=torch.bool), visible], 1)
 
 
@@ -153,7 +141,7 @@ def self_study_ids(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for prompt in prompts:
-            start = user_turn(tokenizer, prompt, device)
+            start = question_ids(tokenizer, prompt).to(device)
             with rolled_back(cache):
                 read = torch.cat([visible, torch.ones_like(start, dtype=torch.bool)], 1)
                 # generate() finds the new tokens by the cache's length, so the document's ids are placeholders.

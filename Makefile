@@ -1,0 +1,36 @@
+# Each target works as the only command in a fresh clone. The environment is .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(shell find src csrc -type f -not -path '*/__pycache__/*')
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: demo test slow lint docs clean
+
+demo: .venv/installed
+	$(BIN)/lissom doctor
+	$(BIN)/lissom compact --document LICENSE -o build/licence.safetensors
+	$(BIN)/lissom generate smollm2-135m --cache build/licence.safetensors "What may a contributor grant to users of the work?"
+
+test: .venv/installed
+	$(BIN)/pytest
+
+slow: .venv/installed
+	$(BIN)/pytest -m slow
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: .venv/installed
+	$(BIN)/mkdocs build --strict --quiet
+
+.venv/installed: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt ".[dev,docs]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --force-reinstall --no-deps .
+	touch $@
+
+clean:
+	rm -rf .venv build site

@@ -1,0 +1,3 @@
+#include "problem.h"
+#define LISSOM_ISA avx512
+#include "ragged_attention.inc"

@@ -1,0 +1,3 @@
+#include "problem.h"
+#define LISSOM_ISA portable
+#include "ragged_attention.inc"

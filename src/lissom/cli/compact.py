@@ -1,0 +1,60 @@
+"""`lissom compact`: a document in, a small cache file out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(compact)
+
+
+def compact(
+    model: str = typer.Argument("smollm2-135m", help="Asset, model folder, .gguf file or Hub id."),
+    document: Path = typer.Option(..., "--document", "-d", help="Text file to read."),
+    output: Path = typer.Option(..., "--output", "-o", help="Cache file to write (safetensors)."),
+    ratio: float = typer.Option(0.1, help="Share of the cache to keep, in (0, 1]."),
+    select: str = typer.Option("hak", help="Key selection: hak, omp, omp-fast, omp-progressive, random."),
+    queries: str = typer.Option("repeat", help="Reference queries: context, repeat, self-study, repeat+self-study."),
+    dtype: str = typer.Option("float32", help="float32, bfloat16 or float16."),
+    seed: int = typer.Option(0, help="Seed of the query sample."),
+) -> None:
+    """Read a document once and keep a small KV cache of it, by attention matching."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    import lissom.models
+    from lissom.errors import UserError
+    from lissom.kv import AttentionMatching, file
+    from lissom.kv import compact as make_compact
+    from lissom.kv.document import document_ids
+
+    method = AttentionMatching(ratio=ratio, select=select, queries=queries, seed=seed)  # type: ignore[arg-type]
+    try:
+        text = document.read_text()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{document} is no text file in UTF-8.") from error
+    if not text.strip():
+        raise UserError(f"{document} is empty: there is nothing to compact.")
+    console = Console(stderr=True)
+    with console.status(f"loading {model}"):
+        network, tokenizer = lissom.models.load(model, dtype)
+    ids = document_ids(tokenizer, text)
+    with Progress(console=console) as bar:
+        tasks = {stage: bar.add_task(stage, total=None) for stage in ("read", "queries", "fit")}
+        cache = make_compact(
+            network,
+            ids,
+            method,
+            tokenizer=tokenizer,
+            progress=lambda stage, done, total: bar.update(tasks[stage], completed=done, total=total),
+        )
+    file.save(cache, output, network, tokens=ids, settings=method.settings())
+    entries = ids.shape[1] * len(cache.compact_layers()) * cache.heads
+    typer.echo(
+        f"{output}: {ids.shape[1]} tokens in {cache.stored_bytes / 1e6:.2f} MB "
+        f"({cache.stored_entries / entries:.1%} of the entries kept). Ask with:\n"
+        f"  lissom generate {model} --cache {output} \"your question\""
+    )

@@ -1,0 +1,1 @@
+"""Machines: what they are and what they can reach."""

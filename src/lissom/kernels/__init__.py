@@ -1,0 +1,5 @@
+"""One module per kernel: the native path (csrc), and the PyTorch reference that defines what it computes."""
+
+from lissom.kernels.ragged_attention import ragged_attention, ragged_attention_reference
+
+__all__ = ["ragged_attention", "ragged_attention_reference"]

@@ -1,0 +1,65 @@
+"""The native library: finding it, loading it, choosing its instruction set."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+ISA_NAMES = ("portable", "avx2", "avx512")
+
+
+@dataclass(frozen=True)
+class NativeStatus:
+    """Whether native kernels run, with which instruction set (of `ISA_NAMES`), and why or why not."""
+
+    available: bool
+    isa: str | None
+    reason: str
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The loaded library, or None where this installation has none or `LISSOM_ISA=off`."""
+    wanted = os.environ.get("LISSOM_ISA", "")
+    if wanted == "off":
+        return None
+    path = Path(__file__).parent / "_native.so"
+    if not path.exists():
+        return None
+    try:
+        native = ctypes.CDLL(str(path))
+    except OSError:
+        return None
+    if wanted in ISA_NAMES:
+        native.lissom_set_isa(ISA_NAMES.index(wanted))
+    return native
+
+
+def set_isa(name: str) -> str:
+    """Use the instruction set `name` where the CPU has it; returns the name of what is used."""
+    native = library()
+    if native is None:
+        raise RuntimeError("There are no native kernels in this installation.")
+    return ISA_NAMES[native.lissom_set_isa(ISA_NAMES.index(name))]
+
+
+def available_isas() -> tuple[str, ...]:
+    """Instruction sets that can be chosen here, slowest first; empty without native kernels."""
+    native = library()
+    return () if native is None else ISA_NAMES[: native.lissom_best_isa() + 1]
+
+
+def status() -> NativeStatus:
+    """What runs here, for `lissom doctor`."""
+    native = library()
+    if native is not None:
+        isa = ISA_NAMES[native.lissom_get_isa()]
+        return NativeStatus(True, isa, "chosen by the CPU's flags" if not os.environ.get("LISSOM_ISA") else "LISSOM_ISA")
+    if os.environ.get("LISSOM_ISA") == "off":
+        return NativeStatus(False, None, "switched off by LISSOM_ISA=off")
+    return NativeStatus(
+        False, None, "this installation was made without a C++ compiler; install one (apt install g++) and reinstall"
+    )

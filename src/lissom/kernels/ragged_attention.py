@@ -1,0 +1,130 @@
+"""Attention of a few queries over a ragged KV store: native, or the PyTorch reference."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+
+from lissom.kernels import native
+
+logger = logging.getLogger(__name__)
+
+
+class _Problem(ctypes.Structure):
+    """Mirror of `struct Problem` in csrc/problem.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("query", "keys", "values", "out", "bias", "mask", "starts", "lengths")),
+        *((name, ctypes.c_int64) for name in ("rows", "query_heads", "kv_heads", "queries", "head_dim", "masked")),
+        ("scale", ctypes.c_float),
+        ("is_bfloat16", ctypes.c_bool),
+    )
+
+
+def ragged_attention_reference(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    bias: torch.Tensor | None,
+    starts: torch.Tensor,
+    lengths: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    """The meaning of `ragged_attention`, block by block in plain PyTorch."""
+    rows, query_heads, queries, size = query.shape
+    heads = len(starts) // rows
+    grouped = query.float().view(rows * heads, -1, size)
+    output = torch.zeros_like(grouped)
+    for block, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+        span = slice(start, start + length)
+        logits = grouped[block] @ keys[span].float().T * scale
+        if bias is not None:
+            logits = logits + bias[span]
+        if mask is None:
+            visible = torch.ones(queries, length, dtype=torch.bool, device=query.device).tril(length - queries)
+        else:
+            visible = F.pad(mask[block // heads], (length - mask.shape[-1], 0), value=True)
+        logits = logits.masked_fill(~visible.repeat(query_heads // heads, 1), -torch.inf)
+        output[block] = torch.softmax(logits, -1).nan_to_num(0.0) @ values[span].float()
+    return output.view(query.shape).to(query.dtype)
+
+
+@torch.library.custom_op("lissom::ragged_attention", mutates_args=())
+def ragged_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    bias: torch.Tensor | None,
+    starts: torch.Tensor,
+    lengths: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    """Softmax attention over blocks of different lengths, each read once for the whole group of its query heads.
+
+    Args:
+        query: `[rows, query_heads, queries, head_dim]`.
+        keys, values: flat `[capacity, head_dim]`; block `row * kv_heads + head` is
+            `[starts[block], starts[block] + lengths[block])`. What lies between blocks is never read.
+        bias: fp32 `[capacity]`, added to the logits, or None.
+        starts, lengths: int64 `[rows * kv_heads]` on the CPU.
+        mask: bool `[rows, queries, masked]`, true = visible, for the last `masked` entries of every block; earlier
+            entries are visible. None: query i of n sees all but the last n - 1 - i entries.
+        scale: factor on query · key.
+
+    Returns:
+        `[rows, query_heads, queries, head_dim]` in the dtype of `query`; zeros where a query sees nothing.
+    """
+    library = native.library()
+    same = query.dtype == keys.dtype == values.dtype
+    if library is None or not same or query.dtype not in (torch.float32, torch.bfloat16) or query.device.type != "cpu":
+        _say_once("native kernels are not available" if library is None else f"{query.dtype} on {query.device.type}")
+        return ragged_attention_reference(query, keys, values, bias, starts, lengths, mask, scale)
+    query = query.contiguous()
+    mask = None if mask is None else mask.contiguous()
+    output = torch.empty_like(query)
+    rows, query_heads, queries, size = query.shape
+    problem = _Problem(
+        query.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        output.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        None if mask is None else mask.data_ptr(),
+        starts.data_ptr(),
+        lengths.data_ptr(),
+        rows,
+        query_heads,
+        len(starts) // rows,
+        queries,
+        size,
+        0 if mask is None else mask.shape[-1],
+        scale,
+        query.dtype == torch.bfloat16,
+    )
+    library.lissom_ragged_attention(ctypes.byref(problem), torch.get_num_threads())
+    return output
+
+
+@ragged_attention.register_fake
+def _(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    bias: torch.Tensor | None,
+    starts: torch.Tensor,
+    lengths: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    return torch.empty_like(query, memory_format=torch.contiguous_format)
+
+
+@cache
+def _say_once(reason: str) -> None:
+    logger.warning("ragged_attention runs as its PyTorch reference: %s.", reason)

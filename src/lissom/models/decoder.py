@@ -1,0 +1,53 @@
+"""What a decoder looks like, read from its config, and which weights it has."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class DecoderInfo:
+    """Sizes of a decoder. `sliding` tells for each layer whether its attention has a window."""
+
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    vocab_size: int
+    sliding: tuple[bool, ...]
+
+
+def describe_decoder(model: PreTrainedModel) -> DecoderInfo:
+    """Sizes of `model`, whatever its architecture calls them."""
+    config = model.config.get_text_config(decoder=True)
+    heads = config.num_attention_heads
+    layers = config.num_hidden_layers
+    types = getattr(config, "layer_types", None) or ["full_attention"] * layers
+    return DecoderInfo(
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        max_position_embeddings=config.max_position_embeddings,
+        vocab_size=config.vocab_size,
+        sliding=tuple(kind != "full_attention" for kind in types),
+    )
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """16 hex digits that tell one model from another: its sizes and a sample of every weight, rounded to bf16.
+
+    The same weights give the same fingerprint in fp32 and in bf16.
+    """
+    digest = hashlib.sha256(repr((model.config.model_type, describe_decoder(model))).encode())
+    for name, weight in sorted(model.state_dict().items()):
+        flat = weight.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 16)][:16].to(torch.bfloat16).view(torch.int16).cpu()
+        digest.update(name.encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,76 @@
+"""`load`: any decoder of transformers from a name, a folder, a GGUF file or the Hub."""
+
+from __future__ import annotations
+
+import difflib
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from lissom.errors import UserError
+from lissom.models import assets
+
+DEFAULT_MODEL = "smollm2-135m"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load(
+    name_or_path: str | Path = DEFAULT_MODEL,
+    dtype: str | torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer, ready for inference.
+
+    Args:
+        name_or_path: an asset (`lissom assets list`), a folder of transformers, a .gguf file, or a Hub id.
+        dtype: a torch dtype or its name.
+        attn_implementation: as in transformers; default `sdpa` where the model has it.
+
+    Raises:
+        UserError: the model is unknown, its files are damaged, or it is no causal language model.
+    """
+    if isinstance(dtype, str):
+        if dtype not in _DTYPES:
+            raise UserError(f"dtype={dtype!r}: expected one of {', '.join(_DTYPES)}.")
+        dtype = _DTYPES[dtype]
+    options: dict[str, Any] = {"dtype": dtype}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    source, file = _locate(str(name_or_path))
+    if file is not None:
+        options |= {"gguf_file": file, "quantization_config": GgufConfig(dequantize=True)}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **({"gguf_file": file} if file else {}))
+        model = AutoModelForCausalLM.from_pretrained(source, **options)
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, struct.error) as error:
+        reason = str(error).strip().split("\n")[0][:300]
+        raise UserError(f"{name_or_path} cannot be loaded as a causal language model: {reason}") from error
+    model.eval()
+    return model, tokenizer
+
+
+def _locate(name: str) -> tuple[str, str | None]:
+    """What `from_pretrained` takes: (folder or Hub id, GGUF file name or None)."""
+    path = Path(name)
+    if name in assets.ASSETS:
+        return str(assets.path(name)), None
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise UserError(f"{name} is a file, but no .gguf file. Give a model folder, a .gguf file or a Hub id.")
+        with path.open("rb") as stream:
+            if stream.read(4) != b"GGUF":
+                raise UserError(f"{name} is damaged: it does not begin as a GGUF file does.")
+        return str(path.parent), path.name
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"{name} is a folder without config.json: it holds no model of transformers.")
+        return name, None
+    if "/" not in name or name.startswith((".", "/", "~")):
+        near = difflib.get_close_matches(name, assets.ASSETS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else f" Known names: {', '.join(assets.ASSETS)}."
+        raise UserError(f"There is no model {name!r}, neither as a name nor as a path.{hint}")
+    return name, None
