@@ -55,5 +55,7 @@ def verify(name: str = typer.Argument(..., help="Name of the asset.")) -> None:
 
     folder = assets.cache_dir() / assets.find(name).name
     if not assets.is_whole(folder, thorough=True):
-        raise UserError(f"{folder} is missing or damaged. `lissom assets fetch {name}` makes it anew once it is removed.")
+        raise UserError(
+            f"{folder} is missing or damaged. `lissom assets fetch {name}` makes it anew once it is removed."
+        )
     typer.echo(f"{folder}: whole")

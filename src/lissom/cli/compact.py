@@ -56,5 +56,5 @@ def compact(
     typer.echo(
         f"{output}: {ids.shape[1]} tokens in {cache.stored_bytes / 1e6:.2f} MB "
         f"({cache.stored_entries / entries:.1%} of the entries kept). Ask with:\n"
-        f"  lissom generate {model} --cache {output} \"your question\""
+        f'  lissom generate {model} --cache {output} "your question"'
     )

@@ -15,7 +15,9 @@ def register(app: typer.Typer) -> None:
 
 
 def doctor(
-    json_file: str = typer.Option(None, "--json", metavar="FILE", help="Write the result as JSON ('-': standard output)."),
+    json_file: str = typer.Option(
+        None, "--json", metavar="FILE", help="Write the result as JSON ('-': standard output)."
+    ),
 ) -> None:
     """Show CPU, memory, measured rates, the kernels that run here, and the optional parts that are missing."""
     import torch
@@ -49,7 +51,8 @@ def doctor(
     table.add_row("memory", f"{machine['memory'] / 2**30:.1f} GiB")
     table.add_row("memory read", f"{measured['read_bandwidth_gb_s']} GB/s (measured)")
     table.add_row(
-        "matrix product", f"fp32 {measured['gemm_fp32_gflop_s']}, bf16 {measured['gemm_bf16_gflop_s']} GFLOP/s (measured)"
+        "matrix product",
+        f"fp32 {measured['gemm_fp32_gflop_s']}, bf16 {measured['gemm_bf16_gflop_s']} GFLOP/s (measured)",
     )
     for kernel, facts_of in facts["kernels"].items():
         table.add_row(f"kernel {kernel}", f"{facts_of['path']}: {facts_of['why']}")
@@ -63,7 +66,9 @@ def missing_parts() -> dict[str, str]:
     """Optional parts that are not here, and the command that installs each."""
     missing = {}
     if not any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
-        missing["C++ compiler (native kernels)"] = "apt install g++, then pip install --force-reinstall --no-deps lissom"
+        missing["C++ compiler (native kernels)"] = (
+            "apt install g++, then pip install --force-reinstall --no-deps lissom"
+        )
     if importlib.util.find_spec("triton") is None:
         missing["triton (GPU kernels)"] = "pip install triton"
     return missing

@@ -57,7 +57,9 @@ def status() -> NativeStatus:
     native = library()
     if native is not None:
         isa = ISA_NAMES[native.lissom_get_isa()]
-        return NativeStatus(True, isa, "chosen by the CPU's flags" if not os.environ.get("LISSOM_ISA") else "LISSOM_ISA")
+        return NativeStatus(
+            True, isa, "chosen by the CPU's flags" if not os.environ.get("LISSOM_ISA") else "LISSOM_ISA"
+        )
     if os.environ.get("LISSOM_ISA") == "off":
         return NativeStatus(False, None, "switched off by LISSOM_ISA=off")
     return NativeStatus(

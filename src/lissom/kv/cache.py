@@ -55,9 +55,7 @@ class CompactLayer(CacheLayerMixin):
         if key_states.shape[-1] != value_states.shape[-1]:
             raise UserError("A compacted cache needs keys and values of one head_dim; this model has two.")
         rows, heads, _, size = key_states.shape
-        empty = Block(
-            key_states.new_empty(0, size), value_states.new_empty(0, size), torch.empty(0, dtype=torch.int32)
-        )
+        empty = Block(key_states.new_empty(0, size), value_states.new_empty(0, size), torch.empty(0, dtype=torch.int32))
         self.store = RaggedStore([empty] * (rows * heads), rows, spare=key_states.shape[-2])
 
     def update(
@@ -201,7 +199,7 @@ class CompactCache(DynamicCache):
     def __init__(self, model: PreTrainedModel) -> None:
         install(model)
         super().__init__(config=model.config)
-        self.layers = [compacting(layer) for layer in self.layers]
+        self.layers: list[CacheLayerMixin] = [compacting(layer) for layer in self.layers]
         self.layer_class_to_replicate = None
 
     def update(

@@ -55,7 +55,7 @@ def compact(
     method = method or AttentionMatching(**settings)
     ids, visible = _document(model, inputs)
     cache = CompactCache(model)
-    recorder = QueryRecorder(_token_limit(model, method), method.seed)
+    recorder = QueryRecorder(token_limit(model, method), method.seed)
     report = progress or (lambda stage, done, total: None)
     report("read", 0, 1)
     if method.queries == "context":
@@ -74,20 +74,23 @@ def compact(
         recorder.expect(ids.shape[1], shown)
         with rolled_back(cache), recorder.recording(cache):
             if on_policy and number == len(passes) - 1:
-                _compact_on_the_way(cache, method, recorder, ids.shape[1])
+                _compact_on_the_way(cache, method, recorder)
             forward(model, tokens, torch.cat([visible, shown], 1), cache)
         report("queries", number + 1, len(passes))
     if on_policy and passes:
+        for _, layer in cache.compact_layers():
+            if layer.store is not None:
+                layer.store.trim()  # the study's tokens are forgotten, their space is given back
         return cache
     layers = cache.compact_layers()
     for number, (_, layer) in enumerate(layers):
-        compact_layer(layer, method, recorder, ids.shape[1])
+        compact_layer(layer, method, recorder)
         report("fit", number + 1, len(layers))
     return cache
 
 
-def compact_layer(layer: CompactLayer, method: Compactor, recorder: QueryRecorder, tokens: int) -> None:
-    """Replace what `layer` holds before its tail by what `method` makes of it; `tokens` = logical length before it."""
+def compact_layer(layer: CompactLayer, method: Compactor, recorder: QueryRecorder) -> None:
+    """Replace what `layer` holds before its tail by what `method` makes of it. The ratio counts what is held now."""
     store, tail = layer.store, layer.tail
     assert store is not None
     blocks: list[Block] = []
@@ -97,8 +100,7 @@ def compact_layer(layer: CompactLayer, method: Compactor, recorder: QueryRecorde
         queries = recorder.of(layer, row, store.heads) if layer in recorder.queries else None
         problem = _problem(stored, queries, recorder.scaling.get(layer, 1.0), method, row)
         real = int(problem.exists.sum(-1).max())
-        # A second compaction counts against what was read, not against what is left of it.
-        wanted = method.budget(tokens if bool((store.positions >= 0).all()) and real == tokens else max(real, 1))
+        wanted = method.budget(real)
         fitted = method.fit(problem, [min(wanted, len(block.keys)) for block in stored])
         for fit, original in zip(fitted, originals, strict=True):
             blocks.append(_joined(fit, _part(original, len(original.keys) - tail, len(original.keys))))
@@ -126,7 +128,8 @@ def _document(
     return ids, visible
 
 
-def _token_limit(model: PreTrainedModel, method: Compactor) -> int:
+def token_limit(model: PreTrainedModel, method: Compactor) -> int:
+    """Tokens to record so that a KV head gets `max_queries` queries from its whole group."""
     info = describe_decoder(model)
     return max(1, method.max_queries * info.num_key_value_heads // info.num_attention_heads)
 
@@ -154,15 +157,15 @@ def _study(
     return passes
 
 
-def _compact_on_the_way(cache: CompactCache, method: Compactor, recorder: QueryRecorder, tokens: int) -> None:
+def _compact_on_the_way(cache: CompactCache, method: Compactor, recorder: QueryRecorder) -> None:
     """During the next forward pass, compact each layer when its queries arrive, before its attention is computed.
 
     Layer l then sees queries that have passed the compacted layers below it: on-policy fitting in one pass.
     """
 
     def observe(layer: CompactLayer, query: torch.Tensor, scaling: float) -> None:
-        recorder._observe(layer, query, scaling)
-        compact_layer(layer, method, recorder, tokens)
+        recorder.observe(layer, query, scaling)
+        compact_layer(layer, method, recorder)
 
     for _, layer in cache.compact_layers():
         layer.observer = observe

@@ -57,7 +57,10 @@ class Problem:
     def block(self, head: int, indices: torch.Tensor) -> Block:
         """The original entries `indices` of one head."""
         return Block(
-            self.keys[head, indices], self.values[head, indices], self.positions[head, indices], self.bias[head, indices]
+            self.keys[head, indices],
+            self.values[head, indices],
+            self.positions[head, indices],
+            self.bias[head, indices],
         )
 
 

@@ -14,7 +14,9 @@ def _around_document(tokenizer: PreTrainedTokenizerBase, question: str) -> tuple
         return tokenizer.bos_token or "", f"\n\n{question}\n\n"
     content = f"{_DOCUMENT}\n\n{question}"
     rendered = str(
-        tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
     )
     before, _, after = rendered.partition(_DOCUMENT)
     return before, after

@@ -47,7 +47,7 @@ class QueryRecorder:
         layers = [layer for _, layer in cache.compact_layers()]
         before = [layer.observer for layer in layers]
         for layer in layers:
-            layer.observer = self._observe
+            layer.observer = self.observe
         try:
             yield
         finally:
@@ -65,7 +65,8 @@ class QueryRecorder:
         self._positions.append(first_position + picked)
         self._visible.append(visible[:, picked].bool().cpu())
 
-    def _observe(self, layer: CompactLayer, query: torch.Tensor, scaling: float) -> None:
+    def observe(self, layer: CompactLayer, query: torch.Tensor, scaling: float) -> None:
+        """Keep the announced tokens' queries; the observer of a `CompactLayer`."""
         assert self._pick is not None, "expect() comes before the forward pass"
         self.queries.setdefault(layer, []).append(query[:, :, self._pick.to(query.device)].detach())
         self.scaling[layer] = scaling
@@ -89,7 +90,12 @@ def forward(model: PreTrainedModel, ids: torch.Tensor, visible: torch.Tensor, ca
     positions = (visible.long().cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     mask = None if bool(visible.all()) else visible.long()
     output = model(
-        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
     )
     return output.logits[:, -1]
 

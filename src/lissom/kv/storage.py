@@ -95,6 +95,11 @@ class RaggedStore:
         self.lengths -= tokens
         self.spare += tokens
 
+    def trim(self) -> None:
+        """Give back the spare capacity."""
+        if self.spare:
+            self._lay_out(self.blocks(), 0)
+
     def select_rows(self, rows: torch.Tensor) -> None:
         """Keep, repeat or reorder rows: row `i` becomes what was row `rows[i]`."""
         wanted = rows.tolist()

@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from lissom.errors import UserError
 from lissom.kv.cache import CompactLayer, compacting
-from lissom.kv.compact import _token_limit, compact_layer
+from lissom.kv.compact import compact_layer, token_limit
 from lissom.kv.compactor import Compactor
 from lissom.kv.harvest import QueryRecorder
 from lissom.models.attention import installed
@@ -36,13 +36,14 @@ def compacted_after_prefill(model: PreTrainedModel, method: Compactor) -> Iterat
         cache.layers = [compacting(layer) for layer in cache.layers]
         cache.layer_class_to_replicate = CompactLayer if not cache.layers else None
         mask = kwargs.get("attention_mask")
-        flat = isinstance(mask, torch.Tensor) and mask.ndim == 2
-        visible = mask[:, -ids.shape[1] :].bool() if flat else torch.ones_like(ids, dtype=torch.bool)
-        recorder = QueryRecorder(_token_limit(model, method), method.seed)
+        visible = torch.ones_like(ids, dtype=torch.bool)
+        if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+            visible = mask[:, -ids.shape[1] :].bool()
+        recorder = QueryRecorder(token_limit(model, method), method.seed)
         recorder.expect(0, visible)
         for layer in cache.layers:
             if isinstance(layer, CompactLayer):
-                layer.observer = recorder._observe
+                layer.observer = recorder.observe
         pending.update(cache=cache, visible=visible, recorder=recorder)
 
     def after(module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -53,7 +54,7 @@ def compacted_after_prefill(model: PreTrainedModel, method: Compactor) -> Iterat
             if isinstance(layer, CompactLayer):
                 layer.observer = None
                 layer.seal(visible)
-                compact_layer(layer, method, pending["recorder"], visible.shape[1])
+                compact_layer(layer, method, pending["recorder"])
         pending.clear()
 
     with installed(model):

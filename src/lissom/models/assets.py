@@ -81,7 +81,9 @@ def path(name: str, say: Callable[[str], None] = lambda text: None) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(target.parent / f".{asset.name}.lock")
     except OSError as error:
-        raise UserError(f"Cannot write to {target.parent}: {error.strerror}. Set LISSOM_CACHE to another folder.") from error
+        raise UserError(
+            f"Cannot write to {target.parent}: {error.strerror}. Set LISSOM_CACHE to another folder."
+        ) from error
     with lock:
         if not is_whole(target):  # another process may have made it while this one waited
             with atomic_path(target) as temporary:

@@ -47,7 +47,7 @@ class AttentionHandle(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") == "__get__":  # dtype, device, requires_grad: harmless
+        if getattr(getattr(func, "__self__", None), "__name__", "") in ("dtype", "device", "requires_grad"):
             return super().__torch_function__(func, types, args, kwargs or {})
         raise UserError(
             "A compacted cache was given to an attention function that cannot read it. Use the cache with the model "

@@ -196,9 +196,7 @@ def _progressive(size: int) -> tuple[int, int]:
     return (2, 2) if size < 1500 else (4, 2)
 
 
-def _refit(
-    gram: torch.Tensor, aim: torch.Tensor, chosen: torch.Tensor, lower: float, upper: float
-) -> torch.Tensor:
+def _refit(gram: torch.Tensor, aim: torch.Tensor, chosen: torch.Tensor, lower: float, upper: float) -> torch.Tensor:
     size = chosen.shape[1]
     if size == 0:
         return gram.new_empty(gram.shape[0], 0)

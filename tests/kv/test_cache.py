@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import ARCHITECTURES, random_ids, tiny_model
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
+
+import lissom
+from lissom.errors import UserError
+from lissom.kv import file
+from lissom.kv.eviction import SCORES
+from lissom.models.attention import uninstall
+
+DOCUMENT, QUESTION = random_ids(100), random_ids(7, seed=1)
+BOTH = torch.cat([DOCUMENT, QUESTION], 1)
+
+
+def whole(model, ids=DOCUMENT, **options):
+    return lissom.compact(model, ids, ratio=1.0, queries="context", **options)
+
+
+def greedy(model, ids, cache=None, **options):
+    return model.generate(ids, past_key_values=cache, max_new_tokens=10, do_sample=False, **options)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+class TestRatioOneIsTheFullCache:
+    def test_logits(self, architecture, attention):
+        model = tiny_model(architecture, attention)
+        with torch.no_grad():
+            wanted = model(BOTH).logits[:, -7:]
+            cache = whole(model)
+            at_once = model(QUESTION, past_key_values=cache.copy()).logits
+            one_by_one = [model(QUESTION[:, i : i + 1], past_key_values=cache).logits for i in range(7)]
+        torch.testing.assert_close(at_once, wanted, atol=1e-4, rtol=0)
+        torch.testing.assert_close(torch.cat(one_by_one, 1), wanted, atol=1e-4, rtol=0)
+
+    @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}])
+    def test_generate(self, architecture, attention, options):
+        model = tiny_model(architecture, attention)
+        wanted = greedy(model, BOTH, **options)
+        assert torch.equal(greedy(model, BOTH, whole(model), **options), wanted)
+
+    def test_left_padded_batch(self, architecture, attention):
+        model = tiny_model(architecture, attention)
+        ids = random_ids(80, rows=2, seed=2)
+        mask = (torch.arange(80) >= torch.tensor([[30], [0]])).long()
+        ids = ids * mask
+        cache = whole(model, {"input_ids": ids, "attention_mask": mask})
+        question_mask = torch.ones(2, 7, dtype=torch.long)
+        question_mask[1, :3] = 0
+        question = QUESTION.repeat(2, 1) * question_mask
+        both, both_mask = torch.cat([ids, question], 1), torch.cat([mask, question_mask], 1)
+        wanted = greedy(model, both, attention_mask=both_mask)
+        assert torch.equal(greedy(model, both, cache, attention_mask=both_mask), wanted)
+
+
+METHODS = [
+    *(lissom.Eviction(ratio=0.3, score=score) for score in SCORES),
+    *(
+        lissom.AttentionMatching(ratio=0.3, **options)
+        for options in (
+            {},
+            {"queries": "context"},
+            {"select": "omp"},
+            {"select": "omp-fast"},
+            {"select": "omp-progressive"},
+            {"select": "random"},
+            {"on_policy": True},
+            {"exact": True},
+            {"bias": False, "fit_values": False},
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: str(m.settings())[:60])
+def test_every_method_keeps_its_budget_and_stays_finite(architecture, method):
+    model = tiny_model(architecture)
+    cache = lissom.compact(model, DOCUMENT, method)
+    for _, layer in cache.compact_layers():
+        assert layer.store.lengths.tolist() == [30] * len(layer.store.lengths)
+        assert layer.get_seq_length() == 100
+    with torch.no_grad():
+        assert model(QUESTION, past_key_values=cache).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_matching_beats_random_and_no_fit(architecture):
+    model = tiny_model(architecture)
+    with torch.no_grad():
+        wanted = model(BOTH).logits[:, -7:]
+
+        def error(**options):
+            cache = lissom.compact(model, DOCUMENT, lissom.AttentionMatching(ratio=0.3, **options))
+            return float((model(QUESTION, past_key_values=cache).logits - wanted).norm())
+
+        assert error() < error(select="random", bias=False, fit_values=False)
+
+
+def test_on_policy_first_layer_equals_off_policy_and_later_ones_differ():
+    model = tiny_model("llama")
+    off = lissom.compact(model, DOCUMENT, ratio=0.3)
+    on = lissom.compact(model, DOCUMENT, ratio=0.3, on_policy=True)
+    torch.testing.assert_close(on.layers[0].store.values, off.layers[0].store.values)
+    assert not torch.allclose(on.layers[2].store.values, off.layers[2].store.values)
+
+
+def test_stored_bytes_are_near_the_ratio():
+    model = tiny_model("llama")
+    full = whole(model)
+    small = lissom.compact(model, DOCUMENT, ratio=0.1)
+    assert small.stored_entries * 10 == full.stored_entries
+    assert small.stored_bytes / full.stored_bytes == pytest.approx(0.1, rel=0.15)
+    assert sum(layer.nbytes for _, layer in small.compact_layers()) == small.stored_bytes
+
+
+def test_planted_nan_in_padding_is_never_read():
+    model = tiny_model("llama")
+    ids = random_ids(40, rows=2)
+    mask = (torch.arange(40) >= torch.tensor([[15], [0]])).long()
+    cache = lissom.compact(model, {"input_ids": ids, "attention_mask": mask}, ratio=0.5)
+    for _, layer in cache.compact_layers():
+        assert int(layer.store.block(0).positions.min()) >= 15
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_transparent_use_restores_the_model(architecture):
+    model = tiny_model(architecture)
+    wanted = greedy(model, BOTH)
+    with lissom.AttentionMatching(ratio=1.0, queries="context")(model):
+        assert torch.equal(greedy(model, BOTH), wanted)
+    with lissom.AttentionMatching(ratio=0.2, queries="context")(model):
+        cache = DynamicCache(config=model.config)
+        model(BOTH, past_key_values=cache)
+        kept = [layer.store.lengths.tolist() for layer in cache.layers if hasattr(layer, "store")]
+        assert kept and all(length == 21 for lengths in kept for length in lengths)
+    assert model.config._attn_implementation == "sdpa" and not model._forward_hooks and not model._forward_pre_hooks
+    assert torch.equal(greedy(model, BOTH), wanted)
+
+
+def test_an_error_inside_the_block_restores_the_model_too():
+    model = tiny_model("llama")
+    with pytest.raises(RuntimeError), lissom.Eviction()(model):
+        raise RuntimeError
+    assert model.config._attn_implementation == "sdpa" and not model._forward_hooks
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_file_round_trip(architecture, tmp_path):
+    model = tiny_model(architecture)
+    cache = lissom.compact(model, DOCUMENT, ratio=0.3)
+    file.save(cache, tmp_path / "c.safetensors", model, tokens=DOCUMENT, settings={"ratio": 0.3})
+    again, tokens, settings = file.load(tmp_path / "c.safetensors", model)
+    assert torch.equal(tokens, DOCUMENT) and settings == {"ratio": 0.3}
+    assert again.stored_bytes == cache.stored_bytes
+    assert torch.equal(greedy(model, BOTH, again), greedy(model, BOTH, cache))
+    assert [p.name for p in tmp_path.iterdir()] == ["c.safetensors"]
+
+
+def test_bad_files_are_refused(tmp_path):
+    model, other = tiny_model("llama"), tiny_model("qwen3")
+    path = tmp_path / "c.safetensors"
+    with pytest.raises(UserError, match="no cache file"):
+        file.load(path, model)
+    file.save(lissom.compact(model, DOCUMENT, ratio=0.3), path, model)
+    with pytest.raises(UserError, match="another model"):
+        file.load(path, other)
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(UserError, match="no readable cache file"):
+        file.load(path, model)
+
+
+def test_crop_and_reset():
+    model = tiny_model("llama")
+    cache = lissom.compact(model, DOCUMENT, ratio=0.3)
+    with torch.no_grad():
+        wanted = model(QUESTION, past_key_values=cache.copy()).logits
+        model(random_ids(5, seed=9), past_key_values=cache)
+        cache.crop(-5)
+        torch.testing.assert_close(model(QUESTION, past_key_values=cache).logits, wanted)
+    with pytest.raises(UserError, match="can be removed"):
+        cache.crop(-50)
+    cache.reset()
+    assert cache.get_seq_length() == 0 and cache.stored_bytes == 0
+
+
+def test_several_questions_of_one_document_in_one_batch():
+    model = tiny_model("llama")
+    cache = lissom.compact(model, DOCUMENT, ratio=0.3)
+    questions = random_ids(7, rows=3, seed=4)
+    ids = torch.cat([DOCUMENT.repeat(3, 1), questions], 1)
+    together = greedy(model, ids, cache.copy())
+    for row in range(3):
+        assert torch.equal(together[row : row + 1], greedy(model, ids[row : row + 1], cache.copy()))
+
+
+def test_a_cache_without_its_attention_fails_loudly():
+    model = tiny_model("llama")
+    cache = lissom.compact(model, DOCUMENT, ratio=0.3)
+    uninstall(model)
+    with pytest.raises(UserError, match="cannot read it"):
+        model(QUESTION, past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    "ids,options,words",
+    [
+        (DOCUMENT[:, :0], {}, "empty"),
+        (random_ids(600), {}, "at most 512"),
+        (DOCUMENT, {"ratio": 0.0}, "not in"),
+        (DOCUMENT, {"ratio": 1.5}, "not in"),
+        (DOCUMENT, {"ratio": float("nan")}, "not in"),
+        (DOCUMENT, {"select": "best"}, "expected one of"),
+        (DOCUMENT, {"queries": "self-study"}, "tokenizer"),
+    ],
+)
+def test_bad_input_is_one_sentence(ids, options, words):
+    with pytest.raises(UserError, match=words):
+        lissom.compact(tiny_model("llama"), ids, **options)
+
+
+def test_unsupported_attention_is_refused():
+    model = AutoModelForCausalLM.from_config(
+        LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=16),
+        attn_implementation="flex_attention",
+    )
+    with pytest.raises(UserError, match="flex_attention"):
+        lissom.compact(model, torch.ones(1, 4, dtype=torch.long))

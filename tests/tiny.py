@@ -1,0 +1,55 @@
+"""Tiny decoders of several architectures, with random weights large enough that attention is far from uniform."""
+
+from __future__ import annotations
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedModel,
+    Qwen3Config,
+)
+
+VOCAB = 128
+_SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "head_dim": 16,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.3,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+_CONFIGS = {
+    "llama": lambda: LlamaConfig(**_SHAPE, num_hidden_layers=3, num_key_value_heads=2),
+    "qwen3": lambda: Qwen3Config(**_SHAPE, num_hidden_layers=3, num_key_value_heads=2),
+    "gemma3": lambda: Gemma3TextConfig(
+        **_SHAPE,
+        num_hidden_layers=4,
+        num_key_value_heads=1,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    ),
+    "gpt2": lambda: GPT2Config(
+        n_embd=64, n_layer=3, n_head=4, vocab_size=VOCAB, n_positions=512, initializer_range=0.3,
+        bos_token_id=None, eos_token_id=None, pad_token_id=0,
+    ),
+}  # fmt: skip
+ARCHITECTURES = tuple(_CONFIGS)
+
+
+def tiny_model(architecture: str, attn_implementation: str = "sdpa") -> PreTrainedModel:
+    """A seeded model of one of `ARCHITECTURES`, fp32, on the CPU."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(_CONFIGS[architecture](), attn_implementation=attn_implementation).eval()
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def random_ids(tokens: int, rows: int = 1, seed: int = 0) -> torch.Tensor:
+    return torch.randint(1, VOCAB, (rows, tokens), generator=torch.Generator().manual_seed(seed))
