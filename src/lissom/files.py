@@ -32,6 +32,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     temporary = scratch / target.name
     try:
         yield temporary
+        if temporary.is_file():
+            temporary.chmod(0o666 & ~_umask())  # some writers make private files
         _sync(temporary)
         if temporary.is_dir() and target.is_dir():
             target.rename(scratch / "replaced")
@@ -41,6 +43,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         raise UserError(f"Cannot write {target}: {error.strerror or error}.") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _sync(path: Path) -> None:

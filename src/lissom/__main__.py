@@ -1,0 +1,3 @@
+from lissom.cli import main
+
+main()

@@ -1,0 +1,104 @@
+"""The command line on the real embedded model, as a user calls it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+LICENCE = Path(__file__).parents[2] / "LICENSE"
+
+
+def lissom(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "lissom", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+
+
+@pytest.fixture(scope="module")
+def document(tmp_path_factory):
+    path = tmp_path_factory.mktemp("document") / "document.txt"
+    path.write_text(LICENCE.read_text()[:3000])
+    return path
+
+
+@pytest.fixture(scope="module")
+def cache_file(document, smollm2):
+    path = document.parent / "cache.safetensors"
+    result = lissom("compact", "--document", document, "-o", path, "--ratio", "0.2", "--queries", "context")
+    assert result.returncode == 0, result.stderr
+    assert "20.0%" in result.stdout
+    return path
+
+
+def test_help_is_light():
+    code = "import sys, lissom.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    assert "compact" in lissom("--help").stdout
+
+
+def test_generate_from_a_cache_file(cache_file):
+    result = lissom("generate", "smollm2-135m", "--cache", cache_file, "What is this text?", "--max-new-tokens", 12)
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.split()) > 3
+
+
+def test_generate_without_a_cache(smollm2):
+    result = lissom("generate", "smollm2-135m", "What is the capital of France?", "--max-new-tokens", 10)
+    assert result.returncode == 0 and "Paris" in result.stdout
+
+
+def test_doctor_writes_json():
+    result = lissom("doctor", "--json", "-")
+    assert result.returncode == 0
+    assert '"ragged_attention"' in result.stdout
+
+
+def test_kernels_off_says_so():
+    result = lissom("doctor", "--json", "-", LISSOM_ISA="off")
+    assert "switched off" in result.stdout
+
+
+def test_real_model_ratio_one_equals_the_full_cache(smollm2, document):
+    from lissom import compact
+    from lissom.kv.document import document_ids, question_ids
+
+    model, tokenizer = smollm2
+    ids = document_ids(tokenizer, document.read_text())
+    question = question_ids(tokenizer, "What is this text about?")
+    cache = compact(model, ids, ratio=1.0, queries="context")
+    with torch.no_grad():
+        wanted = model(torch.cat([ids, question], 1)).logits[:, -question.shape[1] :]
+        got = model(question, past_key_values=cache).logits
+    torch.testing.assert_close(got, wanted, atol=1e-3, rtol=0)
+    small = compact(model, ids, ratio=0.1, tokenizer=tokenizer)
+    full_bytes = 2 * 4 * 64 * 90 * ids.shape[1]
+    assert small.stored_bytes / full_bytes == pytest.approx(0.1, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    "arguments,words",
+    [
+        (["compact", "smollm", "-d", LICENCE, "-o", "x"], "Did you mean 'smollm2-135m'"),
+        (["compact", "-d", "missing.txt", "-o", "x"], "missing.txt"),
+        (["compact", "-d", LICENCE, "-o", "x", "--ratio", "1.5"], "not in (0, 1]"),
+        (["compact", "-d", LICENCE, "-o", "x", "--select", "best"], "expected one of"),
+        (["compact", "-d", LICENCE, "-o", "/proc/x/y"], "Cannot write"),
+        (["generate", "smollm2-135m", ""], "prompt is empty"),
+        (["generate", "smollm2-135m", "--cache", LICENCE, "a"], "no readable cache file"),
+        (["assets", "fetch", "gpt-5"], "no asset 'gpt-5'"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_2(arguments, words, smollm2):
+    result = lissom(*arguments)
+    assert result.returncode == 2
+    assert words in result.stderr and "Traceback" not in result.stderr
+
+
+def test_empty_document(tmp_path):
+    (tmp_path / "empty.txt").write_text(" \n")
+    result = lissom("compact", "-d", tmp_path / "empty.txt", "-o", tmp_path / "x")
+    assert result.returncode == 2 and "is empty" in result.stderr
