@@ -11,7 +11,7 @@ import typer
 from lissom import __version__
 from lissom.errors import UserError
 
-COMMANDS = ("doctor", "assets", "compact", "generate")
+COMMANDS = ("doctor", "assets", "compact", "generate", "check")
 
 app = typer.Typer(
     help="Make open language models small, fast and adaptable.",

@@ -1,0 +1,1 @@
+"""One check per method: its claim, measured on this machine."""

@@ -1,0 +1,170 @@
+"""Many questions, one document: how near a compacted cache comes to the full one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lissom.evals.texts import Question
+from lissom.kv.cache import CompactCache
+from lissom.kv.document import question_ids
+from lissom.kv.storage import RaggedStore
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One layer during the full cache's answer: `query` `[1, query heads, tokens, head_dim]`, the new tokens' `keys`
+    and `values` `[1, KV heads, tokens, head_dim]`, and the attention `output` and `log_mass` over everything."""
+
+    query: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    scaling: float
+    output: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    log_mass: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The full cache's answer to one question.
+
+    Attributes:
+        question: the question.
+        ids: `[1, question + answer]`.
+        start: tokens of the question.
+        log_probs: `[answer, vocab]`.
+        probes: one per ragged layer.
+        answer: decoded.
+    """
+
+    question: Question
+    ids: torch.Tensor
+    start: int
+    log_probs: torch.Tensor
+    probes: list[Probe]
+    answer: str
+
+
+@dataclass(frozen=True)
+class Score:
+    """One question: means over the answer's tokens. `recalled` is None for open questions."""
+
+    kl: float
+    nll: float
+    top1: float
+    output_error: float
+    mass_error: float
+    recalled: bool | None
+
+
+@torch.no_grad()
+def teach(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    document: torch.Tensor,
+    full: CompactCache,
+    questions: Sequence[Question],
+    max_new_tokens: int = 32,
+) -> list[Teacher]:
+    """Greedy answers of the full cache. `document` `[1, tokens]` are the ids that `full` has read."""
+    teachers = []
+    for question in questions:
+        asked = question_ids(tokenizer, question.text).to(document.device)
+        ids = _answer(model, document, asked, full, max_new_tokens)
+        logits, probes = _probe(model, ids, full)
+        start = asked.shape[1]
+        log_probs = logits[0, start - 1 : -1].float().log_softmax(-1)
+        text = tokenizer.decode(ids[0, start:], skip_special_tokens=True)
+        teachers.append(Teacher(question, ids, start, log_probs, probes, text))
+    return teachers
+
+
+@torch.no_grad()
+def score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    document: torch.Tensor,
+    cache: CompactCache,
+    teacher: Teacher,
+) -> Score:
+    """Teacher-forced distance to the full cache, and whether `cache`'s own greedy answer holds the planted string."""
+    logits = model(teacher.ids, past_key_values=cache.copy()).logits
+    own = logits[0, teacher.start - 1 : -1].float().log_softmax(-1)
+    wanted = teacher.log_probs
+    answer = teacher.ids[0, teacher.start :]
+    output_error, mass_error = attention_errors(cache, teacher.probes)
+    recalled = None
+    if teacher.question.answer is not None:
+        ids = _answer(model, document, teacher.ids[:, : teacher.start], cache, 24)
+        text = tokenizer.decode(ids[0, teacher.start :], skip_special_tokens=True)
+        recalled = teacher.question.answer.lower() in text.lower()
+    return Score(
+        kl=float((wanted.exp() * (wanted - own)).sum(-1).mean()),
+        nll=float(-own.gather(1, answer[:, None]).mean()),
+        top1=float((wanted.argmax(-1) == own.argmax(-1)).float().mean()),
+        output_error=output_error,
+        mass_error=mass_error,
+        recalled=recalled,
+    )
+
+
+def _answer(
+    model: PreTrainedModel, document: torch.Tensor, asked: torch.Tensor, cache: CompactCache, new_tokens: int
+) -> torch.Tensor:
+    ids = torch.cat([document, asked], 1)
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=cache.copy(),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+    )
+    return output[:, document.shape[1] :]
+
+
+def attention_errors(cache: CompactCache, probes: Sequence[Probe]) -> tuple[float, float]:
+    """Mean over layers of the relative error of the attention output and of |Δ log mass|.
+
+    Every layer is asked the queries of the full cache's own run, followed by that run's new keys and values, so the
+    errors are those of the compaction, layer by layer, without the drift of the layers below.
+    """
+    errors, masses = [], []
+    for (_, layer), probe in zip(cache.compact_layers(), probes, strict=True):
+        assert layer.store is not None
+        output, log_mass = _attend(layer.store, probe)
+        errors.append(float((output - probe.output).norm() / probe.output.norm()))
+        masses.append(float((log_mass - probe.log_mass).abs().mean()))
+    return sum(errors) / len(errors), sum(masses) / len(masses)
+
+
+def _attend(store: RaggedStore, probe: Probe) -> tuple[torch.Tensor, torch.Tensor]:
+    keys, values, bias = store.padded()
+    keys, values = torch.cat([keys, probe.keys], 2).float(), torch.cat([values, probe.values], 2).float()
+    groups, queries, length = probe.query.shape[1] // keys.shape[1], probe.query.shape[2], keys.shape[2]
+    logits = probe.query.float() @ keys.repeat_interleave(groups, 1).mT * probe.scaling
+    if bias is not None:
+        logits[..., : bias.shape[-1]] += bias.repeat_interleave(groups, 1)[:, :, None]
+    later = torch.ones(queries, length, dtype=torch.bool, device=keys.device).triu(length - queries + 1)
+    logits = logits.masked_fill(later, -torch.inf)
+    return torch.softmax(logits, -1) @ values.repeat_interleave(groups, 1), logits.logsumexp(-1)
+
+
+def _probe(model: PreTrainedModel, ids: torch.Tensor, full: CompactCache) -> tuple[torch.Tensor, list[Probe]]:
+    """Logits of `ids` behind the full cache, and each ragged layer's queries, new entries and attention."""
+    cache, queries = full.copy(), []
+    for _, layer in cache.compact_layers():
+        layer.observer = lambda layer, query, scaling: queries.append((query, scaling))
+    logits = model(ids, past_key_values=cache).logits
+    probes = []
+    layers = zip(cache.compact_layers(), full.compact_layers(), queries, strict=True)
+    for (_, after), (_, before), (query, scaling) in layers:
+        assert after.store is not None and before.store is not None
+        keys, values, _ = after.store.padded()
+        new = ids.shape[1]
+        probe = Probe(query, keys[:, :, -new:], values[:, :, -new:], scaling)
+        output, log_mass = _attend(before.store, probe)
+        probes.append(replace(probe, output=output, log_mass=log_mass))
+    return logits, probes

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import math
+
+from lissom import AttentionMatching, Eviction, compact
+from lissom.evals.checks import attention_matching as study
+from lissom.evals.fidelity import score, teach
+from lissom.evals.texts import planted_documents
+from lissom.kv.document import document_ids
+
+
+def test_documents_hold_their_facts_and_differ(smollm2):
+    documents = planted_documents(smollm2[1], 3, 500)
+    assert len({d.text for d in documents}) == 3
+    for document in documents:
+        assert all(q.answer in document.text for q in document.questions if q.answer)
+        assert 450 < document_ids(smollm2[1], document.text).shape[1] < 700
+    assert planted_documents(smollm2[1], 3, 500) == documents
+
+
+def test_the_full_cache_scores_perfectly_and_a_random_one_does_not(smollm2):
+    model, tokenizer = smollm2
+    document = planted_documents(tokenizer, 1, 200)[0]
+    ids = document_ids(tokenizer, document.text)
+    full = compact(model, ids, ratio=1.0, queries="context")
+    (teacher,) = teach(model, tokenizer, ids, full, document.questions[:1], max_new_tokens=6)
+    perfect = score(model, tokenizer, ids, full, teacher)
+    assert perfect.kl < 1e-5 and perfect.output_error < 1e-5 and perfect.mass_error < 1e-5 and perfect.top1 == 1
+    assert math.isclose(perfect.nll, float(-teacher.log_probs.max(-1).values.mean()), abs_tol=1e-3)
+    poor = score(model, tokenizer, ids, compact(model, ids, Eviction(ratio=0.05, score="random")), teacher)
+    assert poor.kl > 0.05 and poor.output_error > 0.1 and poor.mass_error > 0.1
+
+
+def test_a_stopped_check_goes_on_where_it_was(smollm2, tmp_path, monkeypatch):
+    size = study.Size(1, 200, (0.2,), False, False)
+    methods = {study.OURS: AttentionMatching(ratio=0.2), "h2o": Eviction(ratio=0.2, score="h2o")}
+    monkeypatch.setattr(study, "arms", lambda ratio, size: methods)
+    journal = tmp_path / "journal.jsonl"
+    first = study.measure(*smollm2, size, journal)
+    journal.write_text(journal.read_text()[:-50])  # killed in the middle of the second record
+    again = study.measure(*smollm2, size, journal)
+    assert again[0] == first[0]
+    assert again[1]["scores"] == first[1]["scores"]
+    assert study.measure(*smollm2, size, journal) == again
