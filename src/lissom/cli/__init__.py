@@ -11,7 +11,7 @@ import typer
 from lissom import __version__
 from lissom.errors import UserError
 
-COMMANDS = ("doctor", "assets", "compact", "generate", "check")
+COMMANDS = ("optimize", "apply", "compare", "generate", "compact", "check", "assets", "doctor")
 
 app = typer.Typer(
     help="Make open language models small, fast and adaptable.",
@@ -40,6 +40,7 @@ for _name in COMMANDS:
 
 def main() -> None:
     """Entry point: a user's mistake is one sentence and exit code 2, never a traceback (LISSOM_DEBUG=1 shows it)."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' own bars would break ours
     try:
         app(standalone_mode=True)
     except (KeyboardInterrupt, UserError, OSError) as error:

@@ -26,18 +26,12 @@ def compact(
     from rich.progress import Progress
 
     import lissom.models
-    from lissom.errors import UserError
     from lissom.kv import AttentionMatching, file
     from lissom.kv import compact as make_compact
     from lissom.kv.document import document_ids
 
     method = AttentionMatching(ratio=ratio, select=select, queries=queries, seed=seed)  # type: ignore[arg-type]
-    try:
-        text = document.read_text()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{document} is no text file in UTF-8.") from error
-    if not text.strip():
-        raise UserError(f"{document} is empty: there is nothing to compact.")
+    text = read_text(document)
     console = Console(stderr=True)
     with console.status(f"loading {model}"):
         network, tokenizer = lissom.models.load(model, dtype)
@@ -58,3 +52,20 @@ def compact(
         f"({cache.stored_entries / entries:.1%} of the entries kept). Ask with:\n"
         f'  lissom generate {model} --cache {output} "your question"'
     )
+
+
+def read_text(path: Path) -> str:
+    """A document from a text file.
+
+    Raises:
+        UserError: it is empty or no text.
+    """
+    from lissom.errors import UserError
+
+    try:
+        text = path.read_text()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no text file in UTF-8.") from error
+    if not text.strip():
+        raise UserError(f"{path} is empty: there is nothing to read.")
+    return text

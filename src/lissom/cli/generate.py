@@ -1,10 +1,14 @@
-"""`lissom generate`: answer a question, from a compacted document where one is given."""
+"""`lissom generate`: answer a question, by a recipe or from a compacted document where one is given."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
+
+if TYPE_CHECKING:
+    from lissom.recipes import Recipe
 
 
 def register(app: typer.Typer) -> None:
@@ -15,9 +19,11 @@ def generate(
     model: str = typer.Argument("smollm2-135m", help="Asset, model folder, .gguf file or Hub id."),
     prompt: str = typer.Argument(..., help="The question."),
     cache: Path = typer.Option(None, "--cache", help="Cache file of `lissom compact` for this model."),
+    recipe: Path = typer.Option(None, "--recipe", help="Recipe file: dtype, threads and methods to run with."),
+    document: Path = typer.Option(None, "--document", "-d", help="Text file that the question is about."),
     max_new_tokens: int = typer.Option(128, min=1, help="Tokens to generate at most."),
     temperature: float = typer.Option(0.0, min=0.0, help="0 is greedy."),
-    dtype: str = typer.Option("float32", help="float32, bfloat16 or float16."),
+    dtype: str = typer.Option(None, help="float32, bfloat16, float16 or auto. [default: the recipe's, or auto]"),
     seed: int = typer.Option(0, help="Seed, where temperature is above 0."),
 ) -> None:
     """Generate an answer and print it as it comes."""
@@ -25,29 +31,46 @@ def generate(
     from rich.console import Console
     from transformers import TextStreamer
 
-    import lissom.models
+    from lissom.cli.compact import read_text
     from lissom.errors import UserError
     from lissom.kv import file
-    from lissom.kv.document import question_ids
+    from lissom.kv.document import document_ids, question_ids
 
     if not prompt.strip():
         raise UserError("The prompt is empty.")
+    if cache is not None and document is not None:
+        raise UserError("Give either --cache or --document: a cache file holds its document already.")
+    text = None if document is None else read_text(document)
+    chosen = _recipe(model, recipe, dtype)
     with Console(stderr=True).status(f"loading {model}"):
-        network, tokenizer = lissom.models.load(model, dtype)
+        network, tokenizer = chosen.load_model()
     stored, tokens = None, torch.empty(1, 0, dtype=torch.int64)
     if cache is not None:
         stored, kept, _ = file.load(cache, network)
         if kept is None:
             raise UserError(f"{cache} does not hold the document's tokens; write it with `lissom compact`.")
         tokens = kept
-    ids = torch.cat([tokens, question_ids(tokenizer, prompt, follows_document=cache is not None)], 1)
+    if text is not None:
+        tokens = document_ids(tokenizer, text)
+    ids = torch.cat([tokens, question_ids(tokenizer, prompt, follows_document=tokens.numel() > 0)], 1)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    network.generate(
-        ids.to(network.device),
-        attention_mask=torch.ones_like(ids),
-        past_key_values=stored,
-        max_new_tokens=max_new_tokens,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-        **sampling,
-    )
+    with chosen.running(network):
+        network.generate(
+            ids.to(network.device),
+            attention_mask=torch.ones_like(ids),
+            past_key_values=stored,
+            max_new_tokens=max_new_tokens,
+            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            **sampling,
+        )
+
+
+def _recipe(model: str, file: Path | None, dtype: str | None) -> Recipe:
+    """The recipe of --recipe, or of a folder that `lissom apply` wrote, or none; for `model`, in `dtype` if given."""
+    from lissom.recipes import Recipe
+    from lissom.recipes.recipe import FILE_NAME
+
+    beside = Path(model) / FILE_NAME
+    found = Recipe.load(file) if file else Recipe.load(beside) if beside.is_file() else Recipe()
+    return found.model_copy(update={"model": model} | ({"dtype": dtype} if dtype else {}))

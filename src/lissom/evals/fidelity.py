@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from lissom.evals.texts import Question
 from lissom.kv.cache import CompactCache
@@ -36,7 +37,7 @@ class Teacher:
         ids: `[1, question + answer]`.
         start: tokens of the question.
         log_probs: `[answer, vocab]`.
-        probes: one per ragged layer.
+        probes: one per ragged layer; none where the full cache is a plain one of transformers.
         answer: decoded.
     """
 
@@ -50,13 +51,14 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Score:
-    """One question: means over the answer's tokens. `recalled` is None for open questions."""
+    """One question: means over the answer's tokens. `recalled` is None for open questions, the attention errors are
+    None without probes."""
 
     kl: float
     nll: float
     top1: float
-    output_error: float
-    mass_error: float
+    output_error: float | None
+    mass_error: float | None
     recalled: bool | None
 
 
@@ -65,7 +67,7 @@ def teach(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     document: torch.Tensor,
-    full: CompactCache,
+    full: Cache,
     questions: Sequence[Question],
     max_new_tokens: int = 32,
 ) -> list[Teacher]:
@@ -73,7 +75,7 @@ def teach(
     teachers = []
     for question in questions:
         asked = question_ids(tokenizer, question.text).to(document.device)
-        ids = _answer(model, document, asked, full, max_new_tokens)
+        ids = answer_ids(model, document, asked, full, max_new_tokens)
         logits, probes = _probe(model, ids, full)
         start = asked.shape[1]
         log_probs = logits[0, start - 1 : -1].float().log_softmax(-1)
@@ -87,18 +89,20 @@ def score(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     document: torch.Tensor,
-    cache: CompactCache,
+    cache: Cache,
     teacher: Teacher,
 ) -> Score:
     """Teacher-forced distance to the full cache, and whether `cache`'s own greedy answer holds the planted string."""
-    logits = model(teacher.ids, past_key_values=cache.copy()).logits
+    logits = model(teacher.ids, past_key_values=copy.deepcopy(cache)).logits
     own = logits[0, teacher.start - 1 : -1].float().log_softmax(-1)
     wanted = teacher.log_probs
     answer = teacher.ids[0, teacher.start :]
-    output_error, mass_error = attention_errors(cache, teacher.probes)
+    output_error = mass_error = None
+    if teacher.probes and isinstance(cache, CompactCache):
+        output_error, mass_error = attention_errors(cache, teacher.probes)
     recalled = None
     if teacher.question.answer is not None:
-        ids = _answer(model, document, teacher.ids[:, : teacher.start], cache, 24)
+        ids = answer_ids(model, document, teacher.ids[:, : teacher.start], cache, 24)
         text = tokenizer.decode(ids[0, teacher.start :], skip_special_tokens=True)
         recalled = teacher.question.answer.lower() in text.lower()
     return Score(
@@ -111,14 +115,15 @@ def score(
     )
 
 
-def _answer(
-    model: PreTrainedModel, document: torch.Tensor, asked: torch.Tensor, cache: CompactCache, new_tokens: int
+def answer_ids(
+    model: PreTrainedModel, document: torch.Tensor, asked: torch.Tensor, cache: Cache, new_tokens: int
 ) -> torch.Tensor:
+    """`[1, question + answer]`: `asked` and the greedy answer to it behind a copy of `cache`, which read `document`."""
     ids = torch.cat([document, asked], 1)
     output = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache.copy(),
+        past_key_values=copy.deepcopy(cache),
         max_new_tokens=new_tokens,
         do_sample=False,
     )
@@ -152,13 +157,15 @@ def _attend(store: RaggedStore, probe: Probe) -> tuple[torch.Tensor, torch.Tenso
     return torch.softmax(logits, -1) @ values.repeat_interleave(groups, 1), logits.logsumexp(-1)
 
 
-def _probe(model: PreTrainedModel, ids: torch.Tensor, full: CompactCache) -> tuple[torch.Tensor, list[Probe]]:
+def _probe(model: PreTrainedModel, ids: torch.Tensor, full: Cache) -> tuple[torch.Tensor, list[Probe]]:
     """Logits of `ids` behind the full cache, and each ragged layer's queries, new entries and attention."""
-    cache, queries = full.copy(), []
+    cache, queries = copy.deepcopy(full), []
+    probes: list[Probe] = []
+    if not (isinstance(full, CompactCache) and isinstance(cache, CompactCache)):
+        return model(ids, past_key_values=cache).logits, probes
     for _, layer in cache.compact_layers():
         layer.observer = lambda layer, query, scaling: queries.append((query, scaling))
     logits = model(ids, past_key_values=cache).logits
-    probes = []
     layers = zip(cache.compact_layers(), full.compact_layers(), queries, strict=True)
     for (_, after), (_, before), (query, scaling) in layers:
         assert after.store is not None and before.store is not None

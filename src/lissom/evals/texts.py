@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 _NAMES = ("Maren Holt", "Tobias Reyes", "Ada Lindqvist", "Samir Okafor", "Judith Vance", "Pavel Horak", "Ines Duarte")
 _CITIES = ("Lisbon", "Tampere", "Cusco", "Galway", "Bergen", "Nairobi", "Kyoto", "Tartu")
 _ITEMS = ("a brass compass", "a red bicycle", "a violin", "a glass lantern", "a stone chess set", "a wool coat")
+_FOLLOWING = 160  # tokens
 _GENERAL = (
     "What is the text mainly about?",
     "What rule does the text explain? Describe it.",
@@ -29,11 +30,12 @@ class Question:
 
 @dataclass(frozen=True)
 class Document:
-    """A text and its held-out questions."""
+    """A text, its held-out questions, and how the text went on where it was cut."""
 
     name: str
     text: str
     questions: tuple[Question, ...]
+    following: str
 
 
 def passages() -> list[tuple[str, str]]:
@@ -63,19 +65,20 @@ def planted_documents(tokenizer: PreTrainedTokenizerBase, count: int, tokens: in
     documents: list[Document] = []
     while len(documents) < count:
         names, body = [], ""
-        while _length(tokenizer, body) < tokens:
+        while _length(tokenizer, body) < tokens + _FOLLOWING:
             if not texts:
                 raise ValueError(f"There is text for {len(documents)} documents of {tokens} tokens, not for {count}.")
             name, text = texts.pop()
             names.append(name)
             body += text.strip() + "\n\n"
-        ids = tokenizer(body, add_special_tokens=False)["input_ids"][:tokens]
-        paragraphs = tokenizer.decode(ids).split("\n\n")
+        ids = tokenizer(body, add_special_tokens=False)["input_ids"]
+        paragraphs = tokenizer.decode(ids[:tokens]).split("\n\n")
+        following = tokenizer.decode(ids[tokens : tokens + _FOLLOWING])
         facts, questions = _facts(draw)
         for number, fact in enumerate(facts):
             paragraphs.insert(round((number + 0.5) / len(facts) * len(paragraphs)), fact)
         questions += [Question(text) for text in _GENERAL]
-        documents.append(Document("+".join(names), "\n\n".join(paragraphs), tuple(questions)))
+        documents.append(Document("+".join(names), "\n\n".join(paragraphs), tuple(questions), following))
     return documents
 
 

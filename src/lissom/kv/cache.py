@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from lissom.errors import UserError
@@ -254,3 +254,14 @@ def replace_blocks(layer: CompactLayer, blocks: Sequence[Block], tail: int) -> N
     assert layer.store is not None
     layer.store = RaggedStore(blocks, layer.store.rows)
     layer.tail = tail
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes that the entries of any cache take, counted from storage: keys, values, and positions and biases if any."""
+    total = 0
+    for layer in cache.layers:
+        if isinstance(layer, CompactLayer):
+            total += layer.stored_bytes
+        elif layer.is_initialized:
+            total += sum(tensor.nbytes for tensor in (layer.keys, layer.values) if tensor is not None)
+    return total

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from lissom.errors import UserError
 from lissom.kv.compactor import Compactor, Problem, Queries, top_entries
 from lissom.kv.storage import Block
+from lissom.models.method import SearchContext
 
 
 def random_scores(problem: Problem) -> torch.Tensor:
@@ -97,12 +98,20 @@ class Eviction(Compactor):
     name: ClassVar[str] = "eviction"
 
     score: str = "snapkv"
+    queries: Queries = field(default="context", init=False)  # each score has its own
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.score not in SCORES:
             raise UserError(f"score={self.score!r}: expected one of {', '.join(SCORES)}.")
         object.__setattr__(self, "queries", SCORES[self.score][1])
+
+    @classmethod
+    def candidates(cls, context: SearchContext) -> list[Self]:
+        """See `lissom.models.method.Method`. The scores that were best in the comparison of all."""
+        scores = ("h2o", "streaming-llm") if context.quick else ("h2o", "snapkv", "kvzip", "streaming-llm")
+        ratios = (0.5, 0.25) if context.quick else (0.75, 0.5, 0.25, 0.1)
+        return [cls(ratio=ratio, score=score) for score in scores for ratio in ratios]
 
     def fit(self, problem: Problem, budget: Sequence[int]) -> list[Block]:
         """See `Compactor.fit`."""

@@ -15,7 +15,12 @@ from lissom.errors import UserError
 from lissom.models import assets
 
 DEFAULT_MODEL = "smollm2-135m"
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES: dict[str, str | torch.dtype] = {
+    "auto": "auto",
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 def load(
@@ -27,7 +32,7 @@ def load(
 
     Args:
         name_or_path: an asset (`lissom assets list`), a folder of transformers, a .gguf file, or a Hub id.
-        dtype: a torch dtype or its name.
+        dtype: a torch dtype or its name; `auto` is the checkpoint's own (of a .gguf file: float32).
         attn_implementation: as in transformers; default `sdpa` where the model has it.
 
     Raises:
@@ -37,10 +42,12 @@ def load(
         if dtype not in _DTYPES:
             raise UserError(f"dtype={dtype!r}: expected one of {', '.join(_DTYPES)}.")
         dtype = _DTYPES[dtype]
+    source, file = _locate(str(name_or_path))
+    if file is not None and dtype == "auto":
+        dtype = torch.float32
     options: dict[str, Any] = {"dtype": dtype}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    source, file = _locate(str(name_or_path))
     if file is not None:
         options |= {"gguf_file": file, "quantization_config": GgufConfig(dequantize=True)}
     try:

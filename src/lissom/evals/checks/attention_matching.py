@@ -14,6 +14,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lissom.evals.fidelity import score, teach
+from lissom.evals.journal import Journal
 from lissom.evals.stats import Interval, paired_bootstrap
 from lissom.evals.texts import planted_documents
 from lissom.kv import AttentionMatching, Eviction, compact
@@ -76,7 +77,7 @@ def measure(
     behind the last whole record of the same model, size and settings.
     """
     key = hashlib.sha256(repr((fingerprint(model), size.tokens)).encode()).hexdigest()[:12]
-    known = _read(journal)
+    known = Journal(journal)
     plan = [(ratio, name, method) for ratio in size.ratios for name, method in arms(ratio, size).items()]
     records = []
     for number, document in enumerate(planted_documents(tokenizer, size.documents, size.tokens)):
@@ -91,7 +92,6 @@ def measure(
                 start = time.perf_counter()
                 cache = compact(model, ids, method, tokenizer=tokenizer)
                 record = {
-                    "identity": identity,
                     "document": number,
                     "ratio": ratio,
                     "arm": name,
@@ -104,23 +104,9 @@ def measure(
                         for t in teachers
                     ],
                 }
-                journal.parent.mkdir(parents=True, exist_ok=True)
-                with journal.open("a") as file:
-                    file.write("\n" + json.dumps(record))  # a line that a killed run left half written ends here
-                known[identity] = record
+                known.add(identity, record)
             records.append({**known[identity], "ratio": ratio, "arm": name})
             progress(number * len(plan) + place + 1, size.documents * len(plan))
-    return records
-
-
-def _read(journal: Path) -> dict[str, dict[str, Any]]:
-    records = {}
-    for line in journal.read_text().splitlines() if journal.exists() else []:
-        try:
-            record = json.loads(line)
-            records[record["identity"]] = record
-        except (json.JSONDecodeError, KeyError, TypeError):
-            continue  # the last line of a run that was killed while writing it
     return records
 
 

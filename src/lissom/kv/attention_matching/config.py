@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 
@@ -20,6 +20,7 @@ from lissom.kv.attention_matching.matching import (
 )
 from lissom.kv.compactor import Compactor, Problem, Queries, top_entries
 from lissom.kv.storage import Block
+from lissom.models.method import SearchContext
 
 Selection = Literal["hak", "omp", "omp-fast", "omp-progressive", "random"]
 
@@ -70,6 +71,12 @@ class AttentionMatching(Compactor):
             raise UserError("Attention matching needs reference queries: queries='none' is for eviction methods.")
         if not (self.ridge >= 0 and math.isfinite(self.ridge)):
             raise UserError(f"ridge={self.ridge} must be a finite number of at least 0.")
+
+    @classmethod
+    def candidates(cls, context: SearchContext) -> list[Self]:
+        """See `lissom.models.method.Method`."""
+        ratios = (0.5, 0.25) if context.quick else (0.75, 0.5, 0.25, 0.1, 0.05)
+        return [cls(ratio=ratio, queries=queries) for queries in ("context", "repeat") for ratio in ratios]
 
     def fit(self, problem: Problem, budget: Sequence[int]) -> list[Block]:
         """See `Compactor.fit`. Heads whose budget covers all their entries keep them exactly."""

@@ -1,0 +1,44 @@
+"""`lissom apply`: a recipe applied to a model, as a folder that stands on its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(apply)
+
+
+def apply(
+    recipe: Path = typer.Argument(..., help="Recipe file (YAML)."),
+    model: str = typer.Argument(None, help="Asset, model folder, .gguf file or Hub id. [default: the recipe's]"),
+    output: Path = typer.Option(..., "--output", "-o", help="Folder to write."),
+) -> None:
+    """Write the model with the recipe applied: a folder of transformers, with the methods that act while it runs beside it.
+
+    `lissom generate FOLDER` uses both; plain transformers loads the weights.
+    """
+    from rich.console import Console
+
+    from lissom.errors import UserError
+    from lissom.files import atomic_path
+    from lissom.recipes import Recipe
+    from lissom.recipes.recipe import FILE_NAME
+
+    chosen = Recipe.load(recipe)
+    if model:
+        chosen = chosen.model_copy(update={"model": model})
+    if output.exists() and not (output.is_dir() and (output / FILE_NAME).exists() or not any(output.iterdir())):
+        raise UserError(f"{output} exists and was not written by `lissom apply`; give another folder.")
+    with Console(stderr=True).status(f"loading {chosen.model}"):
+        network, tokenizer = chosen.load_model()
+    with atomic_path(output) as temporary:
+        network.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        running = [step for step, method in zip(chosen.methods, chosen.build(), strict=True) if callable(method)]
+        chosen.model_copy(update={"model": str(output), "methods": tuple(running), "dtype": "auto"}).save(
+            temporary / FILE_NAME
+        )
+    typer.echo(f'{output}: {chosen.label}. Use it:\n  lissom generate {output} "your question"')

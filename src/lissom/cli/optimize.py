@@ -1,0 +1,115 @@
+"""`lissom optimize`: the main job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(optimize)
+
+
+def share(text: str) -> float:
+    """A share from '2%' or '2' (per cent both)."""
+    from lissom.errors import UserError
+
+    try:
+        value = float(text.strip().removesuffix("%")) / 100
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise UserError(f"--max-quality-loss {text}: expected a percentage such as 5%.")
+    return value
+
+
+def optimize(
+    model: str = typer.Argument("smollm2-135m", help="Asset, model folder, .gguf file or Hub id."),
+    device: str = typer.Option("this", help="'this', or the file that `lissom doctor --json FILE` wrote elsewhere."),
+    max_quality_loss: str = typer.Option("5%", metavar="PCT", help="Loss that the recommended recipe may have."),
+    budget: float = typer.Option(None, metavar="MINUTES", min=0.1, help="Begin nothing new after this. [default: 8; 2.5 with --quick]"),
+    prefer: str = typer.Option("balanced", help="speed, memory, or balanced (the geometric mean of both gains)."),
+    quick: bool = typer.Option(False, "--quick", help="Fewer candidates and questions: under three minutes."),
+    output: Path = typer.Option(Path("lissom-report"), "--output", "-o", help="Folder of the report."),
+    json_file: str = typer.Option(None, "--json", metavar="FILE", help="Also write the results there ('-': standard output)."),
+) -> None:  # fmt: skip
+    """Find the recipe that makes MODEL small and fast on this machine within a quality floor, by measuring.
+
+    A second run goes on with what was measured; Ctrl-C keeps it and still writes the report.
+    """
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from lissom.errors import UserError
+    from lissom.evals.journal import Journal
+    from lissom.files import atomic_path
+
+    floor = share(max_quality_loss)
+    if prefer not in ("balanced", "speed", "memory"):
+        raise UserError(f"--prefer {prefer}: expected speed, memory or balanced.")
+    output.mkdir(parents=True, exist_ok=True)
+    journal = Journal(output / "measurements.jsonl")
+    (output / "measurements.jsonl").touch()  # an unwritable folder is known now, not after the first minutes
+    console = Console(stderr=True)
+    known = len(journal.records)
+    with console.status(f"loading {model}"):
+        from lissom.devices.profiles import Profile
+        from lissom.evolve.measure import QUICK, Bench, Workload
+        from lissom.evolve.optimize import optimize as search
+
+        profile = Profile.load(device)
+        bench = Bench(model, QUICK if quick else Workload(), journal)
+    if known:
+        console.print(f"{known} measurements are in {output} already; what they cover is not measured again.")
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("untouched model", total=None)
+        outcome = search(
+            bench,
+            floor,
+            budget or (2.5 if quick else 8.0),
+            prefer=prefer,  # type: ignore[arg-type]
+            quick=quick,
+            profile=profile,
+            progress=lambda label, done, planned: bar.update(task, description=label, completed=done, total=planned),
+        )
+    from lissom.report.page import page
+    from lissom.report.results import result, table
+
+    recipe, html, results = output / "recipe.yaml", output / "index.html", output / "results.json"
+    command = f'lissom generate {model} --recipe {recipe} --document FILE "your question"'
+    outcome.best.recipe.save(recipe)
+    found = result(outcome)
+    found.write(str(results))
+    with atomic_path(html) as temporary:
+        temporary.write_text(page(outcome, command))
+    if json_file:
+        found.write(json_file)
+    if json_file != "-":
+        out = Console()
+        out.print(table(outcome))
+        best = outcome.best
+        if best is outcome.base:
+            out.print(f"Nothing measured was better than the untouched model within a loss of {floor:.1%}.")
+        else:
+            out.print(f"Best within a loss of {floor:.1%}: [bold]{best.label}[/bold]")
+        out.print(f"Report: {html}   Results: {results}   Recipe: {recipe}", highlight=False, soft_wrap=True)
+        out.print(f"Use it:\n  {command}", highlight=False, markup=False, soft_wrap=True)
+    if not outcome.finished:
+        console.print("Stopped early; the report holds what was measured, and the same command goes on.")
+        if outcome.interrupted:
+            raise typer.Exit(2)

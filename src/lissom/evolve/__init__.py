@@ -1,0 +1,1 @@
+"""Search: recipes are measured on this machine, the dominated ones dropped, the best kept."""

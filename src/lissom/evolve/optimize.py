@@ -1,0 +1,224 @@
+"""The main job: measure the untouched model, then candidate recipes, drop the dominated early, keep the front.
+
+The search is a ladder. First the runtime (dtype, threads), then every method's candidates on the fastest runtime that
+keeps the quality, then the front once more with the other dtype. Each rung measures a little of every candidate (one
+document, one timed run), drops what another beats in everything, and measures the rest on the survivors.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lissom.devices.meters import interleaved
+from lissom.devices.profiles import Profile
+from lissom.evolve.measure import Bench, Measured
+from lissom.models.method import SearchContext
+from lissom.recipes import Recipe, method_class, method_names
+
+Prefer = Literal["balanced", "speed", "memory"]
+Progress = Callable[[str, int, int], None]
+
+# Two timings this near to each other are called equal when one candidate is to be dropped for another.
+_SAME_TIME = 1.05
+_ANSWER_TOKENS = 64  # an answer's length in the time that recipes are ranked by
+
+
+@dataclass
+class Outcome:
+    """What `optimize` found.
+
+    Attributes:
+        base: the untouched model.
+        measured: everything that was measured, `base` first.
+        front: what nothing else beats in loss, time to the first token, time per token and cache bytes together.
+        best: the preferred recipe within the quality floor; `base` where none is.
+        max_loss: the quality floor, as a share.
+        finished: false where the time or a key press ended the search early.
+        interrupted: true where it was a key press.
+        profile: the device for which it is.
+    """
+
+    base: Measured
+    measured: list[Measured]
+    max_loss: float
+    prefer: Prefer
+    profile: Profile
+    finished: bool = True
+    interrupted: bool = False
+    front: list[Measured] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.front = [m for m in self.measured if not any(dominates(other, m) for other in self.measured)]
+
+    @property
+    def best(self) -> Measured:
+        within = [m for m in self.front if m.loss.estimate <= self.max_loss]
+        return max([self.base, *within], key=lambda m: gain(m, self.base, self.prefer, self.profile))
+
+
+def costs(measured: Measured) -> tuple[float, float, float, float]:
+    """What is to be small: quality loss, bytes of the cache, seconds to the first token, seconds per token."""
+    return measured.loss.estimate, measured.cache_bytes, measured.first_token, measured.decode
+
+
+def dominates(one: Measured, other: Measured, same_time: float = 1.0) -> bool:
+    """Whether `one` is nowhere worse than `other` and somewhere better; times within `same_time` count as equal."""
+    a, b = costs(one), costs(other)
+    no_worse = all(x <= y for x, y in zip(a[:2], b[:2], strict=True))
+    no_slower = all(x <= y * same_time for x, y in zip(a[2:], b[2:], strict=True))
+    better = a[:2] != b[:2] or any(x * same_time < y for x, y in zip(a[2:], b[2:], strict=True))
+    return one is not other and no_worse and no_slower and better
+
+
+def answer_seconds(measured: Measured, profile: Profile) -> float:
+    """Seconds of a whole answer: reading the document and 64 tokens, on the device of `profile`."""
+    return profile.first_token(measured) + _ANSWER_TOKENS * profile.decode(measured)
+
+
+def gain(measured: Measured, base: Measured, prefer: Prefer, profile: Profile) -> float:
+    """What a recipe wins: the speed-up of a whole answer, the factor on the cache, or the geometric mean of the two."""
+    speed = answer_seconds(base, profile) / answer_seconds(measured, profile)
+    memory = base.cache_bytes / measured.cache_bytes
+    return {"speed": speed, "memory": memory, "balanced": (speed * memory) ** 0.5}[prefer]
+
+
+class _OutOfTime(Exception):
+    pass
+
+
+class _Search:
+    def __init__(self, bench: Bench, max_loss: float, deadline: float, progress: Progress) -> None:
+        self.bench, self.max_loss, self.deadline, self.progress = bench, max_loss, deadline, progress
+        self.measured: dict[str, Measured] = {}
+        self.done, self.planned = 0, 0
+
+    def run(self, recipes: Sequence[Recipe], drop: bool = True) -> None:
+        """One rung for these recipes: a little of each, then the rest of those that are worth it."""
+        workload = self.bench.workload
+        new = [recipe for recipe in recipes if recipe.label not in self.measured]
+        whole = workload.documents + workload.rounds
+        self.planned += len(new) * whole
+        begun = {}
+        for recipe in sorted(new, key=lambda r: r.dtype):  # models are exchanged as seldom as possible
+            self._check_time()
+            begun[recipe.label] = Measured(recipe, [self.bench.quality(recipe, 0)])
+            self._tick(recipe.label)
+        self._time(begun, [0])
+        self.measured |= begun
+        self._judge()
+        alive = {label: m for label, m in begun.items() if not (drop and self._hopeless(m))}
+        self.planned -= (len(begun) - len(alive)) * (whole - 2)
+        for number in range(1, workload.documents):
+            for label, m in alive.items():
+                self._check_time()
+                m.quality.append(self.bench.quality(m.recipe, number))
+                self._tick(label)
+        self._time(alive, range(1, workload.rounds))
+        self._judge()
+
+    def _time(self, group: dict[str, Measured], rounds: Sequence[int]) -> None:
+        """Timed runs, interleaved; a dtype at a time where the models cannot lie in memory together."""
+        for number in rounds:
+            arms = {label: (lambda m=m, n=number: self._timed(m, n)) for label, m in group.items()}  # type: ignore[misc]
+            for label, timing in interleaved(arms, 1):
+                group[label].timings.append(timing)
+                self._tick(label)
+
+    def _timed(self, measured: Measured, number: int):  # type: ignore[no-untyped-def]
+        self._check_time()
+        return self.bench.timing(measured.recipe, number)
+
+    def _judge(self) -> None:
+        base = next(iter(self.measured.values()))
+        for m in self.measured.values():
+            m.loss = self.bench.loss(m.quality, base.quality)
+
+    def _hopeless(self, candidate: Measured) -> bool:
+        if candidate is next(iter(self.measured.values())):
+            return False
+        return any(dominates(m, candidate, _SAME_TIME) for m in self.measured.values())
+
+    def _check_time(self) -> None:
+        if self.measured and time.monotonic() > self.deadline:
+            raise _OutOfTime
+
+    def _tick(self, label: str) -> None:
+        self.done += 1
+        self.progress(label, self.done, self.planned)
+
+
+def runtimes(model: str) -> list[Recipe]:
+    """The untouched model first, then other numbers of threads and the other dtype."""
+    cores = os.cpu_count() or 1
+    counts = sorted({1, max(1, cores // 2)} - {cores})
+    recipes = [Recipe(model=model), *(Recipe(model=model, threads=count) for count in counts)]
+    return [*recipes, Recipe(model=model, dtype="bfloat16")]
+
+
+def optimize(
+    bench: Bench,
+    max_loss: float,
+    minutes: float,
+    *,
+    prefer: Prefer = "balanced",
+    quick: bool = False,
+    profile: Profile | None = None,
+    progress: Progress = lambda label, done, planned: None,
+) -> Outcome:
+    """Search recipes for the bench's model. Whatever ends it early, what was measured is returned.
+
+    Args:
+        max_loss: quality loss that is accepted, as a share (see `Measured.loss`).
+        minutes: after which nothing new is begun.
+        quick: fewer candidates.
+        progress: called with (label, measurements done, planned).
+    """
+    profile = profile or Profile.this()
+    search = _Search(bench, max_loss, time.monotonic() + 60 * minutes, progress)
+    model = bench.base.model
+    finished, interrupted = True, False
+    try:
+        search.run(runtimes(model))
+        base = next(iter(search.measured.values()))
+        good = [m for m in search.measured.values() if m.loss.estimate <= max_loss]
+        fastest = min(good, key=lambda m: answer_seconds(m, profile))
+        context = SearchContext(bench.tokens, int(base.cache_bytes), quick)
+        runtime = {"model": model, "dtype": fastest.recipe.dtype, "threads": fastest.recipe.threads}
+        candidates = [c for key in method_names() for c in method_class(key).candidates(context)]
+        search.run([Recipe.of(candidate, **runtime) for candidate in candidates])
+        outcome = Outcome(base, _complete(search), max_loss, prefer, profile)
+        ranked = sorted(outcome.front, key=lambda m: gain(m, base, prefer, profile), reverse=True)
+        promising = [m.recipe for m in ranked if m.recipe.methods and m.loss.estimate <= 2 * max_loss][
+            : 1 if quick else 3
+        ]
+        other = "auto" if fastest.recipe.dtype != "auto" else "bfloat16"
+        search.run([recipe.model_copy(update={"dtype": other}) for recipe in promising])
+        outcome = Outcome(base, _complete(search), max_loss, prefer, profile)
+        for m in {id(m): m for m in (base, outcome.best, *outcome.front[: 0 if quick else 4])}.values():
+            search._check_time()
+            progress(f"memory of {m.label}", search.done, search.planned)
+            m.peak_bytes = bench.peak(m.recipe)
+    except _OutOfTime:
+        finished = False
+    except KeyboardInterrupt:
+        finished, interrupted = False, True
+    complete = _complete(search)
+    if not complete:
+        raise KeyboardInterrupt
+    return Outcome(complete[0], complete, max_loss, prefer, profile, finished, interrupted)
+
+
+def compare(bench: Bench, recipes: Sequence[Recipe], progress: Progress) -> Outcome:
+    """Measure `recipes` and the untouched model fully, interleaved."""
+    search = _Search(bench, float("inf"), float("inf"), progress)
+    search.run([bench.base, *recipes], drop=False)
+    complete = _complete(search)
+    return Outcome(complete[0], complete, float("inf"), "balanced", Profile.this())
+
+
+def _complete(search: _Search) -> list[Measured]:
+    return [m for m in search.measured.values() if m.quality and m.timings]

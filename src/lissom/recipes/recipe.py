@@ -1,0 +1,143 @@
+"""The recipe itself: validated, read and written as YAML, applied to a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import lissom.models
+from lissom.devices.meters import threads
+from lissom.errors import UserError
+from lissom.files import atomic_path
+from lissom.models.load import DEFAULT_MODEL
+from lissom.recipes.registry import build, explained
+
+FILE_NAME = "recipe.yaml"
+
+
+class Recipe(BaseModel):
+    """What runs, and how.
+
+    Attributes:
+        model: asset, model folder, .gguf file or Hub id.
+        dtype: of the weights; `auto` is the checkpoint's own.
+        threads: of PyTorch and the native kernels; None leaves them as they are.
+        methods: in the order in which they are applied, each `{key: settings}`; in YAML a bare key is enough.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = DEFAULT_MODEL
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    threads: int | None = Field(default=None, ge=1)
+    methods: tuple[dict[str, dict[str, Any]], ...] = ()
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _steps(cls, given: Any) -> Any:
+        if not isinstance(given, list | tuple):
+            raise ValueError("expected a list of methods")
+        steps = [{step: {}} if isinstance(step, str) else step for step in given]
+        for step in steps:
+            if not isinstance(step, dict) or len(step) != 1:
+                raise ValueError("each method is written as one `key: {setting: value}`")
+        steps = [{key: settings or {} for key, settings in step.items()} for step in steps]
+        for step in steps:
+            for key, settings in step.items():
+                if not isinstance(settings, dict):
+                    raise ValueError(f"the settings of {key} are written as {{name: value}}")
+                build(key, settings)
+        return steps
+
+    @classmethod
+    def of(cls, *methods: Any, **facts: Any) -> Self:
+        """A recipe of method objects; only settings that differ from their defaults are written down."""
+        return cls(methods=tuple({method.name: _changed(method)} for method in methods), **facts)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a recipe from a YAML file, or from a folder that `lissom apply` wrote.
+
+        Raises:
+            UserError: the file is missing, no YAML, or no valid recipe.
+        """
+        path = Path(path)
+        path = path / FILE_NAME if path.is_dir() else path
+        try:
+            facts = yaml.safe_load(path.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is no YAML file.") from error
+        if not isinstance(facts, dict):
+            raise UserError(f"{path} is no recipe: expected `model:` and `methods:`.")
+        try:
+            return cls(**facts)
+        except ValidationError as error:
+            raise UserError(f"{path} is no valid recipe: {explained(error)}") from error
+        except UserError as error:
+            raise UserError(f"{path} is no valid recipe: {error}") from error
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML, without what is at its default."""
+        facts = {"model": self.model, **self.model_dump(exclude_defaults=True, exclude={"model", "methods"})}
+        return yaml.safe_dump(facts | {"methods": list(self.methods)}, sort_keys=False)
+
+    def save(self, path: str | Path) -> None:
+        """Write the recipe as YAML, atomically."""
+        with atomic_path(path) as temporary:
+            temporary.write_text(self.to_yaml())
+
+    def build(self) -> list[Any]:
+        """The methods as objects, in order."""
+        return [build(key, settings) for step in self.methods for key, settings in step.items()]
+
+    def load_model(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The model in its dtype, with every method applied that changes weights."""
+        model, tokenizer = lissom.models.load(self.model, self.dtype)
+        for method in self.build():
+            if hasattr(method, "convert"):
+                model = method.convert(model)
+        return model, tokenizer
+
+    @contextmanager
+    def running(self, model: PreTrainedModel) -> Iterator[None]:
+        """Inside the block `model` runs with the recipe's threads and methods; leaving it restores everything."""
+        with ExitStack() as stack:
+            stack.enter_context(threads(self.threads))
+            for method in self.build():
+                if callable(method):
+                    stack.enter_context(method(model))
+            yield
+
+    @property
+    def label(self) -> str:
+        """The recipe in a few words, for tables and plots."""
+        words: list[str] = [self.dtype] if self.dtype != "auto" else []
+        words += [f"{self.threads} thread{'s' * (self.threads > 1)}"] if self.threads else []
+        for step in self.methods:
+            for key, settings in step.items():
+                inside = ", ".join(_words(name, value) for name, value in settings.items())
+                words.append(f"{key} ({inside})" if inside else key)
+        return " + ".join(words) or "untouched"
+
+
+def _words(name: str, value: Any) -> str:
+    if name in ("score", "select", "queries"):
+        return str(value)
+    return f"{value:.0%}" if name == "ratio" else f"{name} {value}"
+
+
+def _changed(method: Any) -> dict[str, Any]:
+    changed = {}
+    for field in fields(method):
+        value = getattr(method, field.name)
+        default = field.default if field.default is not MISSING else None
+        if field.init and value != default:
+            changed[field.name] = value
+    return changed

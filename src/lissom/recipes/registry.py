@@ -1,0 +1,61 @@
+"""The methods that a recipe can name: whatever is installed as an entry point of the group `lissom.methods`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import fields
+from importlib.metadata import entry_points
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from lissom.errors import UserError
+
+GROUP = "lissom.methods"
+
+
+def method_names() -> list[str]:
+    """Every key that a recipe can use."""
+    return sorted(entry_points(group=GROUP).names)
+
+
+def method_class(key: str) -> Any:
+    """The settings class registered as `key` (see `lissom.models.method.Method`).
+
+    Raises:
+        UserError: there is none.
+    """
+    found = [entry for entry in entry_points(group=GROUP) if entry.name == key]
+    if not found:
+        raise UserError(f"There is no method {key!r}.{_nearest(key, method_names())}")
+    return found[0].load()
+
+
+def build(key: str, settings: Mapping[str, Any]) -> Any:
+    """The method `key` with `settings`.
+
+    Raises:
+        UserError: the method or a setting is unknown, or a value has the wrong type or range.
+    """
+    kind = method_class(key)
+    known = [field.name for field in fields(kind)]
+    for name in settings:
+        if name not in known:
+            raise UserError(f"{key} has no setting {name!r}.{_nearest(name, known)}")
+    try:
+        return TypeAdapter(kind).validate_python(dict(settings))
+    except ValidationError as error:
+        raise UserError(f"{key}: {explained(error)}") from error
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(known)}."
+
+
+def explained(error: ValidationError) -> str:
+    """The first complaint of pydantic as one sentence: where, what was given, what was expected."""
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    return f"{place + '=' if place else ''}{first['input']!r}: {first['msg'].removeprefix('Value error, ')}."

@@ -1,0 +1,74 @@
+"""The outcome of a search as rows, and as a table in the terminal."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from lissom.devices.machine import describe
+from lissom.evolve.measure import Measured
+from lissom.evolve.optimize import Outcome
+from lissom.report.rows import Result, Row
+
+
+def result(outcome: Outcome) -> Result:
+    """Every figure of every recipe in the one shape of everything measured."""
+    rows = []
+    base, profile = outcome.base, outcome.profile
+    for m in outcome.measured:
+        n = sum(len(record["scores"]) for record in m.quality)
+        speed = {"n": len(m.timings)}
+        rows += [
+            Row(f"{m.label}/quality loss", m.loss.estimate, "share", 0.0, None, m.loss.low, m.loss.high, n),
+            Row(f"{m.label}/KL", m.over_questions("kl"), "nats", 0.0, n=n),
+            Row(f"{m.label}/top-1 agreement", m.over_questions("top1"), "share", 1.0, n=n),
+            Row(f"{m.label}/facts recalled", m.recall, "share", base.recall, n=n),
+            _row(m, "first token", profile.first_token(m), "s", profile.first_token(base), **speed),
+            _row(m, "decode", profile.decode(m), "s/token", profile.decode(base), **speed),
+            _row(m, "KV cache", m.cache_bytes, "bytes", base.cache_bytes, n=len(m.quality)),
+        ]
+        if m.peak_bytes is not None and base.peak_bytes is not None:
+            rows.append(_row(m, "peak memory", m.peak_bytes, "bytes", base.peak_bytes, n=1))
+        if m.energy is not None and base.energy is not None:
+            rows.append(_row(m, "energy", m.energy, "J", base.energy, **speed))
+    facts = {
+        "model": base.recipe.model,
+        "best": outcome.best.label,
+        "front": [m.label for m in outcome.front],
+        "max_quality_loss": outcome.max_loss,
+        "prefer": outcome.prefer,
+        "finished": outcome.finished,
+    }
+    return Result("optimize", rows, facts=describe() | facts | profile.facts())
+
+
+def _row(m: Measured, name: str, value: float, unit: str, baseline: float, n: int) -> Row:
+    return Row(f"{m.label}/{name}", value, unit, baseline, baseline / value if value else None, n=n)
+
+
+def cells(m: Measured, outcome: Outcome) -> dict[str, str]:
+    """One line of the Pareto table, heading by heading."""
+    base, profile = outcome.base, outcome.profile
+    first, decode = profile.first_token(m), profile.decode(m)
+    interval = "" if m is base else f" [{m.loss.low:+.1%}, {m.loss.high:+.1%}]"
+    return {
+        "recipe": m.label,
+        "quality loss [95 %]": f"{m.loss.estimate:.1%}{interval}",
+        "facts": f"{m.recall:.0%}",
+        "first token": f"{first:.2f} s ({profile.first_token(base) / first:.2f}x)",
+        "decode": f"{1 / decode:.1f} tok/s ({profile.decode(base) / decode:.2f}x)",
+        "KV cache": f"{m.cache_bytes / 1e6:.1f} MB ({m.cache_bytes / base.cache_bytes:.0%})",
+        "peak memory": "" if m.peak_bytes is None else f"{m.peak_bytes / 1e6:.0f} MB",
+        "energy": "n/a" if m.energy is None else f"{m.energy:.1f} J",
+    }
+
+
+def table(outcome: Outcome, everything: bool = False) -> Table:
+    """The Pareto front (or `everything`), best quality first; the chosen recipe is marked."""
+    wanted = outcome.measured if everything else (outcome.base, *outcome.front)
+    shown = sorted({id(m): m for m in wanted}.values(), key=lambda m: m.loss.estimate)
+    view = Table(title=f"{'Recipes' if everything else 'Pareto front'} ({len(outcome.measured)} measured)")
+    for heading in ("", *cells(outcome.base, outcome)):
+        view.add_column(heading, overflow="fold")
+    for m in shown:
+        view.add_row("→" if m is outcome.best else "", *cells(m, outcome).values())
+    return view
