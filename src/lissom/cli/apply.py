@@ -16,9 +16,9 @@ def apply(
     model: str = typer.Argument(None, help="Asset, model folder, .gguf file or Hub id. [default: the recipe's]"),
     output: Path = typer.Option(..., "--output", "-o", help="Folder to write."),
 ) -> None:
-    """Write the model with the recipe applied: a folder of transformers, with the methods that act while it runs beside it.
+    """Write the model with the recipe applied: a folder of transformers with the recipe in it.
 
-    `lissom generate FOLDER` uses both; plain transformers loads the weights.
+    `lissom generate FOLDER` uses both; plain transformers loads the weights alone.
     """
     from rich.console import Console
 
@@ -30,7 +30,7 @@ def apply(
     chosen = Recipe.load(recipe)
     if model:
         chosen = chosen.model_copy(update={"model": model})
-    if output.exists() and not (output.is_dir() and (output / FILE_NAME).exists() or not any(output.iterdir())):
+    if output.exists() and not (output / FILE_NAME).exists() and (output.is_file() or any(output.iterdir())):
         raise UserError(f"{output} exists and was not written by `lissom apply`; give another folder.")
     with Console(stderr=True).status(f"loading {chosen.model}"):
         network, tokenizer = chosen.load_model()

@@ -16,8 +16,8 @@ def compare(
     recipes: list[Path] = typer.Argument(..., help="Recipe files."),
     quick: bool = typer.Option(False, "--quick", help="One document and fewer questions."),
     journal: Path = typer.Option(Path("lissom-compare/measurements.jsonl"), help="Where each measurement is kept."),
-    json_file: str = typer.Option(None, "--json", metavar="FILE", help="Write the results as JSON ('-': standard output)."),
-) -> None:  # fmt: skip
+    json_file: str = typer.Option(None, "--json", metavar="FILE", help="Write them as JSON ('-': standard output)."),
+) -> None:
     """Measure recipes against each other and against the untouched model, interleaved."""
     from rich.console import Console
     from rich.progress import Progress

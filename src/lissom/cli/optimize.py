@@ -28,12 +28,16 @@ def optimize(
     model: str = typer.Argument("smollm2-135m", help="Asset, model folder, .gguf file or Hub id."),
     device: str = typer.Option("this", help="'this', or the file that `lissom doctor --json FILE` wrote elsewhere."),
     max_quality_loss: str = typer.Option("5%", metavar="PCT", help="Loss that the recommended recipe may have."),
-    budget: float = typer.Option(None, metavar="MINUTES", min=0.1, help="Begin nothing new after this. [default: 8; 2.5 with --quick]"),
+    budget: float = typer.Option(
+        None, metavar="MINUTES", min=0.1, help="Begin nothing new after this. [default: 8; 2.5 with --quick]"
+    ),
     prefer: str = typer.Option("balanced", help="speed, memory, or balanced (the geometric mean of both gains)."),
     quick: bool = typer.Option(False, "--quick", help="Fewer candidates and questions: under three minutes."),
     output: Path = typer.Option(Path("lissom-report"), "--output", "-o", help="Folder of the report."),
-    json_file: str = typer.Option(None, "--json", metavar="FILE", help="Also write the results there ('-': standard output)."),
-) -> None:  # fmt: skip
+    json_file: str = typer.Option(
+        None, "--json", metavar="FILE", help="Also write the results there ('-': standard output)."
+    ),
+) -> None:
     """Find the recipe that makes MODEL small and fast on this machine within a quality floor, by measuring.
 
     A second run goes on with what was measured; Ctrl-C keeps it and still writes the report.
@@ -102,11 +106,16 @@ def optimize(
     if json_file != "-":
         out = Console()
         out.print(table(outcome))
-        best = outcome.best
+        base, best = outcome.base, outcome.best
         if best is outcome.base:
             out.print(f"Nothing measured was better than the untouched model within a loss of {floor:.1%}.")
         else:
-            out.print(f"Best within a loss of {floor:.1%}: [bold]{best.label}[/bold]")
+            speed, small = base.decode / best.decode, base.cache_bytes / best.cache_bytes
+            out.print(
+                f"Best within a loss of {floor:.1%}: [bold]{best.label}[/bold] "
+                f"(decode {speed:.2f}x, cache ÷ {small:.1f})",
+                highlight=False,
+            )
         out.print(f"Report: {html}   Results: {results}   Recipe: {recipe}", highlight=False, soft_wrap=True)
         out.print(f"Use it:\n  {command}", highlight=False, markup=False, soft_wrap=True)
     if not outcome.finished:

@@ -163,8 +163,16 @@ def _report_peak() -> None:
 
     module, _, function = sys.argv[1].partition(":")
     getattr(import_module(module), function)(*json.loads(sys.argv[2]))
+    print(_peak_bytes())
+
+
+def _peak_bytes() -> int:
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would count what the parent had when it started this process
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(peak * (1 if sys.platform == "darwin" else 1024))
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 @contextmanager

@@ -58,8 +58,9 @@ class Measured:
     """What is known of one recipe. `quality` has one record per document, `timings` one per round.
 
     Attributes:
-        loss: how much worse it predicts, with its interval, as a share: e^ΔNLL - 1 against the untouched model, the
-            worse of two, on the untouched model's answers to questions and on the text that follows the document.
+        loss: how much worse it predicts, with its interval, as a share: by how much the geometric mean of the
+            probabilities that it gives to the right tokens is below the untouched model's, 1 - e^-ΔNLL; the worse of
+            two: on the untouched model's answers to questions, and on the text that follows the document.
         peak_bytes: peak resident memory of a fresh process that ran it, None where it was not measured.
     """
 
@@ -227,7 +228,7 @@ class Bench:
             np.array([nll for _, record in pairs for nll in record["following"]]),
         )
         worse = max((answers, following), key=lambda interval: interval.estimate)
-        return Interval(*(math.expm1(value) for value in (worse.estimate, worse.low, worse.high)))
+        return Interval(*(-math.expm1(-value) for value in (worse.estimate, worse.low, worse.high)))
 
 
 def run_once(facts: dict[str, Any], ids: list[int], new_tokens: int) -> None:

@@ -226,8 +226,8 @@ class CompactCache(DynamicCache):
         return copy.deepcopy(self)
 
     def compact_layers(self) -> list[tuple[int, CompactLayer]]:
-        """The layers that hold ragged storage, with their indices."""
-        return [(i, layer) for i, layer in enumerate(self.layers) if isinstance(layer, CompactLayer)]
+        """See `compact_layers`."""
+        return compact_layers(self)
 
     @property
     def stored_entries(self) -> int:
@@ -237,6 +237,11 @@ class CompactCache(DynamicCache):
     def stored_bytes(self) -> int:
         """Bytes of the entries of the full-attention layers, without spare capacity."""
         return sum(layer.stored_bytes for _, layer in self.compact_layers())
+
+
+def compact_layers(cache: Cache) -> list[tuple[int, CompactLayer]]:
+    """The layers of any cache that hold ragged storage, with their indices."""
+    return [(i, layer) for i, layer in enumerate(cache.layers) if isinstance(layer, CompactLayer)]
 
 
 def compacting(layer: CacheLayerMixin) -> CacheLayerMixin:

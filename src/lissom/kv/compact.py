@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from lissom.errors import UserError
 from lissom.kv.attention_matching import AttentionMatching
-from lissom.kv.cache import CompactCache, CompactLayer, replace_blocks
+from lissom.kv.cache import CompactCache, CompactLayer, compact_layers, replace_blocks
 from lissom.kv.compactor import Compactor, Problem
 from lissom.kv.harvest import QueryRecorder, forward, repeat_ids, rolled_back, self_study_ids
 from lissom.kv.storage import Block
@@ -56,7 +56,7 @@ def compact(
     ids, visible = _document(model, inputs)
     cache = CompactCache(model)
     recorder = QueryRecorder(token_limit(model, method), method.seed)
-    report = progress or (lambda stage, done, total: None)
+    report: Progress = progress or (lambda stage, done, total: None)
     report("read", 0, 1)
     if method.queries == "context":
         recorder.expect(0, visible)
@@ -65,7 +65,26 @@ def compact(
     else:
         forward(model, ids, visible, cache)
     report("read", 1, 1)
-    for _, layer in cache.compact_layers():
+    compact_read(model, cache, ids, visible, method, recorder, tokenizer, self_study_tokens, report)
+    return cache
+
+
+def compact_read(
+    model: PreTrainedModel,
+    cache: Cache,
+    ids: torch.Tensor,
+    visible: torch.Tensor,
+    method: Compactor,
+    recorder: QueryRecorder,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    self_study_tokens: int = 64,
+    report: Progress = lambda stage, done, total: None,
+) -> None:
+    """Compact `cache`, which has read `ids` with padding mask `visible`, both `[rows, tokens]`.
+
+    The queries are those that `recorder` holds, or come from the passes that the method asks for.
+    """
+    for _, layer in compact_layers(cache):
         layer.seal(visible)
     on_policy = getattr(method, "on_policy", False)
     passes = _study(model, cache, ids, visible, method, tokenizer, self_study_tokens)
@@ -78,15 +97,14 @@ def compact(
             forward(model, tokens, torch.cat([visible, shown], 1), cache)
         report("queries", number + 1, len(passes))
     if on_policy and passes:
-        for _, layer in cache.compact_layers():
+        for _, layer in compact_layers(cache):
             if layer.store is not None:
                 layer.store.trim()  # the study's tokens are forgotten, their space is given back
-        return cache
-    layers = cache.compact_layers()
+        return
+    layers = compact_layers(cache)
     for number, (_, layer) in enumerate(layers):
         compact_layer(layer, method, recorder)
         report("fit", number + 1, len(layers))
-    return cache
 
 
 def compact_layer(layer: CompactLayer, method: Compactor, recorder: QueryRecorder) -> None:
@@ -136,7 +154,7 @@ def token_limit(model: PreTrainedModel, method: Compactor) -> int:
 
 def _study(
     model: PreTrainedModel,
-    cache: CompactCache,
+    cache: Cache,
     ids: torch.Tensor,
     visible: torch.Tensor,
     method: Compactor,
@@ -157,7 +175,7 @@ def _study(
     return passes
 
 
-def _compact_on_the_way(cache: CompactCache, method: Compactor, recorder: QueryRecorder) -> None:
+def _compact_on_the_way(cache: Cache, method: Compactor, recorder: QueryRecorder) -> None:
     """During the next forward pass, compact each layer when its queries arrive, before its attention is computed.
 
     Layer l then sees queries that have passed the compacted layers below it: on-policy fitting in one pass.
@@ -167,7 +185,7 @@ def _compact_on_the_way(cache: CompactCache, method: Compactor, recorder: QueryR
         recorder.observe(layer, query, scaling)
         compact_layer(layer, method, recorder)
 
-    for _, layer in cache.compact_layers():
+    for _, layer in compact_layers(cache):
         layer.observer = observe
 
 

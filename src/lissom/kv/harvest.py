@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from lissom.errors import UserError
-from lissom.kv.cache import CompactCache, CompactLayer
+from lissom.kv.cache import CompactLayer, compact_layers
 from lissom.kv.document import question_ids
 
 REPEAT_PROMPT = "Repeat the text above word for word."
@@ -42,9 +42,9 @@ class QueryRecorder:
         self._pick: torch.Tensor | None = None
 
     @contextmanager
-    def recording(self, cache: CompactCache) -> Iterator[None]:
+    def recording(self, cache: Cache) -> Iterator[None]:
         """Record every forward pass inside the block."""
-        layers = [layer for _, layer in cache.compact_layers()]
+        layers = [layer for _, layer in compact_layers(cache)]
         before = [layer.observer for layer in layers]
         for layer in layers:
             layer.observer = self.observe
@@ -81,7 +81,7 @@ class QueryRecorder:
         return recorded.reshape(heads, -1, recorded.shape[-1]), positions.repeat(group).to(recorded.device)
 
 
-def forward(model: PreTrainedModel, ids: torch.Tensor, visible: torch.Tensor, cache: CompactCache) -> torch.Tensor:
+def forward(model: PreTrainedModel, ids: torch.Tensor, visible: torch.Tensor, cache: Cache) -> torch.Tensor:
     """Read `ids` `[rows, tokens]` behind `cache`; logits of the last token `[rows, vocab]`.
 
     Args:
@@ -101,14 +101,14 @@ def forward(model: PreTrainedModel, ids: torch.Tensor, visible: torch.Tensor, ca
 
 
 @contextmanager
-def rolled_back(cache: CompactCache) -> Iterator[None]:
+def rolled_back(cache: Cache) -> Iterator[None]:
     """Whatever is read inside the block is forgotten afterwards."""
     others = {i: copy.copy(layer) for i, layer in enumerate(cache.layers) if not isinstance(layer, CompactLayer)}
-    lengths = {i: layer.logical for i, layer in cache.compact_layers()}
+    lengths = {i: layer.logical for i, layer in compact_layers(cache)}
     try:
         yield
     finally:
-        for i, layer in cache.compact_layers():
+        for i, layer in compact_layers(cache):
             layer.crop(lengths[i] - layer.logical)
         for i, saved in others.items():
             cache.layers[i] = saved
@@ -127,7 +127,7 @@ def repeat_ids(
 @torch.no_grad()
 def self_study_ids(
     model: PreTrainedModel,
-    cache: CompactCache,
+    cache: Cache,
     visible: torch.Tensor,
     tokenizer: PreTrainedTokenizerBase | None,
     new_tokens: int,

@@ -10,8 +10,8 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from lissom.errors import UserError
-from lissom.kv.cache import CompactLayer, compacting
-from lissom.kv.compact import compact_layer, token_limit
+from lissom.kv.cache import CompactLayer, compact_layers, compacting
+from lissom.kv.compact import compact_read, token_limit
 from lissom.kv.compactor import Compactor
 from lissom.kv.harvest import QueryRecorder
 from lissom.models.attention import installed
@@ -21,8 +21,10 @@ from lissom.models.attention import installed
 def compacted_after_prefill(model: PreTrainedModel, method: Compactor) -> Iterator[None]:
     """Inside the block a prompt of at least `method.min_tokens` is compacted after its forward pass.
 
-    The reference queries are the prompt's own (`context`): a transparent method does not read the prompt twice.
+    Where the method's queries come from a repeat pass, the prompt is read once more before the first token.
     """
+    if "self-study" in method.queries:
+        raise UserError("Self-study needs the tokenizer: call lissom.compact, or use queries='repeat' or 'context'.")
     pending: dict[str, Any] = {}
 
     def before(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -40,22 +42,21 @@ def compacted_after_prefill(model: PreTrainedModel, method: Compactor) -> Iterat
         if isinstance(mask, torch.Tensor) and mask.ndim == 2:
             visible = mask[:, -ids.shape[1] :].bool()
         recorder = QueryRecorder(token_limit(model, method), method.seed)
-        recorder.expect(0, visible)
+        if method.queries == "context":
+            recorder.expect(0, visible)
         for layer in cache.layers:
             if isinstance(layer, CompactLayer):
-                layer.observer = recorder.observe
-        pending.update(cache=cache, visible=visible, recorder=recorder)
+                layer.observer = recorder.observe if method.queries == "context" else None
+        pending.update(cache=cache, ids=ids, visible=visible, recorder=recorder)
 
     def after(module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if not pending:
             return
-        visible = pending["visible"]
-        for layer in pending["cache"].layers:
-            if isinstance(layer, CompactLayer):
-                layer.observer = None
-                layer.seal(visible)
-                compact_layer(layer, method, pending["recorder"])
-        pending.clear()
+        cache, ids, visible, recorder = (pending[name] for name in ("cache", "ids", "visible", "recorder"))
+        pending.clear()  # a repeat pass comes through here again
+        for _, layer in compact_layers(cache):
+            layer.observer = None
+        compact_read(model, cache, ids, visible, method, recorder)
 
     with installed(model):
         hooks = [

@@ -36,7 +36,11 @@ def page(outcome: Outcome, command: str) -> str:
     }
     for number, plot in enumerate(plots):
         parts[f"plot{number}"] = plotly.io.to_html(
-            plot, full_html=False, include_plotlyjs=number == 0, div_id=f"plot{number}", config={"displaylogo": False}
+            plot,
+            full_html=False,
+            include_plotlyjs=number == 0,
+            div_id=f"plot{number}",
+            config={"displaylogo": False, "responsive": True, "displayModeBar": False},
         )
     for name, text in parts.items():
         template = template.replace("{{" + name + "}}", text)
@@ -156,12 +160,15 @@ def stage_plot(outcome: Outcome) -> go.Figure:
 
 def _cards(outcome: Outcome) -> str:
     base, best, device = outcome.base, outcome.best, outcome.profile
+    speed = device.decode(base) / device.decode(best)
+    first = device.first_token(base) / device.first_token(best)
+    small = base.cache_bytes / best.cache_bytes
     facts = [
-        (f"{device.decode(base) / device.decode(best):.2f}×", "decode speed", f"{1 / device.decode(best):.1f} tokens/s"),
-        (f"{device.first_token(base) / device.first_token(best):.2f}×", "time to first token", f"{device.first_token(best):.2f} s"),
-        (f"÷ {base.cache_bytes / best.cache_bytes:.1f}", "KV cache", f"{best.cache_bytes / 1e6:.1f} of {base.cache_bytes / 1e6:.1f} MB"),
+        (f"{speed:.2f}×", "decode speed", f"{1 / device.decode(best):.1f} tokens/s"),
+        (f"{first:.2f}×", "speed to the first token", f"{device.first_token(best):.2f} s"),
+        (f"÷ {small:.1f}", "KV cache", f"{best.cache_bytes / 1e6:.1f} of {base.cache_bytes / 1e6:.1f} MB"),
         (f"{best.loss.estimate:.1%}", "quality loss", f"accepted: {outcome.max_loss:.1%}"),
-    ]  # fmt: skip
+    ]
     return "".join(
         f'<div class="card"><b>{escape(figure)}</b><span>{escape(what)}</span><small>{escape(detail)}</small></div>'
         for figure, what, detail in facts

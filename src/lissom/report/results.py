@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich.box import SIMPLE
 from rich.table import Table
 
 from lissom.devices.machine import describe
@@ -66,9 +67,19 @@ def table(outcome: Outcome, everything: bool = False) -> Table:
     """The Pareto front (or `everything`), best quality first; the chosen recipe is marked."""
     wanted = outcome.measured if everything else (outcome.base, *outcome.front)
     shown = sorted({id(m): m for m in wanted}.values(), key=lambda m: m.loss.estimate)
-    view = Table(title=f"{'Recipes' if everything else 'Pareto front'} ({len(outcome.measured)} measured)")
-    for heading in ("", *cells(outcome.base, outcome)):
-        view.add_column(heading, overflow="fold")
+    view = Table(title=f"{'Recipes' if everything else 'Pareto front'} ({len(outcome.measured)} measured)", box=SIMPLE)
+    view.add_column("recipe", min_width=24)
+    for heading in ("loss", "facts", "first", "decode", "cache", "memory"):
+        view.add_column(heading, justify="right", no_wrap=True)
+    device = outcome.profile
     for m in shown:
-        view.add_row("→" if m is outcome.best else "", *cells(m, outcome).values())
+        view.add_row(
+            ("[bold]→ " if m is outcome.best else "") + m.label,
+            f"{m.loss.estimate:.1%}",
+            f"{m.recall:.0%}",
+            f"{device.first_token(m):.2f} s",
+            f"{1 / device.decode(m):.1f}/s",
+            f"{m.cache_bytes / 1e6:.1f} MB",
+            "" if m.peak_bytes is None else f"{m.peak_bytes / 1e9:.2f} GB",
+        )
     return view
