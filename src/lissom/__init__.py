@@ -6,16 +6,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lissom.kv import AttentionMatching, CompactCache, Eviction, compact
+    from lissom.kv import AttentionMatching, CompactCache, Eviction, KVBudget, compact
     from lissom.models import load
 
 __version__ = "0.1.0"
-__all__ = ["AttentionMatching", "CompactCache", "Eviction", "compact", "load"]
+__all__ = ["AttentionMatching", "CompactCache", "Eviction", "KVBudget", "compact", "load"]
 
 _HOMES = {
     "AttentionMatching": "lissom.kv",
     "CompactCache": "lissom.kv",
     "Eviction": "lissom.kv",
+    "KVBudget": "lissom.kv",
     "compact": "lissom.kv",
     "load": "lissom.models",
 }

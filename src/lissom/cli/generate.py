@@ -21,6 +21,7 @@ def generate(
     cache: Path = typer.Option(None, "--cache", help="Cache file of `lissom compact` for this model."),
     recipe: Path = typer.Option(None, "--recipe", help="Recipe file: dtype, threads and methods to run with."),
     document: Path = typer.Option(None, "--document", "-d", help="Text file that the question is about."),
+    kv_budget: str = typer.Option(None, metavar="SIZE", help="Keep the KV cache within this, e.g. 8MB."),
     max_new_tokens: int = typer.Option(128, min=1, help="Tokens to generate at most."),
     temperature: float = typer.Option(0.0, min=0.0, help="0 is greedy."),
     dtype: str = typer.Option(None, help="float32, bfloat16, float16 or auto. [default: the recipe's, or auto]"),
@@ -33,8 +34,9 @@ def generate(
 
     from lissom.cli.compact import read_text
     from lissom.errors import UserError
-    from lissom.kv import file
+    from lissom.kv import KVBudget, file
     from lissom.kv.document import document_ids, question_ids
+    from lissom.recipes import Recipe
 
     if not prompt.strip():
         raise UserError("The prompt is empty.")
@@ -42,6 +44,8 @@ def generate(
         raise UserError("Give either --cache or --document: a cache file holds its document already.")
     text = None if document is None else read_text(document)
     chosen = _recipe(model, recipe, dtype)
+    if kv_budget:
+        chosen = Recipe.of(*chosen.build(), KVBudget(kv_budget), **chosen.model_dump(exclude={"methods"}))
     with Console(stderr=True).status(f"loading {model}"):
         network, tokenizer = chosen.load_model()
     stored, tokens = None, torch.empty(1, 0, dtype=torch.int64)

@@ -186,7 +186,7 @@ def optimize(
         base = next(iter(search.measured.values()))
         good = [m for m in search.measured.values() if m.loss.estimate <= max_loss]
         fastest = min(good, key=lambda m: answer_seconds(m, profile))
-        context = SearchContext(bench.tokens, int(base.cache_bytes), quick)
+        context = SearchContext(bench.tokens, int(fastest.cache_bytes), quick)
         runtime = {"model": model, "dtype": fastest.recipe.dtype, "threads": fastest.recipe.threads}
         candidates = [c for key in method_names() for c in method_class(key).candidates(context)]
         search.run([Recipe.of(candidate, **runtime) for candidate in candidates])

@@ -38,7 +38,7 @@ def ragged_attention_reference(
     """The meaning of `ragged_attention`, block by block in plain PyTorch."""
     rows, query_heads, queries, size = query.shape
     heads = len(starts) // rows
-    grouped = query.float().view(rows * heads, -1, size)
+    grouped = query.float().reshape(rows * heads, -1, size)
     output = torch.zeros_like(grouped)
     for block, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
         span = slice(start, start + length)
@@ -51,7 +51,7 @@ def ragged_attention_reference(
             visible = F.pad(mask[block // heads], (length - mask.shape[-1], 0), value=True)
         logits = logits.masked_fill(~visible.repeat(query_heads // heads, 1), -torch.inf)
         output[block] = torch.softmax(logits, -1).nan_to_num(0.0) @ values[span].float()
-    return output.view(query.shape).to(query.dtype)
+    return output.reshape(query.shape).to(query.dtype)
 
 
 @torch.library.custom_op("lissom::ragged_attention", mutates_args=())

@@ -95,15 +95,17 @@ class CompactLayer(CacheLayerMixin):
             )
         return _attend_dense(self.store, query, mask, scaling, self.tail)
 
-    def seal(self, visible: torch.Tensor | None = None) -> None:
-        """End the tail: its tokens become part of what every later query sees.
+    def seal(self, visible: torch.Tensor | None = None, keep_tail: int = 0) -> None:
+        """End the tail but for its last `keep_tail` tokens: the others become part of what every later query sees.
 
         Args:
-            visible: bool `[rows, tail]`; tokens that are padding (false) are removed from the storage.
+            visible: bool `[rows, at least tail]`; tokens that are padding (false) are removed from the storage.
         """
         assert self.store is not None
-        if visible is not None and not bool(visible[:, -self.tail :].all()):
-            keep = visible[:, -self.tail :].to(self.store.keys.device)
+        sealed = self.tail - keep_tail
+        if visible is not None and not bool(visible[:, -self.tail :][:, :sealed].all()):
+            keep = visible[:, -self.tail :].to(self.store.keys.device).clone()
+            keep[:, sealed:] = True
             blocks = []
             for index, block in enumerate(self.store.blocks()):
                 before = len(block.keys) - self.tail
@@ -111,7 +113,7 @@ class CompactLayer(CacheLayerMixin):
                 bias = None if block.bias is None else block.bias[kept]
                 blocks.append(Block(block.keys[kept], block.values[kept], block.positions[kept], bias))
             self.store = RaggedStore(blocks, self.store.rows)
-        self.tail = 0
+        self.tail = keep_tail
 
     def get_seq_length(self) -> int:
         return self.logical
@@ -244,11 +246,11 @@ def compact_layers(cache: Cache) -> list[tuple[int, CompactLayer]]:
     return [(i, layer) for i, layer in enumerate(cache.layers) if isinstance(layer, CompactLayer)]
 
 
-def compacting(layer: CacheLayerMixin) -> CacheLayerMixin:
-    """A `CompactLayer` in place of a plain growing layer, with what it holds; any other layer unchanged."""
+def compacting(layer: CacheLayerMixin, make: Callable[[], CompactLayer] = CompactLayer) -> CacheLayerMixin:
+    """A layer of `make` in place of a plain growing layer, with what it holds; any other layer unchanged."""
     if type(layer) is not DynamicLayer:
         return layer
-    compact = CompactLayer()
+    compact = make()
     if layer.is_initialized and layer.keys is not None and layer.keys.numel():
         compact.update(layer.keys, layer.values)
     return compact

@@ -12,7 +12,7 @@ from lissom.errors import UserError
 from lissom.kv.attention_matching import AttentionMatching
 from lissom.kv.cache import CompactCache, CompactLayer, compact_layers, replace_blocks
 from lissom.kv.compactor import Compactor, Problem
-from lissom.kv.harvest import QueryRecorder, forward, repeat_ids, rolled_back, self_study_ids
+from lissom.kv.harvest import Evidence, QueryRecorder, QuerySource, forward, repeat_ids, rolled_back, self_study_ids
 from lissom.kv.storage import Block
 from lissom.models import describe_decoder
 
@@ -99,7 +99,7 @@ def compact_read(
     if on_policy and passes:
         for _, layer in compact_layers(cache):
             if layer.store is not None:
-                layer.store.trim()  # the study's tokens are forgotten, their space is given back
+                layer.store.reserve(0)  # the study's tokens are forgotten, their space is given back
         return
     layers = compact_layers(cache)
     for number, (_, layer) in enumerate(layers):
@@ -107,18 +107,21 @@ def compact_read(
         report("fit", number + 1, len(layers))
 
 
-def compact_layer(layer: CompactLayer, method: Compactor, recorder: QueryRecorder) -> None:
-    """Replace what `layer` holds before its tail by what `method` makes of it. The ratio counts what is held now."""
+def compact_layer(layer: CompactLayer, method: Compactor, source: QuerySource, count: int | None = None) -> None:
+    """Replace what `layer` holds before its tail by what `method` makes of it.
+
+    Args:
+        count: entries to keep per KV head; None = the method's ratio of what is held now.
+    """
     store, tail = layer.store, layer.tail
     assert store is not None
     blocks: list[Block] = []
     for row in range(store.rows):
         originals = [store.block(row * store.heads + head) for head in range(store.heads)]
         stored = [_part(block, 0, len(block.keys) - tail) for block in originals]
-        queries = recorder.of(layer, row, store.heads) if layer in recorder.queries else None
-        problem = _problem(stored, queries, recorder.scaling.get(layer, 1.0), method, row)
+        problem = _problem(stored, source.of(layer, row, store.heads), method, row)
         real = int(problem.exists.sum(-1).max())
-        wanted = method.budget(real)
+        wanted = method.budget(real) if count is None else count
         fitted = method.fit(problem, [min(wanted, len(block.keys)) for block in stored])
         for fit, original in zip(fitted, originals, strict=True):
             blocks.append(_joined(fit, _part(original, len(original.keys) - tail, len(original.keys))))
@@ -191,8 +194,7 @@ def _compact_on_the_way(cache: Cache, method: Compactor, recorder: QueryRecorder
 
 def _problem(
     stored: Sequence[Block],
-    queries: tuple[torch.Tensor, torch.Tensor] | None,
-    scaling: float,
+    evidence: Evidence | None,
     method: Compactor,
     row: int,
 ) -> Problem:
@@ -211,8 +213,19 @@ def _problem(
     first = positions.masked_fill(~exists, torch.iinfo(torch.int64).max).amin()
     last = positions.masked_fill(~exists, -1).amax()
     protected = exists & ((positions < first + method.sinks) | (positions > last - method.recent))
-    asked, places = queries if queries is not None else (keys[:, :1], positions.new_full((1,), int(last)))
-    return Problem(keys, values, bias, positions, protected, asked, places, scaling, method.seed + row)
+    if evidence is None:  # the method asks for no queries
+        evidence = Evidence(keys[:, :1], positions.new_full((1,), int(last)), 1.0)
+    return Problem(
+        keys,
+        values,
+        bias,
+        positions,
+        protected,
+        evidence.queries,
+        evidence.positions,
+        evidence.scaling,
+        method.seed + row,
+    )
 
 
 def _part(block: Block, start: int, end: int) -> Block:

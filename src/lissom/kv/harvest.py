@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
@@ -20,6 +22,33 @@ SELF_STUDY_PROMPTS = (
     "Write the information of the text above as JSON.",
     "Write three questions about the text above and answer them.",
 )
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Reference queries of one layer and row: `queries` `[KV heads, group · tokens, head_dim]` fp32, rotated, and
+    `positions` `[group · tokens]`; `scaling` is the factor on the layer's logits."""
+
+    queries: torch.Tensor
+    positions: torch.Tensor
+    scaling: float
+
+    @classmethod
+    def of(
+        cls, queries: torch.Tensor, positions: torch.Tensor, visible: torch.Tensor, heads: int, scaling: float
+    ) -> Evidence:
+        """Of `queries` `[query heads, tokens, head_dim]`, `positions` and `visible` `[tokens]`; padding is dropped."""
+        kept, places = queries[:, visible.to(queries.device)].float(), positions[visible]
+        group = len(kept) // heads
+        return cls(kept.reshape(heads, -1, kept.shape[-1]), places.repeat(group).to(kept.device), scaling)
+
+
+class QuerySource(Protocol):
+    """Where the reference queries of a layer come from."""
+
+    def of(self, layer: CompactLayer, row: int, heads: int) -> Evidence | None:
+        """Those of one row, None where nothing was recorded."""
+        ...
 
 
 class QueryRecorder:
@@ -71,14 +100,13 @@ class QueryRecorder:
         self.queries.setdefault(layer, []).append(query[:, :, self._pick.to(query.device)].detach())
         self.scaling[layer] = scaling
 
-    def of(self, layer: CompactLayer, row: int, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries `[heads, group · tokens, head_dim]` fp32 of one row, and their positions `[group · tokens]`."""
-        recorded = torch.cat(self.queries[layer], dim=2)[row].float()
+    def of(self, layer: CompactLayer, row: int, heads: int) -> Evidence | None:
+        """See `QuerySource`."""
+        if layer not in self.queries:
+            return None
+        recorded = torch.cat(self.queries[layer], dim=2)[row]
         visible = torch.cat(self._visible, dim=1)[row]
-        positions = torch.cat(self._positions)[visible]
-        recorded = recorded[:, visible.to(recorded.device)]
-        group = recorded.shape[0] // heads
-        return recorded.reshape(heads, -1, recorded.shape[-1]), positions.repeat(group).to(recorded.device)
+        return Evidence.of(recorded, torch.cat(self._positions), visible, heads, self.scaling[layer])
 
 
 def forward(model: PreTrainedModel, ids: torch.Tensor, visible: torch.Tensor, cache: Cache) -> torch.Tensor:

@@ -95,10 +95,10 @@ class RaggedStore:
         self.lengths -= tokens
         self.spare += tokens
 
-    def trim(self) -> None:
-        """Give back the spare capacity."""
-        if self.spare:
-            self._lay_out(self.blocks(), 0)
+    def reserve(self, spare: int) -> None:
+        """Have room for exactly `spare` more entries in every block; 0 gives all spare capacity back."""
+        if self.spare != spare:
+            self._lay_out(self.blocks(), spare)
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Keep, repeat or reorder rows: row `i` becomes what was row `rows[i]`."""

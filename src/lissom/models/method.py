@@ -13,7 +13,7 @@ class SearchContext:
 
     Attributes:
         tokens: tokens that are read before the first question.
-        cache_bytes: bytes of the untouched model's KV cache after them.
+        cache_bytes: bytes of the full KV cache after them.
         quick: a short search: two or three candidates of each kind are enough.
     """
 

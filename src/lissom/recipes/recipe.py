@@ -128,8 +128,10 @@ class Recipe(BaseModel):
 
 
 def _words(name: str, value: Any) -> str:
-    if name in ("score", "select", "queries"):
+    if name in ("score", "select", "queries", "method"):
         return str(value)
+    if name == "size" and isinstance(value, int):
+        return f"{value / 1e6:.3g} MB"
     return f"{value:.0%}" if name == "ratio" else f"{name} {value}"
 
 

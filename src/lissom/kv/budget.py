@@ -1,0 +1,230 @@
+"""`kv-budget`: a long conversation or a long generation inside a fixed number of bytes.
+
+Each layer has an equal share of the budget. When a forward pass leaves a layer above its share, everything but the
+last few tokens is compacted, biases of earlier compactions included, on the queries of the latest tokens. It works
+with any compactor; with `streaming-llm` it is the sliding window with sinks that it must beat.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from lissom.errors import UserError
+from lissom.kv.attention_matching import AttentionMatching
+from lissom.kv.cache import CompactCache, CompactLayer, compacting
+from lissom.kv.compact import compact_layer
+from lissom.kv.compactor import Compactor
+from lissom.kv.eviction import SCORES, Eviction
+from lissom.kv.harvest import Evidence
+from lissom.models import describe_decoder
+from lissom.models.attention import installed
+from lissom.models.method import SearchContext
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_bytes(text: int | str) -> int:
+    """Bytes from a number or from text such as '64MB' or '1.5 GiB'.
+
+    Raises:
+        UserError: it is neither, or not positive.
+    """
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([KMG]?I?B?)", str(text).strip().upper())
+    unit = _UNITS.get(match[2] if match and match[2].endswith("B") else f"{match[2]}B" if match and match[2] else "")
+    if match is None or unit is None or float(match[1]) * unit < 1:
+        raise UserError(f"{text!r} is no size: expected bytes or text such as '64MB' or '1.5GiB'.")
+    return int(float(match[1]) * unit)
+
+
+@dataclass(frozen=True)
+class KVBudget:
+    """Keep the KV cache of the full-attention layers within `size`.
+
+    After every forward pass the stored entries take at most `size`; during a pass at most one layer at a time is above
+    its share, by the tokens of that pass. Layers with a sliding window keep their own and do not count.
+
+    Attributes:
+        size: bytes, or text such as '64MB'; for all rows together.
+        method: `attention-matching`, one of the eviction scores, or a compactor with settings of its own, whose ratio
+            is ignored.
+        protect: last tokens that are not compacted (paper: 20).
+        target: share of `size` to which a compaction shrinks; smaller means fewer and stronger compactions.
+        window: last tokens whose queries are the reference for the next compaction.
+    """
+
+    name: ClassVar[str] = "kv-budget"
+
+    size: int | str
+    method: str | Compactor = "attention-matching"
+    protect: int = 20
+    target: float = 0.5
+    window: int = 256
+
+    def __post_init__(self) -> None:
+        parse_bytes(self.size)
+        self.compactor()
+        if not 0.0 < self.target < 1.0:
+            raise UserError(f"target={self.target} is not in (0, 1): it is the share of the budget that is left.")
+        if self.protect < 1 or self.window < 1:
+            raise UserError(f"protect={self.protect} and window={self.window} must be at least 1.")
+
+    @classmethod
+    def candidates(cls, context: SearchContext) -> list[Self]:
+        """See `lissom.models.method.Method`."""
+        shares = (0.5,) if context.quick else (0.75, 0.5, 0.25)
+        methods = ("attention-matching", "streaming-llm")
+        return [cls(int(share * context.cache_bytes), method) for method in methods for share in shares]
+
+    @property
+    def bytes(self) -> int:
+        """`size` as a number."""
+        return parse_bytes(self.size)
+
+    def compactor(self) -> Compactor:
+        """The method that shrinks a layer."""
+        if isinstance(self.method, Compactor):
+            return self.method
+        if self.method == AttentionMatching.name:
+            return AttentionMatching(queries="context")
+        if self.method in SCORES:
+            return Eviction(score=self.method)
+        known = ", ".join((AttentionMatching.name, *SCORES))
+        raise UserError(f"method={self.method!r}: expected one of {known}.")
+
+    def cache(self, model: PreTrainedModel) -> CompactCache:
+        """An empty cache within the budget, to be handed to `generate` turn after turn."""
+        cache = CompactCache(model)
+        self._adopt(cache, model)
+        return cache
+
+    def __call__(self, model: PreTrainedModel) -> AbstractContextManager[None]:
+        return self._within(model)
+
+    @contextmanager
+    def _within(self, model: PreTrainedModel) -> Iterator[None]:
+        def before(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            cache = kwargs.get("past_key_values")
+            if cache is None:
+                return
+            if not isinstance(cache, DynamicCache):
+                raise UserError(f"{type(cache).__name__} has no budget: generate with the default (dynamic) cache.")
+            self._adopt(cache, model)
+
+        with installed(model):
+            hook = model.register_forward_pre_hook(before, with_kwargs=True)
+            try:
+                yield
+            finally:
+                hook.remove()
+
+    def _adopt(self, cache: DynamicCache, model: PreTrainedModel) -> None:
+        """Exchange the cache's growing layers for ones that keep to their share; what they hold stays."""
+        if any(isinstance(layer, BudgetLayer) for layer in cache.layers):
+            return
+        full = describe_decoder(model).sliding.count(False)
+        share = self.bytes // max(1, full)
+        cache.layers = [self._layer(layer, share) for layer in cache.layers]
+
+    def _layer(self, layer: Any, share: int) -> Any:
+        if type(layer) is CompactLayer:  # of another method: it keeps its entries and its observer
+            budgeted = BudgetLayer(self, share)
+            budgeted.__dict__.update({**layer.__dict__, "settings": self, "share": share})
+            return budgeted
+        return compacting(layer, lambda: BudgetLayer(self, share))
+
+
+class BudgetLayer(CompactLayer):
+    """A layer that compacts itself when a pass leaves it above its share of the budget.
+
+    Attributes:
+        settings: the budget.
+        share: bytes of this layer.
+        recent: queries `[rows, query heads, tokens, head_dim]` of the last tokens, with their `places` `[tokens]` and
+            whether they are real, `[rows, tokens]`.
+    """
+
+    def __init__(self, settings: KVBudget, share: int) -> None:
+        super().__init__()
+        self.settings, self.share = settings, share
+        self.recent: torch.Tensor | None = None
+        self.places = torch.empty(0, dtype=torch.int64)
+        self.real = torch.empty(0, 0, dtype=torch.bool)
+        self.scaling = 1.0
+
+    def attend(
+        self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float, softcap: float | None
+    ) -> torch.Tensor:
+        """See `CompactLayer.attend`; afterwards the layer is within its share."""
+        output = super().attend(query, mask, scaling, softcap)
+        visible = torch.ones(query.shape[0], self.tail, dtype=torch.bool)
+        if mask is not None:  # what the last query may see is what is no padding
+            visible = mask[:, 0, -1, -self.tail :].expand(query.shape[0], -1).cpu()
+        self._remember(query, visible, scaling)
+        assert self.store is not None
+        if self.store.stored_entries * self._entry_bytes() > self.share:
+            self._shrink(visible)
+        return output
+
+    def _entry_bytes(self) -> int:
+        assert self.store is not None
+        tensors = (self.store.keys, self.store.values, self.store.positions)
+        return sum(tensor[:1].nbytes for tensor in tensors) + 4  # and an fp32 bias
+
+    def _remember(self, query: torch.Tensor, visible: torch.Tensor, scaling: float) -> None:
+        last = query[:, :, -self.settings.window :].detach()
+        places = torch.arange(self.logical - last.shape[2], self.logical)
+        real = visible[:, -last.shape[2] :]
+        if self.recent is not None:
+            keep = self.settings.window - last.shape[2]
+            start = max(0, self.recent.shape[2] - keep)
+            last = torch.cat([self.recent[:, :, start:], last], 2)
+            places, real = torch.cat([self.places[start:], places]), torch.cat([self.real[:, start:], real], 1)
+        self.recent, self.places, self.real, self.scaling = last, places, real, scaling
+
+    def _shrink(self, visible: torch.Tensor) -> None:
+        store, settings = self.store, self.settings
+        assert store is not None
+        method, entry = settings.compactor(), self._entry_bytes() * store.rows * store.heads
+        keep = min(settings.protect, self.tail)
+        wanted = int(settings.target * self.share) // entry - keep
+        least = method.sinks + method.recent + 1
+        if wanted < least:
+            layers = settings.bytes // self.share
+            needed = int((least + keep + 1) * entry / settings.target + 1) * layers
+            raise UserError(
+                f"A KV budget of {settings.bytes / 1e6:.3g} MB is too small: the sinks and the last {keep} tokens of "
+                f"{store.rows} rows need {needed / 1e6:.3g} MB."
+            )
+        self.seal(visible, keep_tail=keep)
+        compact_layer(self, method, self, wanted)
+        assert self.store is not None
+        # Room up to the share at once: nothing is copied until the next compaction, and no more is ever allocated.
+        self.store.reserve(self.share // entry - int(self.store.lengths.max()))
+
+    def of(self, layer: CompactLayer, row: int, heads: int) -> Evidence | None:
+        """See `lissom.kv.harvest.QuerySource`: the latest tokens' queries."""
+        if self.recent is None:
+            return None
+        return Evidence.of(self.recent[row], self.places, self.real[row], heads, self.scaling)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        if self.recent is not None:
+            self.recent, self.real = self.recent[indices], self.real[indices.cpu()]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self.recent is not None:
+            self.recent = self.recent.repeat_interleave(repeats, 0)
+            self.real = self.real.repeat_interleave(repeats, 0)
+
+    def reset(self) -> None:
+        super().reset()
+        self.recent = None
