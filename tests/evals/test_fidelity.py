@@ -31,14 +31,13 @@ def test_the_full_cache_scores_perfectly_and_a_random_one_does_not(smollm2):
     assert poor.kl > 0.05 and poor.output_error > 0.1 and poor.mass_error > 0.1
 
 
-def test_a_stopped_check_goes_on_where_it_was(smollm2, tmp_path, monkeypatch):
-    size = study.Size(1, 200, (0.2,), False, False)
+def test_a_stopped_check_goes_on_where_it_was(smollm2, tmp_path):
+    size = study.Size(1, 200, (0.2,), questions=2)
     methods = {study.OURS: AttentionMatching(ratio=0.2), "h2o": Eviction(ratio=0.2, score="h2o")}
-    monkeypatch.setattr(study, "arms", lambda ratio, size: methods)
     journal = tmp_path / "journal.jsonl"
-    first = study.measure(*smollm2, size, journal)
+    first = study.measure(*smollm2, size, journal, arms=lambda ratio, size: methods)
     journal.write_text(journal.read_text()[:-50])  # killed in the middle of the second record
-    again = study.measure(*smollm2, size, journal)
+    again = study.measure(*smollm2, size, journal, arms=lambda ratio, size: methods)
     assert again[0] == first[0]
     assert again[1]["scores"] == first[1]["scores"]
-    assert study.measure(*smollm2, size, journal) == again
+    assert study.measure(*smollm2, size, journal, arms=lambda ratio, size: methods) == again

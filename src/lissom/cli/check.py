@@ -53,7 +53,7 @@ def check(
         for arm in study.arms(ratio, size):
             means = {m: paired_bootstrap(study.per_question(records, ratio, arm, m)) for m in study.METRICS}
             own = [r for r in records if r["ratio"] == ratio and r["arm"] == arm]
-            seconds = sum(r["seconds"] for r in own) / len(own)
+            seconds = sum(r["read_seconds"] + r["fit_seconds"] for r in own) / len(own)
             share = sum(r["bytes"] for r in own) / sum(r["full_bytes"] for r in own)
             gap = study.against(records, ratio, arm, "nll")
             table.add_row(

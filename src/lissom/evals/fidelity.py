@@ -14,6 +14,8 @@ from lissom.kv.cache import CompactCache
 from lissom.kv.document import question_ids
 from lissom.kv.storage import RaggedStore
 
+_RECALL_TOKENS = 14  # enough for "The access code of the archive is 12345."
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -102,7 +104,7 @@ def score(
         output_error, mass_error = attention_errors(cache, teacher.probes)
     recalled = None
     if teacher.question.answer is not None:
-        ids = answer_ids(model, document, teacher.ids[:, : teacher.start], cache, 24)
+        ids = answer_ids(model, document, teacher.ids[:, : teacher.start], cache, _RECALL_TOKENS)
         text = tokenizer.decode(ids[0, teacher.start :], skip_special_tokens=True)
         recalled = teacher.question.answer.lower() in text.lower()
     return Score(

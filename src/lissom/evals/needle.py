@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,11 +47,10 @@ def recalls(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     needle: Needle,
-    read: Callable[[torch.Tensor], Cache],
+    cache: Cache,
     new_tokens: int = 16,
 ) -> bool:
-    """Whether the greedy answer holds the number, after `read(ids)` has made a cache of the text."""
-    cache = read(needle.ids.to(model.device))
+    """Whether the greedy answer holds the number, behind a cache that has read the needle's text."""
     asked = question_ids(tokenizer, QUESTION).to(model.device)
     ids = answer_ids(model, needle.ids.to(model.device), asked, cache, new_tokens)
     return needle.code in tokenizer.decode(ids[0, asked.shape[1] :], skip_special_tokens=True)

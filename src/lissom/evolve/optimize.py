@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from lissom.devices.meters import interleaved
 from lissom.devices.profiles import Profile
@@ -99,38 +99,50 @@ class _Search:
     def run(self, recipes: Sequence[Recipe], drop: bool = True) -> None:
         """One rung for these recipes: a little of each, then the rest of those that are worth it."""
         workload = self.bench.workload
-        new = [recipe for recipe in recipes if recipe.label not in self.measured]
+        new = {recipe.label: recipe for recipe in recipes if recipe.label not in self.measured}
         whole = workload.documents + workload.rounds
         self.planned += len(new) * whole
-        begun = {}
-        for recipe in sorted(new, key=lambda r: r.dtype):  # models are exchanged as seldom as possible
-            self._check_time()
-            begun[recipe.label] = Measured(recipe, [self.bench.quality(recipe, 0)])
-            self._tick(recipe.label)
-        self._time(begun, [0])
-        self.measured |= begun
-        self._judge()
-        alive = {label: m for label, m in begun.items() if not (drop and self._hopeless(m))}
+        begun = []
+        for recipe in sorted(new.values(), key=lambda r: r.dtype):  # models are exchanged as seldom as possible
+            m = Measured(recipe)
+            self._quality(m)
+            self._time(m)
+            begun.append(m)
+            self.measured[recipe.label] = m
+            self._judge()
+        base = next(iter(self.measured.values()))
+        alive = [m for m in begun if not (drop and self._hopeless(m))]
         self.planned -= (len(begun) - len(alive)) * (whole - 2)
-        for number in range(1, workload.documents):
-            for label, m in alive.items():
-                self._check_time()
-                m.quality.append(self.bench.quality(m.recipe, number))
-                self._tick(label)
-        self._time(alive, range(1, workload.rounds))
+        for _ in range(1, workload.documents):
+            for m in alive:
+                self._quality(m)
         self._judge()
+        # The untouched model is timed again beside every group, so that a drifting machine hurts it as much.
+        group = {id(m): m for m in (base, *alive)}.values()
+        arms = {m.label: (lambda m=m: self._time(m)) for m in group}  # type: ignore[misc]
+        self.planned += (workload.rounds - 1) * (len(arms) - len(alive))
+        for _ in interleaved(arms, workload.rounds - 1):
+            pass
 
-    def _time(self, group: dict[str, Measured], rounds: Sequence[int]) -> None:
-        """Timed runs, interleaved; a dtype at a time where the models cannot lie in memory together."""
-        for number in rounds:
-            arms = {label: (lambda m=m, n=number: self._timed(m, n)) for label, m in group.items()}  # type: ignore[misc]
-            for label, timing in interleaved(arms, 1):
-                group[label].timings.append(timing)
-                self._tick(label)
+    def _quality(self, measured: Measured) -> None:
+        self._begin(measured.label)
+        measured.quality.append(self.bench.quality(measured.recipe, len(measured.quality)))
+        self.done += 1
 
-    def _timed(self, measured: Measured, number: int):  # type: ignore[no-untyped-def]
-        self._check_time()
-        return self.bench.timing(measured.recipe, number)
+    def _time(self, measured: Measured) -> None:
+        self._begin(measured.label)
+        measured.timings.append(self.bench.timing(measured.recipe, len(measured.timings)))
+        self.done += 1
+
+    def _begin(self, label: str) -> None:
+        """Announce a measurement, unless the time is over and something is known."""
+        if self.measured and time.monotonic() > self.deadline:
+            raise _OutOfTime
+        self.progress(label, self.done, self.planned)
+
+    def outcome(self, *facts: Any) -> Outcome:
+        measured = list(self.measured.values())
+        return Outcome(measured[0], measured, *facts)
 
     def _judge(self) -> None:
         base = next(iter(self.measured.values()))
@@ -141,14 +153,6 @@ class _Search:
         if candidate is next(iter(self.measured.values())):
             return False
         return any(dominates(m, candidate, _SAME_TIME) for m in self.measured.values())
-
-    def _check_time(self) -> None:
-        if self.measured and time.monotonic() > self.deadline:
-            raise _OutOfTime
-
-    def _tick(self, label: str) -> None:
-        self.done += 1
-        self.progress(label, self.done, self.planned)
 
 
 def runtimes(model: str) -> list[Recipe]:
@@ -190,35 +194,37 @@ def optimize(
         runtime = {"model": model, "dtype": fastest.recipe.dtype, "threads": fastest.recipe.threads}
         candidates = [c for key in method_names() for c in method_class(key).candidates(context)]
         search.run([Recipe.of(candidate, **runtime) for candidate in candidates])
-        outcome = Outcome(base, _complete(search), max_loss, prefer, profile)
+        outcome = search.outcome(max_loss, prefer, profile)
         ranked = sorted(outcome.front, key=lambda m: gain(m, base, prefer, profile), reverse=True)
         promising = [m.recipe for m in ranked if m.recipe.methods and m.loss.estimate <= 2 * max_loss][
             : 1 if quick else 3
         ]
         other = "auto" if fastest.recipe.dtype != "auto" else "bfloat16"
         search.run([recipe.model_copy(update={"dtype": other}) for recipe in promising])
-        outcome = Outcome(base, _complete(search), max_loss, prefer, profile)
-        for m in {id(m): m for m in (base, outcome.best, *outcome.front[: 0 if quick else 4])}.values():
-            search._check_time()
-            progress(f"memory of {m.label}", search.done, search.planned)
-            m.peak_bytes = bench.peak(m.recipe)
     except _OutOfTime:
         finished = False
     except KeyboardInterrupt:
         finished, interrupted = False, True
-    complete = _complete(search)
-    if not complete:
+    if not search.measured:
         raise KeyboardInterrupt
-    return Outcome(complete[0], complete, max_loss, prefer, profile, finished, interrupted)
+    outcome = search.outcome(max_loss, prefer, profile, finished, interrupted)
+    if not interrupted:
+        _measure_memory(search, outcome, everything=finished and not quick)
+    return outcome
+
+
+def _measure_memory(search: _Search, outcome: Outcome, everything: bool) -> None:
+    """Peak memory of the untouched model and the best recipe, and of the front while there is time."""
+    others = outcome.front if everything else []
+    for number, m in enumerate({id(m): m for m in (outcome.base, outcome.best, *others)}.values()):
+        if number >= 2 and time.monotonic() > search.deadline:
+            return
+        search.progress(f"memory of {m.label}", search.done, search.planned)
+        m.peak_bytes = search.bench.peak(m.recipe)
 
 
 def compare(bench: Bench, recipes: Sequence[Recipe], progress: Progress) -> Outcome:
     """Measure `recipes` and the untouched model fully, interleaved."""
     search = _Search(bench, float("inf"), float("inf"), progress)
     search.run([bench.base, *recipes], drop=False)
-    complete = _complete(search)
-    return Outcome(complete[0], complete, float("inf"), "balanced", Profile.this())
-
-
-def _complete(search: _Search) -> list[Measured]:
-    return [m for m in search.measured.values() if m.quality and m.timings]
+    return search.outcome(float("inf"), "balanced", Profile.this())

@@ -78,7 +78,7 @@ class KVBudget:
     @classmethod
     def candidates(cls, context: SearchContext) -> list[Self]:
         """See `lissom.models.method.Method`."""
-        shares = (0.5,) if context.quick else (0.75, 0.5, 0.25)
+        shares = (0.5,) if context.quick else (0.5, 0.25)
         methods = ("attention-matching", "streaming-llm")
         return [cls(int(share * context.cache_bytes), method) for method in methods for share in shares]
 
@@ -203,7 +203,7 @@ class BudgetLayer(CompactLayer):
                 f"{store.rows} rows need {needed / 1e6:.3g} MB."
             )
         self.seal(visible, keep_tail=keep)
-        compact_layer(self, method, self, wanted)
+        compact_layer(self, method, self, [wanted] * store.heads)
         assert self.store is not None
         # Room up to the share at once: nothing is copied until the next compaction, and no more is ever allocated.
         self.store.reserve(self.share // entry - int(self.store.lengths.max()))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from lissom.kv.attention_matching import AttentionMatching
 from lissom.kv.cache import CompactCache, CompactLayer, compact_layers, replace_blocks
 from lissom.kv.compactor import Compactor, Problem
 from lissom.kv.harvest import Evidence, QueryRecorder, QuerySource, forward, repeat_ids, rolled_back, self_study_ids
+from lissom.kv.head_budgets import apportion, global_counts
 from lissom.kv.storage import Block
 from lissom.models import describe_decoder
 
@@ -53,10 +56,80 @@ def compact(
     if method is not None and settings:
         raise TypeError("Pass either a method or its settings, not both.")
     method = method or AttentionMatching(**settings)
+    cache, recorder = _read(model, inputs, method, tokenizer, self_study_tokens, progress or _silent)
+    if not method.on_policy:
+        fit(cache, method, recorder, progress or _silent)
+    return cache
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A document that was read, and the reference queries of each of its layers: it can be compacted in several ways.
+
+    Attributes:
+        cache: the full cache.
+        recorder: the queries.
+    """
+
+    model: PreTrainedModel
+    cache: CompactCache
+    recorder: QueryRecorder
+
+    @classmethod
+    @torch.no_grad()
+    def of(
+        cls,
+        model: PreTrainedModel,
+        inputs: torch.Tensor | Mapping[str, torch.Tensor],
+        method: Compactor,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        self_study_tokens: int = 64,
+        progress: Progress | None = None,
+    ) -> Reading:
+        """Read a document and record the queries that `method` asks for; arguments as of `compact`."""
+        if method.on_policy:
+            raise UserError("On-policy queries depend on the compaction, so a reading cannot be shared; call compact.")
+        cache, recorder = _read(model, inputs, method, tokenizer, self_study_tokens, progress or _silent)
+        return cls(model, cache, recorder)
+
+    @torch.no_grad()
+    def compact(self, method: Compactor, progress: Progress | None = None) -> CompactCache:
+        """A small cache by `method`, on the queries that were recorded; the reading stays as it is."""
+        cache = CompactCache(self.model)
+        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        originals = dict(zip((layer for _, layer in cache.compact_layers()), self.cache.compact_layers(), strict=True))
+        fit(cache, method, _Original({layer: old for layer, (_, old) in originals.items()}, self.recorder), progress)
+        return cache
+
+
+@dataclass(frozen=True)
+class _Original:
+    """The queries of a copied layer are those of the layer that was recorded."""
+
+    originals: Mapping[CompactLayer, CompactLayer]
+    source: QuerySource
+
+    def of(self, layer: CompactLayer, row: int, heads: int) -> Evidence | None:
+        return self.source.of(self.originals[layer], row, heads)
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    pass
+
+
+def _read(
+    model: PreTrainedModel,
+    inputs: torch.Tensor | Mapping[str, torch.Tensor],
+    method: Compactor,
+    tokenizer: PreTrainedTokenizerBase | None,
+    self_study_tokens: int,
+    report: Progress,
+) -> tuple[CompactCache, QueryRecorder]:
+    """The full cache and its queries; on-policy methods have compacted it when this returns."""
     ids, visible = _document(model, inputs)
     cache = CompactCache(model)
     recorder = QueryRecorder(token_limit(model, method), method.seed)
-    report: Progress = progress or (lambda stage, done, total: None)
     report("read", 0, 1)
     if method.queries == "context":
         recorder.expect(0, visible)
@@ -65,11 +138,11 @@ def compact(
     else:
         forward(model, ids, visible, cache)
     report("read", 1, 1)
-    compact_read(model, cache, ids, visible, method, recorder, tokenizer, self_study_tokens, report)
-    return cache
+    study(model, cache, ids, visible, method, recorder, tokenizer, self_study_tokens, report)
+    return cache, recorder
 
 
-def compact_read(
+def study(
     model: PreTrainedModel,
     cache: Cache,
     ids: torch.Tensor,
@@ -78,54 +151,88 @@ def compact_read(
     recorder: QueryRecorder,
     tokenizer: PreTrainedTokenizerBase | None = None,
     self_study_tokens: int = 64,
-    report: Progress = lambda stage, done, total: None,
+    report: Progress = _silent,
 ) -> None:
-    """Compact `cache`, which has read `ids` with padding mask `visible`, both `[rows, tokens]`.
-
-    The queries are those that `recorder` holds, or come from the passes that the method asks for.
-    """
+    """Seal a cache that has read `ids` with padding mask `visible`, both `[rows, tokens]`, and record the queries of
+    the passes that the method asks for. On-policy methods compact each layer in the last of them."""
     for _, layer in compact_layers(cache):
         layer.seal(visible)
-    on_policy = getattr(method, "on_policy", False)
     passes = _study(model, cache, ids, visible, method, tokenizer, self_study_tokens)
     for number, (tokens, shown) in enumerate(passes):
         report("queries", number, len(passes))
         recorder.expect(ids.shape[1], shown)
         with rolled_back(cache), recorder.recording(cache):
-            if on_policy and number == len(passes) - 1:
+            if method.on_policy and number == len(passes) - 1:
                 _compact_on_the_way(cache, method, recorder)
             forward(model, tokens, torch.cat([visible, shown], 1), cache)
         report("queries", number + 1, len(passes))
-    if on_policy and passes:
-        for _, layer in compact_layers(cache):
-            if layer.store is not None:
-                layer.store.reserve(0)  # the study's tokens are forgotten, their space is given back
-        return
-    layers = compact_layers(cache)
-    for number, (_, layer) in enumerate(layers):
-        compact_layer(layer, method, recorder)
-        report("fit", number + 1, len(layers))
+    for _, layer in compact_layers(cache):
+        if layer.store is not None:
+            layer.store.reserve(0)  # the study's tokens are forgotten, their space is given back
 
 
-def compact_layer(layer: CompactLayer, method: Compactor, source: QuerySource, count: int | None = None) -> None:
+def fit(cache: Cache, method: Compactor, source: QuerySource, report: Progress | None = None) -> None:
+    """Compact every layer of a sealed cache on the queries of `source`."""
+    layers = [layer for _, layer in compact_layers(cache)]
+    plan = allocate(method, layers, source)
+    for number, layer in enumerate(layers):
+        compact_layer(layer, method, source, plan[number] if plan else None)
+        if report is not None:
+            report("fit", number + 1, len(layers))
+
+
+def compact_layer(
+    layer: CompactLayer, method: Compactor, source: QuerySource, counts: Sequence[int] | None = None
+) -> None:
     """Replace what `layer` holds before its tail by what `method` makes of it.
 
     Args:
-        count: entries to keep per KV head; None = the method's ratio of what is held now.
+        counts: entries to keep per KV head; None = the method's ratio of what is held now, for all alike.
     """
     store, tail = layer.store, layer.tail
     assert store is not None
     blocks: list[Block] = []
     for row in range(store.rows):
-        originals = [store.block(row * store.heads + head) for head in range(store.heads)]
-        stored = [_part(block, 0, len(block.keys) - tail) for block in originals]
-        problem = _problem(stored, source.of(layer, row, store.heads), method, row)
-        real = int(problem.exists.sum(-1).max())
-        wanted = method.budget(real) if count is None else count
-        fitted = method.fit(problem, [min(wanted, len(block.keys)) for block in stored])
-        for fit, original in zip(fitted, originals, strict=True):
-            blocks.append(_joined(fit, _part(original, len(original.keys) - tail, len(original.keys))))
+        problem, stored = problem_of(layer, row, method, source)
+        wanted = counts or [method.budget(int(problem.exists.sum(-1).max()))] * store.heads
+        fitted = method.fit(problem, [min(count, len(block.keys)) for count, block in zip(wanted, stored, strict=True)])
+        for head, block in enumerate(fitted):
+            original = store.block(row * store.heads + head)
+            blocks.append(_joined(block, _part(original, len(original.keys) - tail, len(original.keys))))
     replace_blocks(layer, blocks, tail)
+
+
+def problem_of(layer: CompactLayer, row: int, method: Compactor, source: QuerySource) -> tuple[Problem, list[Block]]:
+    """What a compaction of one row has to solve, and the entries that it is about: all before the tail."""
+    store = layer.store
+    assert store is not None
+    originals = [store.block(row * store.heads + head) for head in range(store.heads)]
+    stored = [_part(block, 0, len(block.keys) - layer.tail) for block in originals]
+    return _problem(stored, source.of(layer, row, store.heads), method, row), stored
+
+
+def allocate(method: Compactor, layers: Sequence[CompactLayer], source: QuerySource) -> list[list[int]] | None:
+    """Entries per layer and KV head under the method's `budgets`; None where every head gets the same."""
+    if method.budgets == "uniform":
+        return None
+    stores = [layer.store for layer in layers if layer.store is not None]
+    if any(store.rows != 1 for store in stores):
+        raise UserError(f"budgets={method.budgets!r} takes one document at a time; use budgets='uniform' for a batch.")
+    tokens = max(int(store.lengths.max()) for store in stores)
+    heads, least = stores[0].heads, min(tokens, method.sinks + method.recent) + 1
+    total = method.budget(tokens) * heads * len(layers)
+    if method.budgets == "global":
+        scores = [method.scores(problem_of(layer, 0, method, source)[0]) for layer in layers]
+        counts = global_counts(torch.stack(scores).flatten(0, 1), total, least)
+    else:
+        shares = torch.as_tensor(method.shares, dtype=torch.float64).flatten()
+        if len(shares) != heads * len(layers):
+            raise UserError(
+                f"The head budgets are for {len(shares)} KV heads, the model has {heads * len(layers)} that are "
+                "compacted: measure its own with `lissom budgets`."
+            )
+        counts = apportion(shares, total, least, max(least, int(0.75 * tokens)))
+    return counts.view(len(layers), heads).tolist()
 
 
 def _document(

@@ -78,6 +78,10 @@ class Compactor(ABC):
         max_queries: reference queries per KV head at most, drawn at random (paper: 50,000).
         min_tokens: shorter inputs are left as they are (context-manager use).
         seed: of the draw.
+        budgets: how the entries are shared out over layers and KV heads: `uniform`; `global`, the best scores of all
+            heads win (eviction only, KVzip's own rule); `measured`, by `shares`.
+        shares: of each layer and KV head of the total, `[layers][heads]`, as `lissom budgets` measured them.
+        on_policy: fit each layer during the last pass, on queries that have passed the compacted layers below.
     """
 
     name: ClassVar[str]
@@ -89,6 +93,9 @@ class Compactor(ABC):
     max_queries: int = 1024
     min_tokens: int = 64
     seed: int = 0
+    budgets: Literal["uniform", "global", "measured"] = "uniform"
+    shares: tuple[tuple[float, ...], ...] = ()
+    on_policy: bool = False
 
     def __post_init__(self) -> None:
         if not 0.0 < self.ratio <= 1.0:
@@ -98,6 +105,17 @@ class Compactor(ABC):
                 raise UserError(f"{name}={getattr(self, name)} is negative.")
         if self.max_queries < 1:
             raise UserError(f"max_queries={self.max_queries}: at least one query is needed.")
+
+        if self.budgets not in ("uniform", "global", "measured"):
+            raise UserError(f"budgets={self.budgets!r}: expected uniform, global or measured.")
+        if (self.budgets == "measured") != bool(self.shares):
+            raise UserError("budgets='measured' and shares=... (see `lissom budgets`) go together.")
+        if self.on_policy and (self.budgets != "uniform" or self.queries in ("none", "context")):
+            raise UserError("on_policy needs uniform budgets and queries of a repeat pass or self-study.")
+
+    def scores(self, problem: Problem) -> torch.Tensor:
+        """How much each entry counts, `[heads, entries]`, comparable between heads; for budgets='global'."""
+        raise UserError(f"budgets='global' needs scores that compare across heads; {self.name} has none.")
 
     @abstractmethod
     def fit(self, problem: Problem, budget: Sequence[int]) -> list[Block]:

@@ -110,10 +110,15 @@ class Eviction(Compactor):
     def candidates(cls, context: SearchContext) -> list[Self]:
         """See `lissom.models.method.Method`. The scores that were best in the comparison of all."""
         scores = ("h2o", "streaming-llm") if context.quick else ("h2o", "snapkv", "kvzip", "streaming-llm")
-        ratios = (0.5, 0.25) if context.quick else (0.75, 0.5, 0.25, 0.1)
+        ratios = (0.5,) if context.quick else (0.75, 0.5, 0.25)
         return [cls(ratio=ratio, score=score) for score in scores for ratio in ratios]
+
+    def scores(self, problem: Problem) -> torch.Tensor:
+        """See `Compactor.scores`. Entries that must be kept or do not exist count most and least."""
+        scores = SCORES[self.score][0](problem)
+        return scores.masked_fill(problem.protected, torch.inf).masked_fill(~problem.exists, -torch.inf)
 
     def fit(self, problem: Problem, budget: Sequence[int]) -> list[Block]:
         """See `Compactor.fit`."""
-        chosen = top_entries(SCORES[self.score][0](problem), problem, budget)
+        chosen = top_entries(self.scores(problem), problem, budget)
         return [problem.block(head, indices) for head, indices in enumerate(chosen)]

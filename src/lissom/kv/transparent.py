@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from lissom.errors import UserError
 from lissom.kv.cache import CompactLayer, compact_layers, compacting
-from lissom.kv.compact import compact_read, token_limit
+from lissom.kv.compact import fit, study, token_limit
 from lissom.kv.compactor import Compactor
 from lissom.kv.harvest import QueryRecorder
 from lissom.models.attention import installed
@@ -56,7 +56,9 @@ def compacted_after_prefill(model: PreTrainedModel, method: Compactor) -> Iterat
         pending.clear()  # a repeat pass comes through here again
         for _, layer in compact_layers(cache):
             layer.observer = None
-        compact_read(model, cache, ids, visible, method, recorder)
+        study(model, cache, ids, visible, method, recorder)
+        if not method.on_policy:
+            fit(cache, method, recorder)
 
     with installed(model):
         hooks = [

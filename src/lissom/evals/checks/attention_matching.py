@@ -15,9 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lissom.evals.fidelity import score, teach
 from lissom.evals.journal import Journal
+from lissom.evals.needle import needles, recalls
+from lissom.evals.perplexity import nll_behind
 from lissom.evals.stats import Interval, paired_bootstrap
-from lissom.evals.texts import planted_documents
+from lissom.evals.texts import Document, planted_documents
 from lissom.kv import AttentionMatching, Eviction, compact
+from lissom.kv.compact import Reading
 from lissom.kv.compactor import Compactor
 from lissom.kv.document import document_ids
 from lissom.kv.eviction import SCORES
@@ -29,39 +32,55 @@ OURS = "attention matching"
 
 @dataclass(frozen=True)
 class Size:
-    """How much is measured."""
+    """How much is measured: documents of so many tokens at these ratios; the ablations at theirs; needles of these
+    lengths. `seed` picks the documents, each of which has up to eight questions."""
 
     documents: int
     tokens: int
     ratios: tuple[float, ...]
-    ablations: bool
-    pursuits: bool
+    ablation_ratios: tuple[float, ...] = ()
+    needle_lengths: tuple[int, ...] = ()
+    seed: int = 0
+    questions: int = 8
 
 
-SMALL = Size(2, 700, (0.1, 0.05), False, False)
-DEFAULT = Size(6, 1400, (0.2, 0.1, 0.05, 0.02), True, True)
-PAPER = Size(50, 6000, (0.1, 0.05, 0.02, 0.01), True, True)
+SMALL = Size(2, 700, (0.1, 0.05))
+DEFAULT = Size(6, 1400, (0.2, 0.1, 0.05, 0.02), (0.1, 0.05), (500, 1000, 2000))
+PAPER = Size(50, 6000, (0.1, 0.05, 0.02, 0.01), (0.05, 0.02), (4000, 16000))
+
+NEEDLE_RATIO = 0.1
+NEEDLE_DEPTHS = (0.1, 0.5, 0.9)
+BASELINES = (*SCORES, "kvzip global")
 
 
 def arms(ratio: float, size: Size) -> dict[str, Compactor]:
     """Every method that is compared at one ratio."""
     methods: dict[str, Compactor] = {OURS: AttentionMatching(ratio=ratio)}
     methods |= {name: Eviction(ratio=ratio, score=name) for name in SCORES}
-    if size.pursuits:
-        methods["OMP-fast"] = AttentionMatching(ratio=ratio, select="omp-fast")
-    if size.ablations:
+    methods["kvzip global"] = Eviction(ratio=ratio, score="kvzip", budgets="global")
+    if ratio in size.ablation_ratios:
         methods |= {
+            "OMP-fast": AttentionMatching(ratio=ratio, select="omp-fast"),
             "no bias": AttentionMatching(ratio=ratio, bias=False),
             "original values": AttentionMatching(ratio=ratio, fit_values=False),
             "random keys": AttentionMatching(ratio=ratio, select="random"),
             "context queries": AttentionMatching(ratio=ratio, queries="context"),
-            "ridge 0": AttentionMatching(ratio=ratio, ridge=0.0),
-            "ridge to original values": AttentionMatching(ratio=ratio, prior="original"),
-            "exact mass fit": AttentionMatching(ratio=ratio, exact=True),
-            "4096 queries": AttentionMatching(ratio=ratio, max_queries=4096),
             "on-policy": AttentionMatching(ratio=ratio, on_policy=True),
+            **options(ratio),
         }
     return methods
+
+
+def options(ratio: float) -> dict[str, Compactor]:
+    """What the defaults were chosen from, each one step from the published fit."""
+    return {
+        "published fit": AttentionMatching(ratio=ratio, ridge=0.0, max_queries=1024),
+        "ridge 1e-3": AttentionMatching(ratio=ratio, ridge=1e-3, max_queries=1024),
+        "ridge 1e-2": AttentionMatching(ratio=ratio, ridge=1e-2, max_queries=1024),
+        "ridge 1e-3 to original values": AttentionMatching(ratio=ratio, ridge=1e-3, prior="original", max_queries=1024),
+        "exact mass fit": AttentionMatching(ratio=ratio, ridge=1e-3, exact=True, max_queries=1024),
+        "4096 queries": AttentionMatching(ratio=ratio, ridge=1e-3, max_queries=4096),
+    }
 
 
 def measure(
@@ -70,43 +89,104 @@ def measure(
     size: Size,
     journal: Path,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    arms: Callable[[float, Size], dict[str, Compactor]] = arms,
 ) -> list[dict[str, Any]]:
     """One record per document, ratio and arm, with a score per question.
 
-    Each record is appended to `journal` (JSON lines) as soon as it is measured, and a run that was stopped goes on
-    behind the last whole record of the same model, size and settings.
+    A run that was stopped goes on behind the last whole record in `journal` of the same model, size and settings.
     """
-    key = hashlib.sha256(repr((fingerprint(model), size.tokens)).encode()).hexdigest()[:12]
+    key = hashlib.sha256(repr((fingerprint(model), size.tokens, size.seed, size.questions)).encode()).hexdigest()[:12]
     known = Journal(journal)
     plan = [(ratio, name, method) for ratio in size.ratios for name, method in arms(ratio, size).items()]
     records = []
-    for number, document in enumerate(planted_documents(tokenizer, size.documents, size.tokens)):
-        ids = document_ids(tokenizer, document.text)
-        full = teachers = None
+    documents = planted_documents(tokenizer, size.documents, size.tokens, size.seed)
+    for number, document in enumerate(documents):
+        lesson = None
+        elsewhere = documents[number - 1].following
         for place, (ratio, name, method) in enumerate(plan):
             identity = f"{key}/{number}/{json.dumps(method.settings(), sort_keys=True)}"
             if identity not in known:
-                if full is None or teachers is None:
-                    full = compact(model, ids, AttentionMatching(ratio=1.0, queries="context"))
-                    teachers = teach(model, tokenizer, ids, full, document.questions)
-                start = time.perf_counter()
-                cache = compact(model, ids, method, tokenizer=tokenizer)
-                record = {
-                    "document": number,
-                    "ratio": ratio,
-                    "arm": name,
-                    "seconds": time.perf_counter() - start,
-                    "bytes": cache.stored_bytes,
-                    "full_bytes": full.stored_bytes,
-                    "scores": [asdict(score(model, tokenizer, ids, cache, teacher)) for teacher in teachers],
-                    "full_recalled": [
-                        None if t.question.answer is None else t.question.answer.lower() in t.answer.lower()
-                        for t in teachers
-                    ],
-                }
-                known.add(identity, record)
+                lesson = lesson or Lesson(model, tokenizer, document, elsewhere, size.questions)
+                known.add(identity, {"document": number, **lesson.record(method)})
             records.append({**known[identity], "ratio": ratio, "arm": name})
             progress(number * len(plan) + place + 1, size.documents * len(plan))
+    return records
+
+
+class Lesson:
+    """One document with the full cache's answers. What several methods can share is computed once."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        document: Document,
+        elsewhere: str,
+        questions: int,
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.ids = document_ids(tokenizer, document.text)
+        self.elsewhere = tokenizer(elsewhere, return_tensors="pt", add_special_tokens=False)["input_ids"]
+        self.full = Reading.of(model, self.ids, Eviction(score="random")).cache
+        self.teachers = teach(model, tokenizer, self.ids, self.full, document.questions[-questions:])
+        self._readings: dict[tuple[str, int, int], tuple[Reading, float]] = {}
+
+    def record(self, method: Compactor) -> dict[str, Any]:
+        """Scores, seconds (of reading with its passes, and of the fit) and bytes of one method."""
+        start = time.perf_counter()
+        if method.on_policy:
+            cache, reading_seconds = compact(self.model, self.ids, method, tokenizer=self.tokenizer), 0.0
+        else:
+            reading, reading_seconds = self._reading(method)
+            start = time.perf_counter()
+            cache = reading.compact(method)
+        seconds = time.perf_counter() - start
+        teachers = [t.answer.lower() for t in self.teachers]
+        wanted = [t.question.answer for t in self.teachers]
+        return {
+            "read_seconds": reading_seconds,
+            "fit_seconds": seconds,
+            "bytes": cache.stored_bytes,
+            "full_bytes": self.full.stored_bytes,
+            "off_context": float(nll_behind(self.model, cache, self.elsewhere).mean()),
+            "full_off_context": float(nll_behind(self.model, self.full, self.elsewhere).mean()),
+            "scores": [asdict(score(self.model, self.tokenizer, self.ids, cache, t)) for t in self.teachers],
+            "full_recalled": [None if w is None else w.lower() in t for w, t in zip(wanted, teachers, strict=True)],
+        }
+
+    def _reading(self, method: Compactor) -> tuple[Reading, float]:
+        key = (method.queries, method.max_queries, method.seed)
+        if key not in self._readings:
+            start = time.perf_counter()
+            reading = Reading.of(self.model, self.ids, method, tokenizer=self.tokenizer)
+            self._readings[key] = reading, time.perf_counter() - start
+        return self._readings[key]
+
+
+def measure_needles(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    size: Size,
+    journal: Path,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[dict[str, Any]]:
+    """Per needle: whether the full cache and each method at `NEEDLE_RATIO` find it; resumable as `measure`."""
+    known, key = Journal(journal), fingerprint(model)
+    methods: dict[str, Compactor] = {OURS: AttentionMatching(ratio=NEEDLE_RATIO)}
+    methods |= {name: Eviction(ratio=NEEDLE_RATIO, score=name) for name in ("h2o", "snapkv", "kvzip", "streaming-llm")}
+    total = len(size.needle_lengths) * len(NEEDLE_DEPTHS)
+    records = []
+    for number, needle in enumerate(needles(tokenizer, size.needle_lengths, NEEDLE_DEPTHS, size.seed)):
+        settings = json.dumps([method.settings() for method in methods.values()], sort_keys=True)
+        identity = f"needle/{key}/{needle.length}/{needle.depth}/{needle.code}/{settings}"
+        if identity not in known:
+            found = {"full": recalls(model, tokenizer, needle, Reading.of(model, needle.ids, methods["h2o"]).cache)}
+            for name, method in methods.items():
+                cache = compact(model, needle.ids, method, tokenizer=tokenizer)
+                found[name] = recalls(model, tokenizer, needle, cache)
+            known.add(identity, {"length": needle.length, "depth": needle.depth, "found": found})
+        records.append(known[identity])
+        progress(number + 1, total)
     return records
 
 
@@ -142,7 +222,7 @@ def verdicts(records: Sequence[dict[str, Any]], size: Size) -> list[tuple[str, s
         ("recalled", size.ratios, -1, "recalls planted strings at least as well as every eviction baseline"),
     ):
         worst = [
-            max((against(records, ratio, name, metric) for name in SCORES), key=lambda i, s=sign: s * i.estimate)  # type: ignore[misc]
+            max((against(records, ratio, name, metric) for name in BASELINES), key=lambda i, s=sign: s * i.estimate)  # type: ignore[misc]
             for ratio in ratios
         ]
         bounds = [i.high if sign == 1 else -i.low for i in worst]

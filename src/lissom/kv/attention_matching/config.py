@@ -45,8 +45,6 @@ class AttentionMatching(Compactor):
         ridge: λ/(‖X‖²_F/t) of the value fit (paper: 0).
         prior: what the ridge draws the values towards: `zero` (the code's) or `original` (extension).
         reduce, pool: how HAK reduces attention over queries (paper: rms), and the width of its max-pool (0 = none).
-        on_policy: fit each layer on queries that have passed the already compacted layers below (repeat and
-            self-study queries), in one pass.
     """
 
     name: ClassVar[str] = "attention-matching"
@@ -61,7 +59,6 @@ class AttentionMatching(Compactor):
     prior: Literal["zero", "original"] = "zero"
     reduce: Literal["rms", "mean", "max"] = "rms"
     pool: int = 0
-    on_policy: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,8 +72,10 @@ class AttentionMatching(Compactor):
     @classmethod
     def candidates(cls, context: SearchContext) -> list[Self]:
         """See `lissom.models.method.Method`."""
-        ratios = (0.5, 0.25) if context.quick else (0.75, 0.5, 0.25, 0.1, 0.05)
-        return [cls(ratio=ratio, queries=queries) for queries in ("context", "repeat") for ratio in ratios]
+        fast = [cls(ratio=ratio, queries="context") for ratio in (0.5, 0.25)]
+        if context.quick:
+            return [*fast[:1], cls(ratio=0.5), cls(ratio=0.25)]
+        return [*fast, *(cls(ratio=ratio) for ratio in (0.75, 0.5, 0.25, 0.1))]
 
     def fit(self, problem: Problem, budget: Sequence[int]) -> list[Block]:
         """See `Compactor.fit`. Heads whose budget covers all their entries keep them exactly."""

@@ -1,0 +1,77 @@
+"""What the defaults of attention matching were chosen from: documents that `lissom check` does not use."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+import lissom
+from lissom.evals.checks import attention_matching as study
+from lissom.evals.stats import paired_bootstrap
+from lissom.kv import AttentionMatching
+from lissom.kv.compactor import Compactor
+from lissom.report.rows import Result, Row
+
+SIZE = study.Size(documents=4, tokens=1000, ratios=(0.1, 0.05), seed=1)
+REFERENCE = "published fit"
+
+
+def arms(ratio: float, size: study.Size) -> dict[str, Compactor]:
+    """The options, each one step from the published fit, and combinations of what helps."""
+    return study.options(ratio) | {
+        "ridge 1e-3 to original, 4096": AttentionMatching(
+            ratio=ratio, ridge=1e-3, prior="original", max_queries=4096, beta_max=3.0
+        ),
+        "OMP-fast": AttentionMatching(ratio=ratio, select="omp-fast", ridge=1e-3, max_queries=1024),
+        "OMP-fast, 4096": AttentionMatching(ratio=ratio, select="omp-fast", ridge=1e-3, max_queries=4096),
+        "on-policy": AttentionMatching(ratio=ratio, ridge=1e-3, max_queries=1024, on_policy=True),
+        "max instead of rms": AttentionMatching(ratio=ratio, ridge=1e-3, max_queries=1024, reduce="max"),
+        "pool 7": AttentionMatching(ratio=ratio, ridge=1e-3, max_queries=1024, pool=7),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="one short document, under a minute")
+    parser.add_argument("--json", metavar="FILE", help="write the result ('-': standard output)")
+    parser.add_argument("--journal", type=Path, default=Path("lissom-check/attention-matching-options.jsonl"))
+    given = parser.parse_args()
+    size = replace(SIZE, documents=1, tokens=200, ratios=(0.1,), questions=2) if given.quick else SIZE
+    model, tokenizer = lissom.load()
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("measuring", total=None)
+        records = study.measure(
+            model, tokenizer, size, given.journal, lambda d, t: bar.update(task, completed=d, total=t), arms
+        )
+    rows = []
+    table = Table("option", "ratio", "output error", "NLL", "NLL minus the published fit's [95 %]", "KL", "seconds")
+    for ratio in size.ratios:
+        reference = study.per_question(records, ratio, REFERENCE, "nll")
+        for name in arms(ratio, size):
+            own = [r for r in records if r["ratio"] == ratio and r["arm"] == name]
+            seconds = math.fsum(r["fit_seconds"] for r in own) / len(own)
+            nll = study.per_question(records, ratio, name, "nll")
+            gap = paired_bootstrap(nll, reference)
+            error, kl = (float(study.per_question(records, ratio, name, m).mean()) for m in ("output_error", "kl"))
+            interval = f"{gap.estimate:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
+            table.add_row(
+                name, f"{ratio:.0%}", f"{error:.3f}", f"{nll.mean():.3f}", interval, f"{kl:.3f}", f"{seconds:.1f}"
+            )
+            rows.append(
+                Row(f"{ratio}/{name}/NLL", float(nll.mean()), "nats", float(reference.mean()),
+                    float(reference.mean() / nll.mean()), gap.low, gap.high, len(nll))
+            )  # fmt: skip
+    if given.json:
+        Result("attention-matching-options", rows).write(given.json)
+    if given.json != "-":
+        Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
