@@ -7,9 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .PHONY: demo test slow lint docs clean
 
 demo: .venv/installed
-	$(BIN)/lissom doctor
-	$(BIN)/lissom compact --document LICENSE -o build/licence.safetensors
-	$(BIN)/lissom generate smollm2-135m --cache build/licence.safetensors "What may a contributor grant to users of the work?"
+	$(BIN)/lissom optimize
 
 test: .venv/installed
 	$(BIN)/pytest

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from lissom.errors import UserError
 
 
@@ -39,8 +41,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             target.rename(scratch / "replaced")
         temporary.replace(target)
         _sync_entry(target.parent)
-    except OSError as error:
-        raise UserError(f"Cannot write {target}: {error.strerror or error}.") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error).removeprefix("Error while serializing: ")
+        raise UserError(f"Cannot write {target}: {reason}.") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -36,7 +36,7 @@ def test_highest_attention_scores(reduce):
     weights = np.exp(s.double().numpy())
     weights /= weights.sum(-1, keepdims=True)
     wanted = {"rms": np.sqrt((weights**2).mean(1)), "mean": weights.mean(1), "max": weights.max(1)}[reduce]
-    np.testing.assert_allclose(m.highest_attention_scores(s, reduce).numpy(), wanted, rtol=1e-4)
+    np.testing.assert_allclose(m.highest_attention_scores(m.attention(s), reduce).numpy(), wanted, rtol=1e-4)
 
 
 @settings(max_examples=20, deadline=None)
@@ -131,3 +131,19 @@ def test_pursuit_chooses_distinct_keys_and_the_forced_ones_first(step, period):
     got = m.orthogonal_matching_pursuit(features, mass, 11, np.exp(7), 1e-12, step, period, forced)
     for row in got.tolist():
         assert len(set(row)) == 11 and set(row[:2]) == {3, 17}
+
+
+def test_refinement_replaces_keys_of_no_weight():
+    """Key 1 is key 0 again, so one of the two has no weight; the third key, needed for the mass, takes its place."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.rand(1, 40, 6, generator=generator) + 0.1
+    features = torch.cat([base[..., :1] * 5, base[..., :1] * 5, base[..., 1:]], -1)
+    mass = features.sum(-1)
+    forced = torch.zeros(1, 7, dtype=torch.bool)
+    plain = m.refined_pursuit(features, mass, 5, 1e3, 1e-12, 1, 1, forced, rounds=0)[0]
+    refined = m.refined_pursuit(features, mass, 5, 1e3, 1e-12, 1, 1, forced, rounds=3)[0]
+    assert len(plain) == 5 and len(refined) <= 5 and len(set(refined.tolist())) == len(refined)
+    weights = m.fit_mass(features[:, :, refined], mass, 1e-12, 1e3, steps=0)
+    assert float(weights.min()) >= np.exp(-7)
+    every = torch.ones(1, 7, dtype=torch.bool)
+    assert len(m.refined_pursuit(features, mass, 7, 1e3, 1e-12, 1, 1, every, rounds=3)[0]) == 7

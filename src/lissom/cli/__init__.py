@@ -11,7 +11,9 @@ import typer
 from lissom import __version__
 from lissom.errors import UserError
 
-COMMANDS = ("optimize", "apply", "compare", "generate", "compact", "check", "assets", "doctor")
+COMMANDS = ("optimize", "apply", "compare", "generate", "compact", "budgets", "check", "assets", "doctor")
+
+_INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt
 
 app = typer.Typer(
     help="Make open language models small, fast and adaptable.",
@@ -42,12 +44,21 @@ def main() -> None:
     """Entry point: a user's mistake is one sentence and exit code 2, never a traceback (LISSOM_DEBUG=1 shows it)."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' own bars would break ours
     try:
-        app(standalone_mode=True)
+        # Not standalone: there an interrupt would end with a word and a code that are not ours.
+        code = app(standalone_mode=False)
+        if code == _INTERRUPTED:
+            raise KeyboardInterrupt
+        sys.exit(code)
     except (KeyboardInterrupt, UserError, OSError) as error:
         if os.environ.get("LISSOM_DEBUG") == "1":
             raise
         print(f"lissom: {_sentence(error)}", file=sys.stderr)
         sys.exit(2)
+    except Exception as error:
+        if not hasattr(error, "show") or not hasattr(error, "exit_code"):
+            raise
+        error.show()  # a wrong option or argument, which typer words
+        sys.exit(error.exit_code)
 
 
 def _sentence(error: BaseException) -> str:

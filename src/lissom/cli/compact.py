@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import typer
@@ -18,6 +19,7 @@ def compact(
     ratio: float = typer.Option(0.1, help="Share of the cache to keep, in (0, 1]."),
     select: str = typer.Option("hak", help="Key selection: hak, omp, omp-fast, omp-progressive, random."),
     queries: str = typer.Option("repeat", help="Reference queries: context, repeat, self-study, repeat+self-study."),
+    head_budgets: str = typer.Option("uniform", help="uniform, or measured (by `lissom budgets`)."),
     dtype: str = typer.Option("float32", help="float32, bfloat16 or float16."),
     seed: int = typer.Option(0, help="Seed of the query sample."),
 ) -> None:
@@ -26,15 +28,21 @@ def compact(
     from rich.progress import Progress
 
     import lissom.models
+    from lissom.errors import UserError
     from lissom.kv import AttentionMatching, file
     from lissom.kv import compact as make_compact
     from lissom.kv.document import document_ids
+    from lissom.kv.influence import load_shares
 
     method = AttentionMatching(ratio=ratio, select=select, queries=queries, seed=seed)  # type: ignore[arg-type]
+    if head_budgets not in ("uniform", "measured"):
+        raise UserError(f"--head-budgets {head_budgets}: expected uniform or measured.")
     text = read_text(document)
     console = Console(stderr=True)
     with console.status(f"loading {model}"):
         network, tokenizer = lissom.models.load(model, dtype)
+    if head_budgets == "measured":
+        method = replace(method, budgets="measured", shares=load_shares(network))
     ids = document_ids(tokenizer, text)
     with Progress(console=console) as bar:
         tasks = {stage: bar.add_task(stage, total=None) for stage in ("read", "queries", "fit")}

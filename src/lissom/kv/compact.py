@@ -98,9 +98,13 @@ class Reading:
         """A small cache by `method`, on the queries that were recorded; the reading stays as it is."""
         cache = CompactCache(self.model)
         cache.layers = [copy.copy(layer) for layer in self.cache.layers]
-        originals = dict(zip((layer for _, layer in cache.compact_layers()), self.cache.compact_layers(), strict=True))
-        fit(cache, method, _Original({layer: old for layer, (_, old) in originals.items()}, self.recorder), progress)
+        pairs = zip(cache.compact_layers(), self.cache.compact_layers(), strict=True)
+        fit(cache, method, self.source({layer: original for (_, layer), (_, original) in pairs}), progress)
         return cache
+
+    def source(self, originals: Mapping[CompactLayer, CompactLayer]) -> QuerySource:
+        """The recorded queries, for copies of the layers that they were recorded of."""
+        return _Original(originals, self.recorder)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -48,6 +48,15 @@ class Problem:
         if int(self.query_positions.min()) >= int(self.positions.max()):
             return logits
         return logits.masked_fill_(self.positions[:, None] > self.query_positions[:, None], -torch.inf)
+
+    def part(self, index: torch.Tensor) -> Problem:
+        """The problem of the entries `index` `[heads, t]` alone."""
+        wide = index[..., None].expand(-1, -1, self.keys.shape[-1])
+        keys, values = self.keys.gather(1, wide), self.values.gather(1, wide)
+        bias, positions = self.bias.gather(1, index), self.positions.gather(1, index)
+        return replace(
+            self, keys=keys, values=values, bias=bias, positions=positions, protected=self.protected.gather(1, index)
+        )
 
     @property
     def exists(self) -> torch.Tensor:

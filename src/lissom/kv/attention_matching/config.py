@@ -16,7 +16,7 @@ from lissom.kv.attention_matching.matching import (
     fit_values,
     highest_attention_scores,
     mass_features,
-    orthogonal_matching_pursuit,
+    refined_pursuit,
 )
 from lissom.kv.compactor import Compactor, Problem, Queries, top_entries
 from lissom.kv.storage import Block
@@ -44,6 +44,8 @@ class AttentionMatching(Compactor):
         exact: solve the mass fit to optimality instead of the published clamp and two gradient steps.
         ridge: λ/(‖X‖²_F/t) of the value fit (paper: 0).
         prior: what the ridge draws the values towards: `zero` (the code's) or `original` (extension).
+        refinements: of OMP: how often keys of next to no weight (β < -7) are replaced (the code: up to 3); what is left
+            with such a weight is dropped, so fewer entries may be stored.
         reduce, pool: how HAK reduces attention over queries (paper: rms), and the width of its max-pool (0 = none).
     """
 
@@ -57,6 +59,7 @@ class AttentionMatching(Compactor):
     exact: bool = False
     ridge: float = 1e-3
     prior: Literal["zero", "original"] = "zero"
+    refinements: int = 3
     reduce: Literal["rms", "mean", "max"] = "rms"
     pool: int = 0
 
@@ -82,26 +85,26 @@ class AttentionMatching(Compactor):
         available = problem.exists.sum(-1).tolist()
         if all(count >= have for count, have in zip(budget, available, strict=True)):
             return [problem.block(h, problem.exists[h].nonzero().flatten()) for h in range(len(budget))]
-        logits = problem.logits()
-        features, mass = mass_features(logits)
-        chosen = self._select(problem, logits, features, mass, budget)
+        # Heads times queries times keys is by far the largest tensor: there is one, changed in place.
+        features, mass = mass_features(problem.logits(), in_place=True)
+        weights = features.div_(mass.clamp(min=torch.finfo(features.dtype).tiny)[..., None])
+        chosen = self._select(problem, weights, mass, budget)
         # Heads may keep different numbers: shorter lists are padded with a column that is switched off.
         longest = max(len(indices) for indices in chosen)
         index = torch.stack([torch.nn.functional.pad(i, (0, longest - len(i))) for i in chosen])
         keep = torch.stack([torch.arange(longest, device=index.device) < len(i) for i in chosen])
-        kept_logits = logits.gather(2, index[:, None].expand(-1, logits.shape[1], -1))
-        kept_logits = kept_logits.masked_fill(~keep[:, None], -torch.inf)
+        kept_logits = problem.part(index).logits().masked_fill_(~keep[:, None], -torch.inf)
         old_bias = problem.bias.gather(1, index)
         bias = torch.zeros_like(old_bias)
         if self.bias:
-            kept = features.gather(2, index[:, None].expand(-1, logits.shape[1], -1)) * keep[:, None]
+            kept = weights.gather(2, index[:, None].expand(-1, weights.shape[1], -1)) * mass[..., None] * keep[:, None]
             lower, upper, steps = self._bounds()
             bias = fit_mass(kept, mass, lower, upper, steps, self.exact).log().to(bias.dtype)
         size = problem.values.shape[-1]
         original = problem.values.gather(1, index[..., None].expand(-1, -1, size))
         values = original
         if self.fit_values:
-            outputs = attention(logits) @ problem.values
+            outputs = weights @ problem.values
             prior = original if self.prior == "original" else None
             values = fit_values(attention(kept_logits + bias[:, None]), outputs, self.ridge, prior).to(original.dtype)
         blocks = []
@@ -124,19 +127,26 @@ class AttentionMatching(Compactor):
     def _select(
         self,
         problem: Problem,
-        logits: torch.Tensor,
-        features: torch.Tensor,
+        weights: torch.Tensor,
         mass: torch.Tensor,
         budget: Sequence[int],
     ) -> list[torch.Tensor]:
         if self.select == "hak":
-            return top_entries(highest_attention_scores(logits, self.reduce, self.pool), problem, budget)
+            return top_entries(highest_attention_scores(weights, self.reduce, self.pool), problem, budget)
         if self.select == "random":
             generator = torch.Generator().manual_seed(problem.seed)
             return top_entries(torch.rand(problem.bias.shape, generator=generator), problem, budget)
         keys_per_step, refit_every = _PURSUITS[self.select]
         forced = problem.protected & problem.exists
-        order = orthogonal_matching_pursuit(
-            features, mass, max(budget), math.exp(7.0), 1e-12, keys_per_step, refit_every, forced
+        order = refined_pursuit(
+            weights * mass[..., None],
+            mass,
+            max(budget),
+            math.exp(7.0),
+            1e-12,
+            keys_per_step,
+            refit_every,
+            forced,
+            self.refinements,
         )
-        return [order[head, :count].sort().values for head, count in enumerate(budget)]
+        return [indices[:count].sort().values for indices, count in zip(order, budget, strict=True)]

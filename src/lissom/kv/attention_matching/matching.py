@@ -16,14 +16,15 @@ import torch
 import torch.nn.functional as F
 
 
-def mass_features(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def mass_features(logits: torch.Tensor, in_place: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Φ `[heads, queries, keys]` and the target mass m `[heads, queries]`, each row divided by e^(its maximum).
 
     The division leaves β unbiased (both sides scale) and weighs every query by its relative mass. A logit of -inf
-    (an absent or future key) gives 0; a row without any key gives zeros.
+    (an absent or future key) gives 0; a row without any key gives zeros. `in_place` writes Φ over the logits.
     """
     top = logits.amax(-1, keepdim=True)
-    features = torch.exp(logits - torch.where(top.isfinite(), top, 0.0))
+    top = torch.where(top.isfinite(), top, 0.0)
+    features = (logits.sub_(top) if in_place else logits - top).exp_()
     return features, features.sum(-1)
 
 
@@ -33,15 +34,14 @@ def attention(logits: torch.Tensor) -> torch.Tensor:
     return features / mass.clamp(min=torch.finfo(features.dtype).tiny)[..., None]
 
 
-def highest_attention_scores(logits: torch.Tensor, reduce: str = "rms", pool: int = 0) -> torch.Tensor:
+def highest_attention_scores(weights: torch.Tensor, reduce: str = "rms", pool: int = 0) -> torch.Tensor:
     """Score of each key `[heads, keys]`: its attention weight, reduced over the queries (HAK, section 3.3).
 
     Args:
-        logits: `[heads, queries, keys]`.
+        weights: `[heads, queries, keys]`, row softmax of the logits.
         reduce: `rms` (the paper's), `mean` or `max`.
         pool: odd width of a max-pool over neighbouring keys, 0 = none.
     """
-    weights = attention(logits)
     if reduce == "rms":
         scores = weights.square().mean(1).sqrt()
     elif reduce == "mean":
@@ -188,6 +188,40 @@ def orthogonal_matching_pursuit(
         chosen = torch.cat([chosen, best], dim=1)
         weights = F.pad(weights, (0, take), value=lower)
         rounds += 1
+
+
+def refined_pursuit(
+    features: torch.Tensor,
+    mass: torch.Tensor,
+    count: int,
+    upper: float,
+    lower: float,
+    keys_per_step: int | None,
+    refit_every: int,
+    forced: torch.Tensor,
+    rounds: int,
+    floor: float = math.exp(-7.0),
+) -> list[torch.Tensor]:
+    """`orthogonal_matching_pursuit`, then `rounds` times: keys of a weight below `floor` are banned and others chosen.
+
+    Arguments as there. Forced keys are never banned.
+
+    Returns:
+        Per head the indices in the order of choice, at most `count`: what has no weight in the end is dropped.
+    """
+    allowed = features
+    for left in range(rounds, -1, -1):
+        size = min(count, int(((allowed.amax(1) > 0) | forced).sum(-1).min()))
+        order = orthogonal_matching_pursuit(allowed, mass, size, upper, lower, keys_per_step, refit_every, forced)
+        kept = allowed.gather(2, order[:, None].expand(-1, allowed.shape[1], -1))
+        weightless = (fit_mass(kept, mass, lower, upper, steps=0) < floor) & ~forced.gather(1, order)
+        if not left or not weightless.any() or rounds == 0:
+            break
+        banned = torch.zeros_like(forced).scatter_(1, order, weightless)
+        allowed = allowed.masked_fill(banned[:, None], 0.0)
+    if rounds == 0:
+        return list(order)
+    return [indices[~without] for indices, without in zip(order, weightless, strict=True)]
 
 
 def _progressive(size: int) -> tuple[int, int]:

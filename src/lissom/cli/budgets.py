@@ -1,0 +1,51 @@
+"""`lissom budgets`: how the entries of a compacted cache are best shared out over a model's heads, measured once."""
+
+from __future__ import annotations
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(budgets)
+
+
+def budgets(
+    model: str = typer.Argument("smollm2-135m", help="Asset, model folder, .gguf file or Hub id."),
+    documents: int = typer.Option(1, min=1, help="Documents that the heads are measured on."),
+    tokens: int = typer.Option(700, min=64, help="Tokens of each."),
+) -> None:
+    """Measure each KV head's influence and keep the head budgets in the cache, for `--head-budgets measured`.
+
+    A stopped run goes on where it was.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    import lissom.models
+    from lissom.evals.fidelity import teach
+    from lissom.evals.texts import planted_documents
+    from lissom.kv import Eviction
+    from lissom.kv.compact import Reading
+    from lissom.kv.document import document_ids
+    from lissom.kv.influence import Lesson, measure_shares, path_of
+
+    console = Console(stderr=True)
+    with console.status(f"loading {model}"):
+        network, tokenizer = lissom.models.load(model)
+    lessons = []
+    # Seed 2: neither the documents of the check nor those that the defaults were chosen on.
+    for document in planted_documents(tokenizer, documents, tokens, seed=2):
+        ids = document_ids(tokenizer, document.text)
+        full = Reading.of(network, ids, Eviction(score="random")).cache
+        answers = teach(network, tokenizer, ids, full, document.questions, 24)
+        lessons.append(Lesson(ids, [answer.ids for answer in answers], [answer.start for answer in answers]))
+    with Progress(console=console) as bar:
+        task = bar.add_task("heads", total=None)
+        shares = measure_shares(
+            network, tokenizer, lessons, progress=lambda done, total: bar.update(task, completed=done, total=total)
+        )
+    heads = shares.size
+    typer.echo(
+        f"{path_of(network)}: {heads} heads, {shares.min() * heads:.2f} to {shares.max() * heads:.2f} times the mean. "
+        "Use them with `lissom compact --head-budgets measured`."
+    )

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from evolve.fake import FakeBench, fake_profile
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lissom.devices.meters import Timing
+from lissom.evals.stats import Interval
+from lissom.evolve.measure import Measured
+from lissom.evolve.optimize import Outcome, compare, costs, dominates, gain, optimize
+from lissom.recipes import Recipe
+
+
+def measured(loss, size, first, decode):
+    return Measured(
+        Recipe(),
+        [{"cache_bytes": size, "scores": []}],
+        [Timing(1, first, first, decode, 1.0, None)],
+        Interval(loss, loss, loss),
+    )
+
+
+figures = st.integers(1, 4).map(float)
+
+
+@given(st.lists(st.tuples(figures, figures, figures, figures), min_size=1, max_size=12))
+def test_the_front_is_what_nothing_dominates(points):
+    group = [measured(*point) for point in points]
+    front = Outcome(group[0], group, 1.0, "balanced", fake_profile()).front
+    for m in group:
+        beaten = any(
+            all(a <= b for a, b in zip(costs(o), costs(m), strict=True)) and costs(o) != costs(m) for o in group
+        )
+        assert any(m is f for f in front) == (not beaten)
+
+
+def test_nothing_is_dropped_for_a_time_within_the_noise():
+    fast, slow = measured(0.0, 1.0, 1.0, 1.0), measured(0.0, 1.0, 1.04, 1.04)
+    assert dominates(fast, slow) and not dominates(fast, slow, 1.05)
+    worse = measured(0.1, 1.0, 0.97, 0.97)
+    assert dominates(fast, worse, 1.05) and not dominates(fast, worse)
+    assert not any(
+        dominates(a, b, 1.05) and dominates(b, a, 1.05) for a, b in itertools.combinations((fast, slow, worse), 2)
+    )
+
+
+def test_the_search_finds_the_best_recipe_within_the_floor():
+    bench = FakeBench()
+    outcome = optimize(bench, 0.04, 10, profile=fake_profile())
+    assert outcome.finished and outcome.measured[0] is outcome.base
+    # bfloat16 is twice as fast, and attention matching at 25 % loses 0.0375 + 0.001 in NLL; at 10 % it is above 4 %.
+    assert outcome.best.recipe.dtype == "bfloat16"
+    assert "attention-matching (25%" in outcome.best.label
+    assert outcome.best.peak_bytes == outcome.base.peak_bytes == 10**9
+    assert all(m.timings and m.quality for m in outcome.measured)
+    assert outcome.best.loss.estimate <= 0.04
+    assert optimize(FakeBench(), 0.0, 10, profile=fake_profile()).best.label == "untouched"
+
+
+def test_the_dominated_are_dropped_early():
+    bench = FakeBench()
+    optimize(bench, 0.04, 10, profile=fake_profile())
+    rounds = {
+        label: sum(kind == "timing" and name == label for kind, name, _ in bench.calls) for _, label, _ in bench.calls
+    }
+    # Eviction loses ten times as much quality as attention matching for the same bytes and time.
+    assert rounds["bfloat16 + eviction (50%, h2o)"] == 1
+    assert rounds["bfloat16 + attention-matching (25%)"] == bench.workload.rounds
+    assert rounds["untouched"] > bench.workload.rounds  # timed again beside the candidates
+
+
+@pytest.mark.parametrize("calls", [2, 3, 7, 20])
+def test_interrupted_anywhere_what_is_measured_is_returned(calls):
+    outcome = optimize(FakeBench(stop_after=calls), 0.05, 10, profile=fake_profile())
+    assert outcome.interrupted and not outcome.finished
+    assert outcome.measured and all(m.timings and m.quality for m in outcome.measured)
+    assert outcome.best in outcome.measured
+
+
+def test_interrupted_before_anything_is_known():
+    with pytest.raises(KeyboardInterrupt):
+        optimize(FakeBench(stop_after=1), 0.05, 10, profile=fake_profile())
+
+
+def test_out_of_time_the_base_is_still_measured():
+    outcome = optimize(FakeBench(), 0.05, 0.0, profile=fake_profile())
+    assert not outcome.finished and not outcome.interrupted
+    assert [m.label for m in outcome.measured] == ["untouched"] and outcome.base.peak_bytes
+
+
+def test_compare_drops_nothing():
+    recipes = [Recipe(model="m", threads=1), Recipe(model="m", methods=({"eviction": {}},))]
+    bench = FakeBench()
+    outcome = compare(bench, recipes, lambda *unused: None)
+    assert [m.label for m in outcome.measured] == ["untouched", "1 thread", "eviction"]
+    assert all(len(m.timings) == bench.workload.rounds for m in outcome.measured)
+
+
+def test_preferences():
+    base, small = measured(0.0, 4.0, 1.0, 1.0), measured(0.0, 1.0, 1.0, 1.0)
+    device = fake_profile()
+    assert gain(small, base, "memory", device) == 4 and gain(small, base, "speed", device) == 1
+    assert gain(small, base, "balanced", device) == pytest.approx(2)

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import random_ids, tiny_model
+
+from lissom import AttentionMatching, Eviction, KVBudget
+from lissom.errors import UserError
+from lissom.models.method import SearchContext
+from lissom.recipes import Recipe, method_class, method_names
+
+
+def written(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_round_trip(tmp_path):
+    recipe = Recipe.of(
+        AttentionMatching(ratio=0.25, queries="context"), KVBudget("8MB"), model="m", dtype="bfloat16", threads=1
+    )
+    recipe.save(tmp_path / "recipe.yaml")
+    again = Recipe.load(tmp_path / "recipe.yaml")
+    assert again == recipe and Recipe.load(tmp_path) == recipe
+    assert again.build() == [AttentionMatching(ratio=0.25, queries="context"), KVBudget("8MB")]
+    assert recipe.label == "bfloat16 + 1 thread + attention-matching (25%, context) + kv-budget (size 8MB)"
+
+
+def test_a_bare_key_and_an_empty_list(tmp_path):
+    recipe = Recipe.load(written(tmp_path, "model: m\nmethods:\n  - eviction\n  - attention-matching:\n"))
+    assert recipe.build() == [Eviction(), AttentionMatching()]
+    assert Recipe.load(written(tmp_path, "model: m\n")).label == "untouched"
+
+
+@pytest.mark.parametrize(
+    "text,words",
+    [
+        ("methods: [atention-matching]", "Did you mean 'attention-matching'"),
+        ("methods: [eviction: {scor: h2o}]", "Did you mean 'score'"),
+        ("methods: [eviction: {score: best}]", "expected one of"),
+        ("methods: [eviction: {ratio: much}]", "ratio='much'"),
+        ("methods: [eviction: {ratio: 1.5}]", "not in (0, 1]"),
+        ("methods: [attention-matching: 3]", "written as"),
+        ("methods: 3", "a list of methods"),
+        ("methods: [{a: {}, b: {}}]", "one `key"),
+        ("dtype: int3", "dtype='int3'"),
+        ("threads: 0", "threads=0"),
+        ("model: a\ncolour: red", "colour"),
+        ("- 1", "no recipe"),
+        ("a: [", "no YAML"),
+    ],
+)
+def test_a_mistake_is_one_sentence(tmp_path, text, words):
+    with pytest.raises(UserError) as caught:
+        Recipe.load(written(tmp_path, text))
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_no_code_is_run_from_a_recipe(tmp_path):
+    with pytest.raises(UserError):
+        Recipe.load(written(tmp_path, "model: !!python/object/apply:os.system ['touch /tmp/owned']"))
+
+
+def test_running_restores_everything():
+    model, ids = tiny_model("llama"), random_ids(80)
+    before, threads = model(ids).logits, torch.get_num_threads()
+    with Recipe.of(Eviction(ratio=0.5, score="h2o"), threads=1).running(model):
+        assert torch.get_num_threads() == 1
+        model.generate(ids, max_new_tokens=3)
+    assert torch.get_num_threads() == threads and torch.equal(model(ids).logits, before)
+
+
+@pytest.mark.parametrize("key", method_names())
+def test_every_registered_method_offers_candidates_that_a_recipe_can_hold(key, tmp_path):
+    kind = method_class(key)
+    assert kind.name == key
+    for quick in (True, False):
+        for candidate in kind.candidates(SearchContext(1000, 50_000_000, quick)):
+            recipe = Recipe.of(candidate)
+            recipe.save(tmp_path / "r.yaml")
+            assert Recipe.load(tmp_path / "r.yaml").build() == [candidate]
