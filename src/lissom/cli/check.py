@@ -14,7 +14,7 @@ def register(app: typer.Typer) -> None:
 def check(
     method: str = typer.Argument(..., help="attention-matching."),
     model: str = typer.Option("smollm2-135m", help="Asset, model folder, .gguf file or Hub id."),
-    small: bool = typer.Option(False, "--small", help="Two documents, minutes."),
+    small: bool = typer.Option(False, "--small", help="Two short documents: at most 20 minutes on two cores."),
     paper: bool = typer.Option(False, "--paper", help="The size of the paper, for a GPU; unmeasured here."),
     journal: Path = typer.Option(
         Path("lissom-check/attention-matching.jsonl"),
@@ -26,58 +26,35 @@ def check(
 ) -> None:
     """Reproduce a method's claim at the scale of this machine; a null result is shown as one."""
     from rich.console import Console
-    from rich.progress import Progress
-    from rich.table import Table
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     import lissom.models
     from lissom.errors import UserError
     from lissom.evals.checks import attention_matching as study
-    from lissom.evals.stats import paired_bootstrap
-    from lissom.report.rows import Claim, Result, Row
+    from lissom.report.checks import attention_matching_result, attention_matching_tables
 
     if method != "attention-matching":
         raise UserError(f"There is no check for {method!r}. Known: attention-matching.")
+    if small and paper:
+        raise UserError("Give either --small or --paper.")
     size = study.SMALL if small else study.PAPER if paper else study.DEFAULT
     errors, out = Console(stderr=True), Console()
-    network, tokenizer = lissom.models.load(model)
-    with Progress(console=errors) as bar:
-        task = bar.add_task("measuring", total=None)
-        records = study.measure(
-            network, tokenizer, size, journal, lambda done, total: bar.update(task, completed=done, total=total)
-        )
-    rows = []
-    for ratio in size.ratios:
-        table = Table(
-            "method", *study.METRICS, "NLL: ours - this [95 %]", "seconds", "bytes", title=f"{ratio:.0%} kept"
-        )
-        for arm in study.arms(ratio, size):
-            means = {m: paired_bootstrap(study.per_question(records, ratio, arm, m)) for m in study.METRICS}
-            own = [r for r in records if r["ratio"] == ratio and r["arm"] == arm]
-            seconds = sum(r["read_seconds"] + r["fit_seconds"] for r in own) / len(own)
-            share = sum(r["bytes"] for r in own) / sum(r["full_bytes"] for r in own)
-            gap = study.against(records, ratio, arm, "nll")
-            table.add_row(
-                arm,
-                *(f"{means[m].estimate:.3f}" for m in study.METRICS),
-                "" if arm == study.OURS else f"{gap.estimate:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]",
-                f"{seconds:.1f}",
-                f"{share:.1%}",
-            )
-            for m, interval in means.items():
-                ours = paired_bootstrap(study.per_question(records, ratio, study.OURS, m)).estimate
-                n = len(study.per_question(records, ratio, arm, m))
-                rows.append(
-                    Row(f"{ratio}/{arm}/{m}", interval.estimate, "1", ours, None, interval.low, interval.high, n)
-                )
-            rows.append(Row(f"{ratio}/{arm}/seconds", seconds, "s", n=len(own)))
-            rows.append(Row(f"{ratio}/{arm}/bytes", share, "of the full cache", n=len(own)))
-        if json_file != "-":
-            out.print(table)
-    claims = [Claim(words, "arXiv 2602.16284", verdict) for words, verdict in study.verdicts(records, size)]
-    if json_file != "-":
-        known = [x for r in records if r["arm"] == study.OURS for x in r["full_recalled"] if x is not None]
-        out.print(f"Planted strings recalled by the full cache: {sum(known) / len(known):.3f}")
-        for claim in claims:
-            out.print(f"{claim.verdict}: {claim.claim}")
+    with errors.status(f"loading {model}"):
+        network, tokenizer = lissom.models.load(model)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=errors) as bar:
+        tasks = {name: bar.add_task(name, total=None) for name in ("methods", "needles")}
+
+        def show(name: str):  # type: ignore[no-untyped-def]
+            return lambda done, total: bar.update(tasks[name], completed=done, total=total)
+
+        records = study.measure(network, tokenizer, size, journal, show("methods"))
+        needles = study.measure_needles(network, tokenizer, size, journal, show("needles"))
+    result = attention_matching_result(records, needles, size)
     if json_file:
-        Result("attention-matching", rows, claims).write(json_file)
+        result.write(json_file)
+    if json_file != "-":
+        for table in attention_matching_tables(records, needles, size):
+            out.print(table)
+        for claim in result.claims:
+            out.print(f"[bold]{claim.verdict}[/bold]: {claim.claim} ({claim.source})", highlight=False)

@@ -1,0 +1,87 @@
+"""Attention matching against every eviction baseline at equal stored entries, and what reading, repeating and fitting
+take beside the prefill. The same comparison as `lissom check attention-matching`."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+import lissom
+from lissom.devices.meters import interleaved
+from lissom.evals.checks import attention_matching as study
+from lissom.evals.texts import planted_documents
+from lissom.kv import AttentionMatching, Eviction
+from lissom.kv.compact import Reading
+from lissom.kv.document import document_ids
+from lissom.report.checks import attention_matching_result, attention_matching_tables
+from lissom.report.rows import Row
+
+
+def times(model, tokenizer, tokens: int, repeats: int) -> list[Row]:
+    """Seconds of each stage on one document, interleaved with the plain prefill."""
+    ids = document_ids(tokenizer, planted_documents(tokenizer, 1, tokens)[0].text)
+    reading = Reading.of(model, ids, AttentionMatching(), tokenizer=tokenizer)
+    methods = {f"fit {ratio:.0%}": AttentionMatching(ratio=ratio) for ratio in (0.2, 0.1, 0.05)}
+    methods["select 10% (h2o)"] = Eviction(ratio=0.1, score="h2o")
+    methods["fit 10% (OMP-fast)"] = AttentionMatching(ratio=0.1, select="omp-fast")
+
+    def timed(work):
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+
+    def prefill():
+        with torch.no_grad():
+            model(ids, use_cache=True, logits_to_keep=1)
+
+    arms = {"prefill": lambda: timed(prefill)}
+    arms |= {name: (lambda m=method: timed(lambda: reading.compact(m))) for name, method in methods.items()}
+    arms["read and repeat"] = lambda: timed(lambda: Reading.of(model, ids, AttentionMatching(), tokenizer=tokenizer))
+    measured: dict[str, list[float]] = {name: [] for name in arms}
+    for work in arms.values():
+        work()
+    for name, seconds in interleaved(arms, repeats):
+        measured[name].append(seconds)
+    base = statistics.median(measured["prefill"])
+    rows = []
+    for name, seconds in measured.items():
+        value = statistics.median(seconds)
+        rows.append(Row(f"time/{name}", value, "s", base, base / value, min(seconds), max(seconds), len(seconds)))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="one short document, under a minute")
+    parser.add_argument("--json", metavar="FILE", help="write the result ('-': standard output)")
+    parser.add_argument("--journal", type=Path, default=Path("lissom-check/attention-matching.jsonl"))
+    given = parser.parse_args()
+    size = replace(study.SMALL, documents=1, tokens=200, ratios=(0.1,), questions=2) if given.quick else study.DEFAULT
+    model, tokenizer = lissom.load()
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("measuring", total=None)
+        records = study.measure(
+            model, tokenizer, size, given.journal, lambda d, t: bar.update(task, completed=d, total=t)
+        )
+        needles = study.measure_needles(model, tokenizer, size, given.journal)
+    result = attention_matching_result(records, needles, size)
+    result.rows.extend(times(model, tokenizer, 200 if given.quick else 1400, 2 if given.quick else 5))
+    if given.json:
+        result.write(given.json)
+    if given.json != "-":
+        for table in attention_matching_tables(records, needles, size):
+            Console().print(table)
+        for row in result.rows:
+            if row.name.startswith("time/"):
+                print(f"{row.name[5:]:22s} {row.value:7.2f} s   {row.value / row.baseline:5.2f} of the prefill's time")
+
+
+if __name__ == "__main__":
+    main()
