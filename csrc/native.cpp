@@ -1,8 +1,8 @@
 // The plain C ABI of lissom's kernels: which instruction sets there are, which one is used, and one entry per kernel.
 #include <atomic>
-#include <thread>
 #include <vector>
 
+#include "pool.h"
 #include "problem.h"
 
 namespace {
@@ -51,19 +51,15 @@ void lissom_ragged_attention(const Problem* problem, int threads) {
   const int64_t floats = vectors * (2 * p.head_dim + 2) + 128 * (p.head_dim + 1);
   int64_t work = 0;
   for (int64_t i = 0; i < blocks; ++i) work += p.lengths[i] * vectors * p.head_dim;
-  // Starting a thread costs about as much as a million multiply-adds.
-  int64_t workers = work / 1000000 + 1;
+  // Waking a thread costs about as much as some hundred thousand multiply-adds.
+  int64_t workers = work / 300000 + 1;
   if (workers > threads) workers = threads;
   if (workers > blocks) workers = blocks;
   std::atomic<int64_t> next{0};
-  auto run = [&] {
+  Pool::run(workers - 1, [&] {
     std::vector<float> scratch(floats);
     for (int64_t block; (block = next.fetch_add(1)) < blocks;) attend(p, block, scratch.data());
-  };
-  std::vector<std::thread> helpers;
-  for (int64_t i = 1; i < workers; ++i) helpers.emplace_back(run);
-  run();
-  for (auto& helper : helpers) helper.join();
+  });
 }
 
 }  // extern "C"

@@ -1,5 +1,13 @@
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -113,3 +121,80 @@ def test_operator_contract_and_compile():
     torch.library.opcheck(torch.ops.lissom.ragged_attention.default, arguments)
     compiled = torch.compile(lambda *a: ragged_attention(*a) * 2, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*arguments), ragged_attention(*arguments) * 2)
+
+
+def _large_problem(seed=0):
+    """Enough work for every thread of the pool."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.tensor([3000, 2500, 2800, 3100])
+    starts = torch.cumsum(lengths, 0) - lengths
+    keys, values = (torch.randn(int(lengths.sum()), 64, generator=generator) for _ in range(2))
+    query = torch.randn(2, 6, 1, 64, generator=generator)
+    return query, keys, values, None, starts, lengths, None, 0.125
+
+
+@pytest.mark.skipif(not native.available_isas(), reason="no native kernels here")
+def test_the_pool_survives_a_fork():
+    arguments = _large_problem()
+    wanted = ragged_attention_reference(*arguments)
+    torch.testing.assert_close(ragged_attention(*arguments), wanted, atol=1e-5, rtol=1e-4)
+    child = os.fork()
+    if child == 0:  # only the forking thread is here
+        good = all(torch.allclose(ragged_attention(*arguments), wanted, atol=1e-5) for _ in range(20))
+        os._exit(0 if good else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    torch.testing.assert_close(ragged_attention(*arguments), wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.skipif(not native.available_isas(), reason="no native kernels here")
+def test_two_callers_at_once():
+    problems = [_large_problem(seed) for seed in range(4)]
+    wanted = [ragged_attention_reference(*problem) for problem in problems]
+
+    def work(number):
+        return all(torch.allclose(ragged_attention(*problems[number]), wanted[number], atol=1e-5) for _ in range(40))
+
+    with ThreadPoolExecutor(4) as executor:
+        assert all(executor.map(work, range(4)))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("aarch64-linux-gnu-g++") is None, reason="needs g++-aarch64-linux-gnu")
+def test_the_library_compiles_for_arm(tmp_path):
+    sources = Path(__file__).parents[2] / "csrc"
+    command = ["aarch64-linux-gnu-g++", "-std=c++17", "-O3", "-Wall", "-Werror", "-shared", "-fPIC"]
+    command += [
+        str(sources / "native.cpp"),
+        str(sources / "ragged_attention_portable.cpp"),
+        "-o",
+        str(tmp_path / "x.so"),
+    ]
+    subprocess.run(command, check=True)
+
+
+@pytest.mark.slow
+def test_without_a_compiler_a_pure_wheel_works(tmp_path):
+    """The wheel is built with nothing on PATH that compiles; it must import, compute, and say why it is slow."""
+    root = Path(__file__).parents[2]
+    for name in ("src", "csrc"):
+        shutil.copytree(root / name, tmp_path / "tree" / name)
+    for name in ("CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root / name, tmp_path / "tree")
+    empty = tmp_path / "bin"
+    empty.mkdir()
+    env = {**os.environ, "PATH": str(empty), "CC": "/nonexistent", "CXX": "/nonexistent"}
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(tmp_path / "tree")]
+    subprocess.run(command, check=True, env=env)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    code = (
+        "import torch; from lissom.kernels import native, ragged_attention as f;"
+        "assert not native.status().available and 'compiler' in native.status().reason;"
+        "ones = torch.ones(2, 4); start, length = torch.tensor([0]), torch.tensor([2]);"
+        "print(f(torch.ones(1, 1, 1, 4), ones, ones, None, start, length, None, 1.0))"
+    )
+    env = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "1., 1., 1., 1." in done.stdout, done.stderr
