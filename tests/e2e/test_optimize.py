@@ -115,6 +115,14 @@ def test_mistakes(arguments, words, lissom_cli, smollm2, tmp_path):
     assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
+def test_a_document_beyond_the_context(lissom_cli, tiny_folder, tmp_path):
+    (tmp_path / "long.txt").write_text("The meeting is on Monday. " * 500)
+    for arguments in (["generate", tiny_folder, "-d", tmp_path / "long.txt", "When?"],
+                      ["compact", tiny_folder, "-d", tmp_path / "long.txt", "-o", tmp_path / "x"]):  # fmt: skip
+        done = lissom_cli(*arguments)
+        assert done.returncode == 2 and "at most 2048" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_a_disk_that_takes_no_more_is_one_sentence(lissom_cli, tiny_folder, tmp_path):
     """A limit on the size of files stands for a full disk: the write fails in the same place."""
     (tmp_path / "note.txt").write_text("The meeting is on Monday. " * 40)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 from lissom.devices.meters import Timing
+from lissom.devices.profiles import Profile
 from lissom.evolve.measure import Bench, Workload
 from lissom.recipes import Recipe
 
@@ -47,7 +46,5 @@ class FakeBench:
         return 10**9
 
 
-def fake_profile() -> SimpleNamespace:
-    from lissom.devices.profiles import Profile
-
-    return Profile("a board", 2**33)
+def fake_profile() -> Profile:
+    return Profile("a board")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
+    from lissom.models import describe_decoder
     from lissom.recipes import Recipe
 
 
@@ -57,6 +58,12 @@ def generate(
     if text is not None:
         tokens = document_ids(tokenizer, text)
     ids = torch.cat([tokens, question_ids(tokenizer, prompt, follows_document=tokens.numel() > 0)], 1)
+    limit = describe_decoder(network).max_position_embeddings
+    if ids.shape[1] + max_new_tokens > limit:
+        raise UserError(
+            f"The prompt has {ids.shape[1]} tokens and {max_new_tokens} are to come; the model reads at most {limit}. "
+            "Shorten the document or --max-new-tokens."
+        )
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     with chosen.running(network):

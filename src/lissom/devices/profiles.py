@@ -29,14 +29,12 @@ class Profile:
 
     Attributes:
         name: for the report.
-        memory: bytes.
         compute: its fp32 matrix rate over this machine's; reading a prompt is bound by it.
         bandwidth: its memory read rate over this machine's; decoding is bound by it.
         measured: whether the times were measured on the device itself; otherwise they are predictions.
     """
 
     name: str
-    memory: int
     compute: float = 1.0
     bandwidth: float = 1.0
     measured: bool = True
@@ -45,7 +43,7 @@ class Profile:
     def this(cls) -> Self:
         """This machine."""
         machine = describe()["machine"]
-        return cls(machine["cpu"], machine["memory"])
+        return cls(machine["cpu"])
 
     @classmethod
     def load(cls, name: str) -> Self:
@@ -67,7 +65,6 @@ class Profile:
             machine, rates = facts["machine"], facts["measured"]
             return cls(
                 name=str(machine["cpu"]),
-                memory=int(machine["memory"]),
                 compute=float(rates["gemm_fp32_gflop_s"]) / measure_gemm(torch.float32),
                 bandwidth=float(rates["read_bandwidth_gb_s"]) / measure_bandwidth(),
                 measured=False,

@@ -3,7 +3,7 @@
 from lissom.kv.attention_matching import AttentionMatching
 from lissom.kv.budget import KVBudget
 from lissom.kv.cache import CompactCache
-from lissom.kv.compact import compact
+from lissom.kv.compact import compact, recompact
 from lissom.kv.eviction import Eviction
 
-__all__ = ["AttentionMatching", "CompactCache", "Eviction", "KVBudget", "compact"]
+__all__ = ["AttentionMatching", "CompactCache", "Eviction", "KVBudget", "compact", "recompact"]

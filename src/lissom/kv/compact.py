@@ -62,6 +62,45 @@ def compact(
     return cache
 
 
+@torch.no_grad()
+def recompact(
+    model: PreTrainedModel,
+    cache: CompactCache,
+    inputs: torch.Tensor | Mapping[str, torch.Tensor],
+    method: Compactor | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    self_study_tokens: int = 64,
+    progress: Progress | None = None,
+) -> CompactCache:
+    """Compact a cache further, one that was compacted before or not; `cache` stays as it is.
+
+    The biases of the earlier compaction are part of the attention that is matched.
+
+    Args:
+        inputs: what the cache has read, as for `compact`: the passes that record queries are made of it.
+        method: its ratio counts what the cache holds now.
+
+    Raises:
+        UserError: `inputs` are not what the cache has read, or the method wants the queries of the first reading.
+    """
+    method = method or AttentionMatching()
+    ids, visible = _document(model, inputs)
+    if ids.shape[1] != cache.get_seq_length() or ids.shape[0] != cache.rows:
+        raise UserError(
+            f"The cache has read {cache.get_seq_length()} tokens in {cache.rows} rows, "
+            f"the inputs have {ids.shape[1]} in {ids.shape[0]}."
+        )
+    if method.queries == "context":
+        raise UserError("The queries of the first reading are gone; use queries='repeat' or a method that needs none.")
+    smaller, recorder = cache.copy(), QueryRecorder(token_limit(model, method), method.seed)
+    report = progress or _silent
+    study(model, smaller, ids, visible, method, recorder, tokenizer, self_study_tokens, report)
+    if not method.on_policy:
+        fit(smaller, method, recorder, report)
+    return smaller
+
+
 @dataclass(frozen=True)
 class Reading:
     """A document that was read, and the reference queries of each of its layers: it can be compacted in several ways.
