@@ -18,21 +18,22 @@ from lissom.kv import AttentionMatching
 from lissom.kv.compactor import Compactor
 from lissom.report.rows import Result, Row
 
-SIZE = study.Size(documents=4, tokens=1000, ratios=(0.1, 0.05), seed=1)
+SIZE = study.Size(documents=4, tokens=1000, ratios=(0.5, 0.1, 0.05), seed=1)
 REFERENCE = "published fit"
 
 
 def arms(ratio: float, size: study.Size) -> dict[str, Compactor]:
-    """The options, each one step from the published fit, and combinations of what helps."""
-    return study.options(ratio) | {
-        "ridge 1e-3 to original, 4096": AttentionMatching(
-            ratio=ratio, ridge=1e-3, prior="original", max_queries=4096, beta_max=3.0
-        ),
-        "OMP-fast": AttentionMatching(ratio=ratio, select="omp-fast", ridge=1e-3, max_queries=1024),
-        "OMP-fast, 4096": AttentionMatching(ratio=ratio, select="omp-fast", ridge=1e-3, max_queries=4096),
-        "on-policy": AttentionMatching(ratio=ratio, ridge=1e-3, max_queries=1024, on_policy=True),
-        "max instead of rms": AttentionMatching(ratio=ratio, ridge=1e-3, max_queries=1024, reduce="max"),
-        "pool 7": AttentionMatching(ratio=ratio, ridge=1e-3, max_queries=1024, pool=7),
+    """The default, the options that it was chosen from, and other ways of selecting keys."""
+    return {
+        study.OURS: AttentionMatching(ratio=ratio),
+        **study.options(ratio),
+        "mass ridge 1e-3": AttentionMatching(ratio=ratio, mass_ridge=1e-3),
+        "mass ridge 1e-1": AttentionMatching(ratio=ratio, mass_ridge=1e-1),
+        "ridge 1e-2": AttentionMatching(ratio=ratio, ridge=1e-2),
+        "OMP-fast": AttentionMatching(ratio=ratio, select="omp-fast"),
+        "on-policy": AttentionMatching(ratio=ratio, on_policy=True),
+        "max instead of rms": AttentionMatching(ratio=ratio, reduce="max"),
+        "pool 7": AttentionMatching(ratio=ratio, pool=7),
     }
 
 

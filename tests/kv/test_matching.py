@@ -36,7 +36,12 @@ def test_highest_attention_scores(reduce):
     weights = np.exp(s.double().numpy())
     weights /= weights.sum(-1, keepdims=True)
     wanted = {"rms": np.sqrt((weights**2).mean(1)), "mean": weights.mean(1), "max": weights.max(1)}[reduce]
-    np.testing.assert_allclose(m.highest_attention_scores(m.attention(s), reduce).numpy(), wanted, rtol=1e-4)
+    values = torch.randn(*s.shape[::2], 5)
+    swept = m.sweep([part.clone() for part in s.split(4, dim=1)], values, reduce)
+    np.testing.assert_allclose(swept.scores.numpy(), wanted, rtol=1e-4)
+    np.testing.assert_allclose(swept.outputs.numpy(), weights @ values.double().numpy(), rtol=1e-3, atol=1e-5)
+    mass = np.exp(s.double().numpy()).sum(-1)
+    np.testing.assert_allclose(swept.mass * swept.top[..., 0].exp(), mass, rtol=1e-4)
 
 
 @settings(max_examples=20, deadline=None)
@@ -147,3 +152,14 @@ def test_refinement_replaces_keys_of_no_weight():
     assert float(weights.min()) >= np.exp(-7)
     every = torch.ones(1, 7, dtype=torch.bool)
     assert len(m.refined_pursuit(features, mass, 7, 1e3, 1e-12, 1, 1, every, rounds=3)[0]) == 7
+
+
+def test_without_evidence_an_entry_stands_for_itself():
+    """A key that no query attends to has no column: the ridge leaves its weight at 1, and exact and published agree."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.rand(1, 30, 4, generator=generator)
+    features[..., 3] = 0.0
+    mass = features @ torch.tensor([2.0, 1.0, 0.5, 9.0])
+    for exact in (False, True):
+        weights = m.fit_mass(features, mass, 1e-3, 20.0, exact=exact, ridge=1e-4)[0]
+        np.testing.assert_allclose(weights.numpy(), [2.0, 1.0, 0.5, 1.0], atol=0.05)

@@ -24,7 +24,7 @@ def test_round_trip(tmp_path):
     again = Recipe.load(tmp_path / "recipe.yaml")
     assert again == recipe and Recipe.load(tmp_path) == recipe
     assert again.build() == [AttentionMatching(ratio=0.25, queries="context"), KVBudget("8MB")]
-    assert recipe.label == "bfloat16 + 1 thread + attention-matching (25%, context) + kv-budget (size 8MB)"
+    assert recipe.label == "bfloat16 + 1 thread + attention-matching 25% (context) + kv-budget 8 MB"
 
 
 def test_a_bare_key_and_an_empty_list(tmp_path):

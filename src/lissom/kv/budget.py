@@ -75,6 +75,10 @@ class KVBudget:
         if self.protect < 1 or self.window < 1:
             raise UserError(f"protect={self.protect} and window={self.window} must be at least 1.")
 
+    def __str__(self) -> str:
+        method = "" if self.method == AttentionMatching.name else f" ({self.method})"
+        return f"{self.name} {self.bytes / 1e6:.3g} MB{method}"
+
     @classmethod
     def candidates(cls, context: SearchContext) -> list[Self]:
         """See `lissom.models.method.Method`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -48,6 +48,12 @@ class Problem:
         if int(self.query_positions.min()) >= int(self.positions.max()):
             return logits
         return logits.masked_fill_(self.positions[:, None] > self.query_positions[:, None], -torch.inf)
+
+    def logits_by_parts(self, queries: int = 256) -> Iterator[torch.Tensor]:
+        """The rows of `logits` in parts small enough for a processor's cache."""
+        for start in range(0, self.queries.shape[1], queries):
+            span = slice(start, start + queries)
+            yield replace(self, queries=self.queries[:, span], query_positions=self.query_positions[span]).logits()
 
     def part(self, index: torch.Tensor) -> Problem:
         """The problem of the entries `index` `[heads, t]` alone."""
@@ -99,7 +105,7 @@ class Compactor(ABC):
     sinks: int = 4
     recent: int = 0
     queries: Queries = "context"
-    max_queries: int = 1024
+    max_queries: int = 8192
     min_tokens: int = 64
     seed: int = 0
     budgets: Literal["uniform", "global", "measured"] = "uniform"
@@ -138,6 +144,9 @@ class Compactor(ABC):
         from lissom.kv.transparent import compacted_after_prefill
 
         return compacted_after_prefill(model, self)
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.ratio:.0%}"
 
     def settings(self) -> dict[str, Any]:
         """Method name and settings, for recipes and saved caches."""

@@ -110,8 +110,11 @@ class Eviction(Compactor):
     def candidates(cls, context: SearchContext) -> list[Self]:
         """See `lissom.models.method.Method`. The scores that were best in the comparison of all."""
         scores = ("h2o", "streaming-llm") if context.quick else ("h2o", "snapkv", "kvzip", "streaming-llm")
-        ratios = (0.5,) if context.quick else (0.75, 0.5, 0.25)
+        ratios = (0.5,) if context.quick else (0.5, 0.25)
         return [cls(ratio=ratio, score=score) for score in scores for ratio in ratios]
+
+    def __str__(self) -> str:
+        return f"{self.score} {self.ratio:.0%}"
 
     def scores(self, problem: Problem) -> torch.Tensor:
         """See `Compactor.scores`. Entries that must be kept or do not exist count most and least."""

@@ -120,19 +120,8 @@ class Recipe(BaseModel):
         """The recipe in a few words, for tables and plots."""
         words: list[str] = [self.dtype] if self.dtype != "auto" else []
         words += [f"{self.threads} thread{'s' * (self.threads > 1)}"] if self.threads else []
-        for step in self.methods:
-            for key, settings in step.items():
-                inside = ", ".join(_words(name, value) for name, value in settings.items())
-                words.append(f"{key} ({inside})" if inside else key)
+        words += [str(method) for method in self.build()]
         return " + ".join(words) or "untouched"
-
-
-def _words(name: str, value: Any) -> str:
-    if name in ("score", "select", "queries", "method"):
-        return str(value)
-    if name == "size" and isinstance(value, int):
-        return f"{value / 1e6:.3g} MB"
-    return f"{value:.0%}" if name == "ratio" else f"{name} {value}"
 
 
 def _changed(method: Any) -> dict[str, Any]:

@@ -73,14 +73,13 @@ def arms(ratio: float, size: Size) -> dict[str, Compactor]:
 
 
 def options(ratio: float) -> dict[str, Compactor]:
-    """What the defaults were chosen from, each one step from the published fit."""
+    """What the defaults were chosen from: the published fit, and each step away from the default."""
     return {
-        "published fit": AttentionMatching(ratio=ratio, ridge=0.0, max_queries=1024),
-        "ridge 1e-3": AttentionMatching(ratio=ratio, ridge=1e-3, max_queries=1024),
-        "ridge 1e-2": AttentionMatching(ratio=ratio, ridge=1e-2, max_queries=1024),
-        "ridge 1e-3 to original values": AttentionMatching(ratio=ratio, ridge=1e-3, prior="original", max_queries=1024),
-        "exact mass fit": AttentionMatching(ratio=ratio, ridge=1e-3, exact=True, max_queries=1024),
-        "4096 queries": AttentionMatching(ratio=ratio, ridge=1e-3, max_queries=4096),
+        "published fit": AttentionMatching(ratio=ratio, mass_ridge=0.0, ridge=0.0),
+        "no mass ridge": AttentionMatching(ratio=ratio, mass_ridge=0.0),
+        "ridge to zero": AttentionMatching(ratio=ratio, prior="zero"),
+        "exact mass fit": AttentionMatching(ratio=ratio, mass_ridge=0.0, exact=True),
+        "1024 queries": AttentionMatching(ratio=ratio, max_queries=1024),
     }
 
 

@@ -14,9 +14,10 @@ from lissom.kv.attention_matching.matching import (
     attention,
     fit_mass,
     fit_values,
-    highest_attention_scores,
     mass_features,
+    pooled,
     refined_pursuit,
+    sweep,
 )
 from lissom.kv.compactor import Compactor, Problem, Queries, top_entries
 from lissom.kv.storage import Block
@@ -36,14 +37,18 @@ _PURSUITS: dict[str, tuple[int | None, int]] = {
 class AttentionMatching(Compactor):
     """Compaction by attention matching.
 
+    `mass_ridge`, `ridge` and `prior` were chosen by held-out measurement (see the method's page); with
+    `mass_ridge=0, ridge=0` it is the published fit.
+
     Attributes:
         select: how keys are chosen: `hak` (highest attention keys), the OMP variants, or `random` (a control).
         bias: fit β; without it a subset of keys can only lose mass.
         fit_values: fit new values; without it the originals are copied.
         beta_max: bound on |β| for HAK (paper: 3); OMP has β <= 7 (paper).
         exact: solve the mass fit to optimality instead of the published clamp and two gradient steps.
+        mass_ridge: draws e^β towards 1, an entry that stands for itself, where the queries say nothing (paper: 0).
         ridge: λ/(‖X‖²_F/t) of the value fit (paper: 0).
-        prior: what the ridge draws the values towards: `zero` (the code's) or `original` (extension).
+        prior: what that ridge draws the values towards: `original` or `zero` (the code's).
         refinements: of OMP: how often keys of next to no weight (β < -7) are replaced (the code: up to 3); what is left
             with such a weight is dropped, so fewer entries may be stored.
         reduce, pool: how HAK reduces attention over queries (paper: rms), and the width of its max-pool (0 = none).
@@ -57,8 +62,9 @@ class AttentionMatching(Compactor):
     fit_values: bool = True
     beta_max: float = 3.0
     exact: bool = False
+    mass_ridge: float = 1e-2
     ridge: float = 1e-3
-    prior: Literal["zero", "original"] = "zero"
+    prior: Literal["original", "zero"] = "original"
     refinements: int = 3
     reduce: Literal["rms", "mean", "max"] = "rms"
     pool: int = 0
@@ -69,26 +75,28 @@ class AttentionMatching(Compactor):
             raise UserError(f"select={self.select!r}: expected one of hak, random, {', '.join(_PURSUITS)}.")
         if self.queries == "none":
             raise UserError("Attention matching needs reference queries: queries='none' is for eviction methods.")
-        if not (self.ridge >= 0 and math.isfinite(self.ridge)):
-            raise UserError(f"ridge={self.ridge} must be a finite number of at least 0.")
+        for name in ("ridge", "mass_ridge"):
+            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
+                raise UserError(f"{name}={getattr(self, name)} must be a finite number of at least 0.")
+
+    def __str__(self) -> str:
+        return super().__str__() + (f" ({self.queries})" if self.queries != "repeat" else "")
 
     @classmethod
     def candidates(cls, context: SearchContext) -> list[Self]:
         """See `lissom.models.method.Method`."""
-        fast = [cls(ratio=ratio, queries="context") for ratio in (0.5, 0.25)]
+        fast = [cls(ratio=0.25, queries="context")]
         if context.quick:
-            return [*fast[:1], cls(ratio=0.5), cls(ratio=0.25)]
-        return [*fast, *(cls(ratio=ratio) for ratio in (0.75, 0.5, 0.25, 0.1))]
+            return [*fast, cls(ratio=0.5), cls(ratio=0.25)]
+        return [*fast, *(cls(ratio=ratio) for ratio in (0.5, 0.25, 0.1))]
 
     def fit(self, problem: Problem, budget: Sequence[int]) -> list[Block]:
         """See `Compactor.fit`. Heads whose budget covers all their entries keep them exactly."""
         available = problem.exists.sum(-1).tolist()
         if all(count >= have for count, have in zip(budget, available, strict=True)):
             return [problem.block(h, problem.exists[h].nonzero().flatten()) for h in range(len(budget))]
-        # Heads times queries times keys is by far the largest tensor: there is one, changed in place.
-        features, mass = mass_features(problem.logits(), in_place=True)
-        weights = features.div_(mass.clamp(min=torch.finfo(features.dtype).tiny)[..., None])
-        chosen = self._select(problem, weights, mass, budget)
+        swept = sweep(problem.logits_by_parts(), problem.values, self.reduce)
+        chosen = self._select(problem, swept.scores, budget)
         # Heads may keep different numbers: shorter lists are padded with a column that is switched off.
         longest = max(len(indices) for indices in chosen)
         index = torch.stack([torch.nn.functional.pad(i, (0, longest - len(i))) for i in chosen])
@@ -97,16 +105,16 @@ class AttentionMatching(Compactor):
         old_bias = problem.bias.gather(1, index)
         bias = torch.zeros_like(old_bias)
         if self.bias:
-            kept = weights.gather(2, index[:, None].expand(-1, weights.shape[1], -1)) * mass[..., None] * keep[:, None]
+            kept = torch.exp(kept_logits - swept.top)
             lower, upper, steps = self._bounds()
-            bias = fit_mass(kept, mass, lower, upper, steps, self.exact).log().to(bias.dtype)
+            bias = fit_mass(kept, swept.mass, lower, upper, steps, self.exact, self.mass_ridge).log().to(bias.dtype)
         size = problem.values.shape[-1]
         original = problem.values.gather(1, index[..., None].expand(-1, -1, size))
         values = original
         if self.fit_values:
-            outputs = weights @ problem.values
             prior = original if self.prior == "original" else None
-            values = fit_values(attention(kept_logits + bias[:, None]), outputs, self.ridge, prior).to(original.dtype)
+            fitted = fit_values(attention(kept_logits + bias[:, None]), swept.outputs, self.ridge, prior)
+            values = fitted.to(original.dtype)
         blocks = []
         for head, indices in enumerate(chosen):
             if budget[head] >= available[head]:
@@ -124,29 +132,21 @@ class AttentionMatching(Compactor):
             return 1e-12, math.exp(7.0), 0
         return math.exp(-self.beta_max), math.exp(self.beta_max), 2
 
-    def _select(
-        self,
-        problem: Problem,
-        weights: torch.Tensor,
-        mass: torch.Tensor,
-        budget: Sequence[int],
-    ) -> list[torch.Tensor]:
+    def _select(self, problem: Problem, scores: torch.Tensor, budget: Sequence[int]) -> list[torch.Tensor]:
         if self.select == "hak":
-            return top_entries(highest_attention_scores(weights, self.reduce, self.pool), problem, budget)
+            return top_entries(pooled(scores, self.pool), problem, budget)
         if self.select == "random":
             generator = torch.Generator().manual_seed(problem.seed)
             return top_entries(torch.rand(problem.bias.shape, generator=generator), problem, budget)
         keys_per_step, refit_every = _PURSUITS[self.select]
-        forced = problem.protected & problem.exists
         order = refined_pursuit(
-            weights * mass[..., None],
-            mass,
+            *mass_features(problem.logits()),
             max(budget),
             math.exp(7.0),
             1e-12,
             keys_per_step,
             refit_every,
-            forced,
+            problem.protected & problem.exists,
             self.refinements,
         )
         return [indices[:count].sort().values for indices, count in zip(order, budget, strict=True)]

@@ -9,6 +9,8 @@ output is matched. Everything here is batched over heads and computed in float64
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import scipy.optimize
@@ -16,15 +18,19 @@ import torch
 import torch.nn.functional as F
 
 
-def mass_features(logits: torch.Tensor, in_place: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def row_maximum(logits: torch.Tensor) -> torch.Tensor:
+    """`[heads, queries, 1]`, 0 where a row has no key."""
+    top = logits.amax(-1, keepdim=True)
+    return torch.where(top.isfinite(), top, 0.0)
+
+
+def mass_features(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Φ `[heads, queries, keys]` and the target mass m `[heads, queries]`, each row divided by e^(its maximum).
 
     The division leaves β unbiased (both sides scale) and weighs every query by its relative mass. A logit of -inf
-    (an absent or future key) gives 0; a row without any key gives zeros. `in_place` writes Φ over the logits.
+    (an absent or future key) gives 0; a row without any key gives zeros.
     """
-    top = logits.amax(-1, keepdim=True)
-    top = torch.where(top.isfinite(), top, 0.0)
-    features = (logits.sub_(top) if in_place else logits - top).exp_()
+    features = torch.exp(logits - row_maximum(logits))
     return features, features.sum(-1)
 
 
@@ -34,25 +40,55 @@ def attention(logits: torch.Tensor) -> torch.Tensor:
     return features / mass.clamp(min=torch.finfo(features.dtype).tiny)[..., None]
 
 
-def highest_attention_scores(weights: torch.Tensor, reduce: str = "rms", pool: int = 0) -> torch.Tensor:
-    """Score of each key `[heads, keys]`: its attention weight, reduced over the queries (HAK, section 3.3).
+@dataclass(frozen=True)
+class Sweep:
+    """What one pass over all queries and keys gives.
+
+    Attributes:
+        top: `[heads, queries, 1]`, the row maxima.
+        mass: `[heads, queries]`, relative to them.
+        outputs: softmax(S)V `[heads, queries, head_dim]`.
+        scores: of each key `[heads, keys]`: its attention weight, reduced over the queries (HAK, section 3.3).
+    """
+
+    top: torch.Tensor
+    mass: torch.Tensor
+    outputs: torch.Tensor
+    scores: torch.Tensor
+
+
+def sweep(parts: Iterable[torch.Tensor], values: torch.Tensor, reduce: str = "rms") -> Sweep:
+    """One pass over the logits in parts of some queries, so that the whole matrix never exists.
 
     Args:
-        weights: `[heads, queries, keys]`, row softmax of the logits.
+        parts: logits `[heads, some queries, keys]`; they are overwritten.
+        values: `[heads, keys, head_dim]`.
         reduce: `rms` (the paper's), `mean` or `max`.
-        pool: odd width of a max-pool over neighbouring keys, 0 = none.
     """
-    if reduce == "rms":
-        scores = weights.square().mean(1).sqrt()
-    elif reduce == "mean":
-        scores = weights.mean(1)
-    elif reduce == "max":
-        scores = weights.amax(1)
-    else:
-        raise ValueError(f"reduce={reduce!r}: expected 'rms', 'mean' or 'max'.")
-    if pool > 1:
-        scores = F.max_pool1d(scores[:, None], pool, stride=1, padding=pool // 2)[:, 0]
-    return scores
+    tops, masses, outputs, scores = [], [], [], torch.zeros(values.shape[:2], device=values.device)
+    for logits in parts:
+        top = row_maximum(logits)
+        features = logits.sub_(top).exp_()
+        mass = features.sum(-1)
+        weights = features.div_(mass.clamp(min=torch.finfo(features.dtype).tiny)[..., None])
+        outputs.append(weights @ values)
+        tops.append(top)
+        masses.append(mass)
+        if reduce == "max":
+            scores = torch.maximum(scores, weights.amax(1))
+        else:
+            scores += (weights.square_() if reduce == "rms" else weights).sum(1)
+    mass = torch.cat(masses, 1)
+    if reduce != "max":
+        scores = scores / mass.shape[1]
+    return Sweep(torch.cat(tops, 1), mass, torch.cat(outputs, 1), scores.sqrt() if reduce == "rms" else scores)
+
+
+def pooled(scores: torch.Tensor, width: int) -> torch.Tensor:
+    """Max-pool of odd `width` over neighbouring keys; 0 or 1 = none."""
+    if width <= 1:
+        return scores
+    return F.max_pool1d(scores[:, None], width, stride=1, padding=width // 2)[:, 0]
 
 
 def solve_spd(gram: torch.Tensor, right: torch.Tensor, ridge: float = 0.0) -> torch.Tensor:
@@ -76,7 +112,13 @@ def solve_spd(gram: torch.Tensor, right: torch.Tensor, ridge: float = 0.0) -> to
 
 
 def fit_mass(
-    features: torch.Tensor, mass: torch.Tensor, lower: float, upper: float, steps: int = 2, exact: bool = False
+    features: torch.Tensor,
+    mass: torch.Tensor,
+    lower: float,
+    upper: float,
+    steps: int = 2,
+    exact: bool = False,
+    ridge: float = 0.0,
 ) -> torch.Tensor:
     """Weights w `[heads, t]` in `[lower, upper]` with `features @ w ≈ mass` (section 3.2).
 
@@ -86,8 +128,14 @@ def fit_mass(
     Args:
         features: Φ of the kept keys, `[heads, queries, t]`.
         mass: `[heads, queries]`.
+        ridge: pulls w towards 1, an entry that stands for itself, by ridge·‖M‖²_F/t; 0 is the published fit.
     """
     matrix, target = features.double(), mass.double()
+    if ridge:
+        # Extra rows: the same problem for every solver below.
+        level = (ridge * matrix.square().sum((1, 2)) / matrix.shape[2]).sqrt()[:, None, None]
+        anchor = level * torch.eye(matrix.shape[2], dtype=matrix.dtype, device=matrix.device)
+        matrix, target = torch.cat([matrix, anchor], 1), torch.cat([target, level[:, 0].expand(-1, matrix.shape[2])], 1)
     if exact:
         return _fit_mass_exactly(matrix, target, lower, upper)
     gram = matrix.mT @ matrix
