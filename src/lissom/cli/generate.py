@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
-    from lissom.models import describe_decoder
     from lissom.recipes import Recipe
 
 
@@ -37,6 +36,7 @@ def generate(
     from lissom.errors import UserError
     from lissom.kv import KVBudget, file
     from lissom.kv.document import document_ids, question_ids
+    from lissom.models import describe_decoder
     from lissom.recipes import Recipe
 
     if not prompt.strip():
