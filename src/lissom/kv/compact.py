@@ -93,7 +93,7 @@ def recompact(
         )
     if method.queries == "context":
         raise UserError("The queries of the first reading are gone; use queries='repeat' or a method that needs none.")
-    smaller, recorder = cache.copy(), QueryRecorder(token_limit(model, method), method.seed)
+    smaller, recorder = cache.copy(), recorder_for(model, method)
     report = progress or _silent
     study(model, smaller, ids, visible, method, recorder, tokenizer, self_study_tokens, report)
     if not method.on_policy:
@@ -172,7 +172,7 @@ def _read(
     """The full cache and its queries; on-policy methods have compacted it when this returns."""
     ids, visible = _document(model, inputs)
     cache = CompactCache(model)
-    recorder = QueryRecorder(token_limit(model, method), method.seed)
+    recorder = recorder_for(model, method)
     report("read", 0, 1)
     if method.queries == "context":
         recorder.expect(0, visible)
@@ -299,10 +299,11 @@ def _document(
     return ids, visible
 
 
-def token_limit(model: PreTrainedModel, method: Compactor) -> int:
-    """Tokens to record so that a KV head gets `max_queries` queries from its whole group."""
+def recorder_for(model: PreTrainedModel, method: Compactor) -> QueryRecorder:
+    """An empty recorder of what `method` wants: `max_queries` queries for a KV head come from its whole group."""
     info = describe_decoder(model)
-    return max(1, method.max_queries * info.num_key_value_heads // info.num_attention_heads)
+    tokens = max(1, method.max_queries * info.num_key_value_heads // info.num_attention_heads)
+    return QueryRecorder(tokens, method.seed, method.wants_own_mass)
 
 
 def _study(
@@ -375,6 +376,7 @@ def _problem(
         evidence.positions,
         evidence.scaling,
         method.seed + row,
+        evidence.own_mass,
     )
 
 

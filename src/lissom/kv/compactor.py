@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lissom.errors import UserError
+from lissom.kernels.matmul import matmul
 from lissom.kv.storage import Block
 
 Queries = Literal["none", "context", "repeat", "self-study", "repeat+self-study"]
@@ -30,6 +31,7 @@ class Problem:
         query_positions: `[queries]`.
         scaling: factor on the logits.
         seed: for methods that draw.
+        own_mass: `[heads, queries]`, log mass that each query finds outside the document; None where not asked for.
     """
 
     keys: torch.Tensor
@@ -41,10 +43,11 @@ class Problem:
     query_positions: torch.Tensor
     scaling: float
     seed: int = 0
+    own_mass: torch.Tensor | None = None
 
     def logits(self) -> torch.Tensor:
         """`[heads, queries, entries]`: scaled, biased, -inf where the entry is absent or later than the query."""
-        logits = torch.matmul(self.queries * self.scaling, self.keys.mT).add_(self.bias[:, None])
+        logits = matmul(self.queries * self.scaling, self.keys.mT).add_(self.bias[:, None])
         if int(self.query_positions.min()) >= int(self.positions.max()):
             return logits
         return logits.masked_fill_(self.positions[:, None] > self.query_positions[:, None], -torch.inf)
@@ -127,6 +130,11 @@ class Compactor(ABC):
             raise UserError("budgets='measured' and shares=... (see `lissom budgets`) go together.")
         if self.on_policy and (self.budgets != "uniform" or self.queries in ("none", "context")):
             raise UserError("on_policy needs uniform budgets and queries of a repeat pass or self-study.")
+
+    @property
+    def wants_own_mass(self) -> bool:
+        """Whether `fit` needs `Problem.own_mass`."""
+        return False
 
     def scores(self, problem: Problem) -> torch.Tensor:
         """How much each entry counts, `[heads, entries]`, comparable between heads; for budgets='global'."""

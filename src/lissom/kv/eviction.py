@@ -51,9 +51,17 @@ def tova_scores(problem: Problem) -> torch.Tensor:
 def kvzip_scores(problem: Problem) -> torch.Tensor:
     """Largest attention that any query gives while the document is repeated (KVzip, arXiv 2505.23416).
 
-    The softmax is over the document's entries; KVzip's own is over sinks, a chunk and the repeated tokens.
+    The softmax is over the document and the repeated tokens, as KVzip's own is for a document of one chunk (2048
+    tokens); a longer one is repeated in one piece here, chunk by chunk there.
     """
-    return _weights(problem).amax(1)
+    scores, start = torch.zeros_like(problem.bias), 0
+    for logits in problem.logits_by_parts():
+        mass = logits.logsumexp(-1)
+        if problem.own_mass is not None:
+            mass = torch.logaddexp(mass, problem.own_mass[:, start : start + mass.shape[1]])
+        scores = torch.maximum(scores, (logits - mass[..., None]).exp_().nan_to_num_(0.0).amax(1))
+        start += mass.shape[1]
+    return scores
 
 
 def expected_attention_scores(problem: Problem) -> torch.Tensor:
@@ -115,6 +123,11 @@ class Eviction(Compactor):
 
     def __str__(self) -> str:
         return f"{self.score} {self.ratio:.0%}"
+
+    @property
+    def wants_own_mass(self) -> bool:
+        """See `Compactor.wants_own_mass`."""
+        return self.score == "kvzip"
 
     def scores(self, problem: Problem) -> torch.Tensor:
         """See `Compactor.scores`. Entries that must be kept or do not exist count most and least."""

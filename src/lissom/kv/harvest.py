@@ -23,24 +23,37 @@ SELF_STUDY_PROMPTS = (
     "Write three questions about the text above and answer them.",
 )
 
+_LAST = 64  # tokens at the end of a pass that are always recorded: SnapKV's window
+
 
 @dataclass(frozen=True)
 class Evidence:
     """Reference queries of one layer and row: `queries` `[KV heads, group · tokens, head_dim]` fp32, rotated, and
-    `positions` `[group · tokens]`; `scaling` is the factor on the layer's logits."""
+    `positions` `[group · tokens]`; `scaling` is the factor on the layer's logits; `own_mass` `[KV heads, group ·
+    tokens]`, where it was asked for, is the log mass that each query finds in its own pass, the document apart."""
 
     queries: torch.Tensor
     positions: torch.Tensor
     scaling: float
+    own_mass: torch.Tensor | None = None
 
     @classmethod
     def of(
-        cls, queries: torch.Tensor, positions: torch.Tensor, visible: torch.Tensor, heads: int, scaling: float
+        cls,
+        queries: torch.Tensor,
+        positions: torch.Tensor,
+        visible: torch.Tensor,
+        heads: int,
+        scaling: float,
+        own_mass: torch.Tensor | None = None,
     ) -> Evidence:
-        """Of `queries` `[query heads, tokens, head_dim]`, `positions` and `visible` `[tokens]`; padding is dropped."""
+        """Of `queries` `[query heads, tokens, head_dim]`, `positions` and `visible` `[tokens]`, `own_mass` `[query
+        heads, tokens]`; padding is dropped."""
         kept, places = queries[:, visible.to(queries.device)].float(), positions[visible]
         group = len(kept) // heads
-        return cls(kept.reshape(heads, -1, kept.shape[-1]), places.repeat(group).to(kept.device), scaling)
+        if own_mass is not None:
+            own_mass = own_mass[:, visible.to(own_mass.device)].reshape(heads, -1)
+        return cls(kept.reshape(heads, -1, kept.shape[-1]), places.repeat(group).to(kept.device), scaling, own_mass)
 
 
 class QuerySource(Protocol):
@@ -52,23 +65,26 @@ class QuerySource(Protocol):
 
 
 class QueryRecorder:
-    """Collects a layer's rotated queries, a random sample of at most `limit` tokens per row.
+    """Collects a layer's rotated queries, a random sample of at most `limit` tokens per row (and the last ones).
 
     Attributes:
+        own_mass: also keep the log mass of the pass's own tokens (see `Evidence`).
         queries: per CompactLayer `[rows, query heads, tokens, head_dim]`.
         positions: `[tokens]`, logical positions of the tokens.
         visible: bool `[rows, tokens]`, false for padding.
         scaling: per CompactLayer, the factor on its logits.
     """
 
-    def __init__(self, limit: int, seed: int) -> None:
-        self.limit = limit
+    def __init__(self, limit: int, seed: int, own_mass: bool = False) -> None:
+        self.limit, self.own_mass = limit, own_mass
         self.generator = torch.Generator().manual_seed(seed)
         self.queries: dict[CompactLayer, list[torch.Tensor]] = {}
         self.scaling: dict[CompactLayer, float] = {}
         self._positions: list[torch.Tensor] = []
         self._visible: list[torch.Tensor] = []
+        self._masses: dict[CompactLayer, list[torch.Tensor]] = {}
         self._pick: torch.Tensor | None = None
+        self._shown = torch.empty(0, 0, dtype=torch.bool)
 
     @contextmanager
     def recording(self, cache: Cache) -> Iterator[None]:
@@ -88,9 +104,10 @@ class QueryRecorder:
         tokens = visible.shape[1]
         # All heads of a group are stacked, so a limit in queries is met by fewer tokens; the caller divides.
         picked = torch.randperm(tokens, generator=self.generator)[: self.limit].sort().values
-        # The last token is TOVA's whole evidence and the best guess of what comes next.
-        picked = torch.cat([picked[picked != tokens - 1], torch.tensor([tokens - 1])])
-        self._pick = picked
+        # The last tokens are TOVA's and SnapKV's whole evidence, and the best guess of what comes next.
+        last = max(0, tokens - _LAST)
+        picked = torch.cat([picked[picked < last], torch.arange(last, tokens)])
+        self._pick, self._shown = picked, visible
         self._positions.append(first_position + picked)
         self._visible.append(visible[:, picked].bool().cpu())
 
@@ -99,6 +116,8 @@ class QueryRecorder:
         assert self._pick is not None, "expect() comes before the forward pass"
         self.queries.setdefault(layer, []).append(query[:, :, self._pick.to(query.device)].detach())
         self.scaling[layer] = scaling
+        if self.own_mass:
+            self._masses.setdefault(layer, []).append(_own_mass(layer, query, scaling, self._pick, self._shown))
 
     def of(self, layer: CompactLayer, row: int, heads: int) -> Evidence | None:
         """See `QuerySource`."""
@@ -106,7 +125,23 @@ class QueryRecorder:
             return None
         recorded = torch.cat(self.queries[layer], dim=2)[row]
         visible = torch.cat(self._visible, dim=1)[row]
-        return Evidence.of(recorded, torch.cat(self._positions), visible, heads, self.scaling[layer])
+        mass = torch.cat(self._masses[layer], dim=2)[row] if self.own_mass else None
+        return Evidence.of(recorded, torch.cat(self._positions), visible, heads, self.scaling[layer], mass)
+
+
+def _own_mass(
+    layer: CompactLayer, query: torch.Tensor, scaling: float, picked: torch.Tensor, shown: torch.Tensor
+) -> torch.Tensor:
+    """Log mass `[rows, query heads, picked]` of the layer's tail up to each picked query, without padding."""
+    store = layer.store
+    assert store is not None
+    keys = torch.stack([block.keys[len(block.keys) - layer.tail :] for block in store.blocks()])
+    keys = keys.unflatten(0, (store.rows, store.heads))[:, :, None].float()
+    queries = query[:, :, picked.to(query.device)].unflatten(1, (store.heads, -1)).float()
+    logits = queries @ keys.mT * scaling
+    hidden = (torch.arange(layer.tail) > picked[:, None]) | ~shown[:, None].cpu()
+    logits.masked_fill_(hidden[:, None, None].to(logits.device), -torch.inf)
+    return logits.logsumexp(-1).flatten(1, 2)
 
 
 def forward(model: PreTrainedModel, ids: torch.Tensor, visible: torch.Tensor, cache: Cache) -> torch.Tensor:

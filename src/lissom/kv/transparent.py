@@ -11,9 +11,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from lissom.errors import UserError
 from lissom.kv.cache import CompactLayer, compact_layers, compacting
-from lissom.kv.compact import fit, study, token_limit
+from lissom.kv.compact import fit, recorder_for, study
 from lissom.kv.compactor import Compactor
-from lissom.kv.harvest import QueryRecorder
 from lissom.models.attention import installed
 
 
@@ -41,7 +40,7 @@ def compacted_after_prefill(model: PreTrainedModel, method: Compactor) -> Iterat
         visible = torch.ones_like(ids, dtype=torch.bool)
         if isinstance(mask, torch.Tensor) and mask.ndim == 2:
             visible = mask[:, -ids.shape[1] :].bool()
-        recorder = QueryRecorder(token_limit(model, method), method.seed)
+        recorder = recorder_for(model, method)
         if method.queries == "context":
             recorder.expect(0, visible)
         for layer in cache.layers:

@@ -131,7 +131,7 @@ class Lesson:
         facts = questions // 2  # they come first, the open questions last
         asked = document.questions[:facts] + document.questions[facts - questions :]
         self.teachers = teach(model, tokenizer, self.ids, self.full, asked)
-        self._readings: dict[tuple[str, int, int], tuple[Reading, float]] = {}
+        self._readings: dict[tuple[str, int, int, bool], tuple[Reading, float]] = {}
 
     def record(self, method: Compactor) -> dict[str, Any]:
         """Scores, seconds (of reading with its passes, and of the fit) and bytes of one method."""
@@ -157,7 +157,7 @@ class Lesson:
         }
 
     def _reading(self, method: Compactor) -> tuple[Reading, float]:
-        key = (method.queries, method.max_queries, method.seed)
+        key = (method.queries, method.max_queries, method.seed, method.wants_own_mass)
         if key not in self._readings:
             start = time.perf_counter()
             reading = Reading.of(self.model, self.ids, method, tokenizer=self.tokenizer)

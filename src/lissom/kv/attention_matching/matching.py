@@ -17,6 +17,8 @@ import scipy.optimize
 import torch
 import torch.nn.functional as F
 
+from lissom.kernels.matmul import matmul
+
 
 def row_maximum(logits: torch.Tensor) -> torch.Tensor:
     """`[heads, queries, 1]`, 0 where a row has no key."""
@@ -71,7 +73,7 @@ def sweep(parts: Iterable[torch.Tensor], values: torch.Tensor, reduce: str = "rm
         features = logits.sub_(top).exp_()
         mass = features.sum(-1)
         weights = features.div_(mass.clamp(min=torch.finfo(features.dtype).tiny)[..., None])
-        outputs.append(weights @ values)
+        outputs.append(matmul(weights, values))
         tops.append(top)
         masses.append(mass)
         if reduce == "max":
@@ -138,8 +140,8 @@ def fit_mass(
         matrix, target = torch.cat([matrix, anchor], 1), torch.cat([target, level[:, 0].expand(-1, matrix.shape[2])], 1)
     if exact:
         return _fit_mass_exactly(matrix, target, lower, upper)
-    gram = matrix.mT @ matrix
-    right = matrix.mT @ target[..., None]
+    gram = matmul(matrix.mT, matrix)
+    right = matmul(matrix.mT, target[..., None])
     weights = solve_spd(gram, right).clamp(lower, upper)
     if steps:
         vector = torch.ones_like(right)
@@ -177,10 +179,9 @@ def fit_values(
         ridge: λ = ridge·‖X‖²_F/t; 0 is the published fit.
         prior: `[heads, t, head_dim]`, what the ridge draws towards; None = zero.
     """
-    matrix, target = weights.double(), outputs.double()
-    if prior is not None:
-        target = target - matrix @ prior.double()
-    change = solve_spd(matrix.mT @ matrix, matrix.mT @ target, ridge)
+    target = outputs if prior is None else outputs - matmul(weights, prior.to(weights.dtype))
+    matrix, target = weights.double(), target.double()
+    change = solve_spd(matmul(matrix.mT, matrix), matmul(matrix.mT, target), ridge)
     return change if prior is None else prior.double() + change
 
 
@@ -209,8 +210,8 @@ def orthogonal_matching_pursuit(
         Indices `[heads, count]` in the order of choice.
     """
     matrix = features.double()
-    gram = matrix.mT @ matrix
-    aim = (matrix.mT @ mass.double()[..., None])[..., 0]
+    gram = matmul(matrix.mT, matrix)
+    aim = matmul(matrix.mT, mass.double()[..., None])[..., 0]
     heads, keys = aim.shape
     free = torch.ones(heads, keys, dtype=torch.bool, device=aim.device) & (features.amax(1) > 0)
     chosen = torch.empty(heads, 0, dtype=torch.int64, device=aim.device)
