@@ -27,8 +27,12 @@ from lissom.report.rows import Row
 def times(model, tokenizer, tokens: int, repeats: int) -> list[Row]:
     """Seconds of each stage on one document, interleaved with the plain prefill."""
     ids = document_ids(tokenizer, planted_documents(tokenizer, 1, tokens)[0].text)
-    reading = Reading.of(model, ids, AttentionMatching(), tokenizer=tokenizer)
+    readings = {
+        queries: Reading.of(model, ids, AttentionMatching(max_queries=queries), tokenizer=tokenizer)
+        for queries in (AttentionMatching.max_queries, 2048)
+    }
     methods = {f"fit {ratio:.0%}": AttentionMatching(ratio=ratio) for ratio in (0.2, 0.1, 0.05)}
+    methods["fit 10% (2048 queries)"] = AttentionMatching(ratio=0.1, max_queries=2048)
     methods["select 10% (h2o)"] = Eviction(ratio=0.1, score="h2o")
     methods["fit 10% (OMP-fast)"] = AttentionMatching(ratio=0.1, select="omp-fast")
 
@@ -42,7 +46,9 @@ def times(model, tokenizer, tokens: int, repeats: int) -> list[Row]:
             model(ids, use_cache=True, logits_to_keep=1)
 
     arms = {"prefill": lambda: timed(prefill)}
-    arms |= {name: (lambda m=method: timed(lambda: reading.compact(m))) for name, method in methods.items()}
+    arms |= {
+        name: (lambda m=method: timed(lambda: readings[m.max_queries].compact(m))) for name, method in methods.items()
+    }
     arms["read and repeat"] = lambda: timed(lambda: Reading.of(model, ids, AttentionMatching(), tokenizer=tokenizer))
     measured: dict[str, list[float]] = {name: [] for name in arms}
     for work in arms.values():
@@ -66,17 +72,20 @@ def main() -> None:
     size = replace(study.SMALL, documents=1, tokens=200, ratios=(0.1,), questions=2) if given.quick else study.DEFAULT
     model, tokenizer = lissom.load()
     with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task("measuring", total=None)
-        records = study.measure(
-            model, tokenizer, size, given.journal, lambda d, t: bar.update(task, completed=d, total=t)
+        tasks = {stage: bar.add_task(stage, total=None, visible=False) for stage in study.STAGES}
+        run = study.run(
+            model,
+            tokenizer,
+            size,
+            given.journal,
+            lambda stage, done, total: bar.update(tasks[stage], completed=done, total=total, visible=True),
         )
-        needles = study.measure_needles(model, tokenizer, size, given.journal)
-    result = attention_matching_result(records, needles, size)
+    result = attention_matching_result(run)
     result.rows.extend(times(model, tokenizer, 200 if given.quick else 1400, 2 if given.quick else 5))
     if given.json:
         result.write(given.json)
     if given.json != "-":
-        for table in attention_matching_tables(records, needles, size):
+        for table in attention_matching_tables(run):
             Console().print(table)
         for row in result.rows:
             if row.name.startswith("time/"):

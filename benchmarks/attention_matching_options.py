@@ -18,7 +18,7 @@ from lissom.kv import AttentionMatching
 from lissom.kv.compactor import Compactor
 from lissom.report.rows import Result, Row
 
-SIZE = study.Size(documents=4, tokens=1000, ratios=(0.5, 0.1, 0.05), seed=1)
+SIZE = study.Size(documents=4, tokens=1000, ratios=(0.5, 0.1, 0.05), seed=1, recall=False)
 REFERENCE = "published fit"
 
 
@@ -31,6 +31,7 @@ def arms(ratio: float, size: study.Size) -> dict[str, Compactor]:
         "mass ridge 1e-1": AttentionMatching(ratio=ratio, mass_ridge=1e-1),
         "ridge 1e-2": AttentionMatching(ratio=ratio, ridge=1e-2),
         "OMP-fast": AttentionMatching(ratio=ratio, select="omp-fast"),
+        "repeat+self-study": AttentionMatching(ratio=ratio, queries="repeat+self-study"),
         "on-policy": AttentionMatching(ratio=ratio, on_policy=True),
         "max instead of rms": AttentionMatching(ratio=ratio, reduce="max"),
         "pool 7": AttentionMatching(ratio=ratio, pool=7),

@@ -20,7 +20,10 @@ def test_kvzip_scores_are_the_largest_weights_of_the_repeat_pass(architecture, p
     mask = torch.ones_like(ids)
     mask[0, :padding] = 0
     model = tiny_model(architecture, "eager")
-    both, mask_of_both = torch.cat([ids, ids], 1), torch.cat([mask, mask], 1)  # without a tokenizer the text is repeated
+    both, mask_of_both = (
+        torch.cat([ids, ids], 1),
+        torch.cat([mask, mask], 1),
+    )  # without a tokenizer the text is repeated
     positions = (mask_of_both.cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad():
         attentions = model(both, attention_mask=mask_of_both, position_ids=positions, output_attentions=True).attentions

@@ -22,27 +22,20 @@ def budgets(
     from rich.progress import Progress
 
     import lissom.models
-    from lissom.evals.fidelity import teach
-    from lissom.evals.texts import planted_documents
-    from lissom.kv import Eviction
-    from lissom.kv.compact import Reading
-    from lissom.kv.document import document_ids
-    from lissom.kv.influence import Lesson, measure_shares, path_of
+    from lissom.evals.head_budgets import measure_head_budgets
+    from lissom.kv.influence import path_of
 
     console = Console(stderr=True)
     with console.status(f"loading {model}"):
         network, tokenizer = lissom.models.load(model)
-    lessons = []
-    # Seed 2: neither the documents of the check nor those that the defaults were chosen on.
-    for document in planted_documents(tokenizer, documents, tokens, seed=2):
-        ids = document_ids(tokenizer, document.text)
-        full = Reading.of(network, ids, Eviction(score="random")).cache
-        answers = teach(network, tokenizer, ids, full, document.questions, 24)
-        lessons.append(Lesson(ids, [answer.ids for answer in answers], [answer.start for answer in answers]))
     with Progress(console=console) as bar:
         task = bar.add_task("heads", total=None)
-        shares = measure_shares(
-            network, tokenizer, lessons, progress=lambda done, total: bar.update(task, completed=done, total=total)
+        shares = measure_head_budgets(
+            network,
+            tokenizer,
+            documents,
+            tokens,
+            lambda done, total: bar.update(task, completed=done, total=total),
         )
     heads = shares.size
     typer.echo(

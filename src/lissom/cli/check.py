@@ -43,18 +43,19 @@ def check(
         network, tokenizer = lissom.models.load(model)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=errors) as bar:
-        tasks = {name: bar.add_task(name, total=None) for name in ("methods", "needles")}
-
-        def show(name: str):  # type: ignore[no-untyped-def]
-            return lambda done, total: bar.update(tasks[name], completed=done, total=total)
-
-        records = study.measure(network, tokenizer, size, journal, show("methods"))
-        needles = study.measure_needles(network, tokenizer, size, journal, show("needles"))
-    result = attention_matching_result(records, needles, size)
+        tasks = {stage: bar.add_task(stage, total=None, visible=False) for stage in study.STAGES}
+        run = study.run(
+            network,
+            tokenizer,
+            size,
+            journal,
+            lambda stage, done, total: bar.update(tasks[stage], completed=done, total=total, visible=True),
+        )
+    result = attention_matching_result(run)
     if json_file:
         result.write(json_file)
     if json_file != "-":
-        for table in attention_matching_tables(records, needles, size):
+        for table in attention_matching_tables(run):
             out.print(table)
         for claim in result.claims:
             out.print(f"[bold]{claim.verdict}[/bold]: {claim.claim} ({claim.source})", highlight=False)

@@ -45,18 +45,21 @@ class Problem:
     seed: int = 0
     own_mass: torch.Tensor | None = None
 
-    def logits(self) -> torch.Tensor:
+    def logits(self, out: torch.Tensor | None = None) -> torch.Tensor:
         """`[heads, queries, entries]`: scaled, biased, -inf where the entry is absent or later than the query."""
-        logits = matmul(self.queries * self.scaling, self.keys.mT).add_(self.bias[:, None])
+        logits = matmul(self.queries * self.scaling, self.keys.mT, out).add_(self.bias[:, None])
         if int(self.query_positions.min()) >= int(self.positions.max()):
             return logits
         return logits.masked_fill_(self.positions[:, None] > self.query_positions[:, None], -torch.inf)
 
-    def logits_by_parts(self, queries: int = 256) -> Iterator[torch.Tensor]:
-        """The rows of `logits` in parts small enough for a processor's cache."""
-        for start in range(0, self.queries.shape[1], queries):
+    def logits_by_parts(self, queries: int = 512) -> Iterator[torch.Tensor]:
+        """The rows of `logits` in parts, one after the other in the same memory."""
+        heads, total, _ = self.queries.shape
+        memory = self.keys.new_empty(heads, min(queries, total), self.keys.shape[1])
+        for start in range(0, total, queries):
             span = slice(start, start + queries)
-            yield replace(self, queries=self.queries[:, span], query_positions=self.query_positions[span]).logits()
+            part = replace(self, queries=self.queries[:, span], query_positions=self.query_positions[span])
+            yield part.logits(memory[:, : part.queries.shape[1]])
 
     def part(self, index: torch.Tensor) -> Problem:
         """The problem of the entries `index` `[heads, t]` alone."""

@@ -29,19 +29,24 @@ def _own(records: Records, ratio: float, arm: str) -> list[dict[str, Any]]:
     return [r for r in records if r["ratio"] == ratio and r["arm"] == arm]
 
 
+def _arms(records: Records, ratio: float) -> list[str]:
+    return list(dict.fromkeys(r["arm"] for r in records if r["ratio"] == ratio))
+
+
 def _mean(own: Records, *keys: str) -> float:
     return float(np.mean([sum(r[key] for key in keys) for r in own]))
 
 
-def attention_matching_result(records: Records, needles: Records, size: study.Size) -> Result:
+def attention_matching_result(run: study.Run) -> Result:
     """Every arm at every ratio; `baseline` is the best eviction method's figure at that ratio."""
+    records, needles, size = run.records, run.needles, run.size
     rows = []
     for ratio in size.ratios:
         best = {}
         for metric in study.METRICS:
             means = [float(study.per_question(records, ratio, name, metric).mean()) for name in study.BASELINES]
             best[metric] = max(means) if metric in _HIGHER_IS_BETTER else min(means)
-        for arm in study.arms(ratio, size):
+        for arm in _arms(records, ratio):
             own = _own(records, ratio, arm)
             for metric, unit in _UNITS.items():
                 values = study.per_question(records, ratio, arm, metric)
@@ -64,14 +69,15 @@ def attention_matching_result(records: Records, needles: Records, size: study.Si
     return Result("attention-matching", rows, claims)
 
 
-def attention_matching_tables(records: Records, needles: Records, size: study.Size) -> Iterator[Table]:
+def attention_matching_tables(run: study.Run) -> Iterator[Table]:
     """One table per ratio, then the needles."""
+    records, needles, size = run.records, run.needles, run.size
     for ratio in size.ratios:
         table = Table(title=f"{ratio:.0%} of the entries", box=SIMPLE)
         table.add_column("method", min_width=14)
         for heading in ("out.err", "|ΔlogZ|", "NLL", "ours - this [95 %]", "KL", "recall", "off-ctx", "fit s", "bytes"):
             table.add_column(heading, justify="right", no_wrap=True)
-        for arm in study.arms(ratio, size):
+        for arm in _arms(records, ratio):
             own = _own(records, ratio, arm)
             mean = {m: float(study.per_question(records, ratio, arm, m).mean()) for m in study.METRICS}
             gap = study.against(records, ratio, arm, "nll")

@@ -6,7 +6,8 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lissom.evals.fidelity import score, teach
+from lissom.evals.head_budgets import measure_head_budgets
 from lissom.evals.journal import Journal
 from lissom.evals.needle import needles, recalls
 from lissom.evals.perplexity import nll_behind
@@ -24,17 +26,19 @@ from lissom.kv.compact import Reading
 from lissom.kv.compactor import Compactor
 from lissom.kv.document import document_ids
 from lissom.kv.eviction import SCORES
+from lissom.kv.influence import load_shares, path_of
 from lissom.models import fingerprint
 
 METRICS = ("output_error", "mass_error", "nll", "kl", "top1", "recalled")
 OURS = "attention matching"
+Shares = tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True)
 class Size:
     """How much is measured: documents of so many tokens at these ratios; the ablations at theirs; needles of these
-    lengths. `seed` picks the documents, each of which has up to eight questions,
-    half of them for planted facts."""
+    lengths. `seed` picks the documents, each of which has up to eight questions, half of them for planted facts; with
+    `recall` a method's own answers to those are generated, too."""
 
     documents: int
     tokens: int
@@ -43,6 +47,7 @@ class Size:
     needle_lengths: tuple[int, ...] = ()
     seed: int = 0
     questions: int = 8
+    recall: bool = True
 
 
 SMALL = Size(2, 700, (0.1, 0.05))
@@ -52,10 +57,11 @@ PAPER = Size(50, 6000, (0.1, 0.05, 0.02, 0.01), (0.05, 0.02), (4000, 16000))
 NEEDLE_RATIO = 0.1
 NEEDLE_DEPTHS = (0.1, 0.5, 0.9)
 BASELINES = (*SCORES, "kvzip global")
+STAGES = ("head budgets", "methods", "needles")
 
 
-def arms(ratio: float, size: Size) -> dict[str, Compactor]:
-    """Every method that is compared at one ratio."""
+def arms(ratio: float, size: Size, shares: Shares = ()) -> dict[str, Compactor]:
+    """Every method that is compared at one ratio; `shares` are the model's measured head budgets."""
     methods: dict[str, Compactor] = {OURS: AttentionMatching(ratio=ratio)}
     methods |= {name: Eviction(ratio=ratio, score=name) for name in SCORES}
     methods["kvzip global"] = Eviction(ratio=ratio, score="kvzip", budgets="global")
@@ -66,9 +72,13 @@ def arms(ratio: float, size: Size) -> dict[str, Compactor]:
             "original values": AttentionMatching(ratio=ratio, fit_values=False),
             "random keys": AttentionMatching(ratio=ratio, select="random"),
             "context queries": AttentionMatching(ratio=ratio, queries="context"),
+            "self-study": AttentionMatching(ratio=ratio, queries="self-study"),
+            "repeat+self-study": AttentionMatching(ratio=ratio, queries="repeat+self-study"),
             "on-policy": AttentionMatching(ratio=ratio, on_policy=True),
             **options(ratio),
         }
+        if shares:
+            methods["head budgets"] = AttentionMatching(ratio=ratio, budgets="measured", shares=shares)
     return methods
 
 
@@ -79,8 +89,39 @@ def options(ratio: float) -> dict[str, Compactor]:
         "no mass ridge": AttentionMatching(ratio=ratio, mass_ridge=0.0),
         "ridge to zero": AttentionMatching(ratio=ratio, prior="zero"),
         "exact mass fit": AttentionMatching(ratio=ratio, mass_ridge=0.0, exact=True),
-        "1024 queries": AttentionMatching(ratio=ratio, max_queries=1024),
+        "2048 queries": AttentionMatching(ratio=ratio, max_queries=2048),
     }
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a check measured: see `measure` and `measure_needles`."""
+
+    size: Size
+    records: list[dict[str, Any]]
+    needles: list[dict[str, Any]]
+
+
+def run(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    size: Size,
+    journal: Path,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> Run:
+    """The whole check, head budgets first where they are among the ablations; resumable.
+
+    Args:
+        progress: called with (stage, done, total); the stages are `STAGES`.
+    """
+    shares: Shares = ()
+    if size.ablation_ratios:
+        if not path_of(model).is_file():
+            measure_head_budgets(model, tokenizer, progress=partial(progress, STAGES[0]))
+        shares = load_shares(model)
+    chosen = partial(arms, shares=shares)
+    records = measure(model, tokenizer, size, journal, partial(progress, STAGES[1]), chosen)
+    return Run(size, records, measure_needles(model, tokenizer, size, journal, partial(progress, STAGES[2])))
 
 
 def measure(
@@ -95,7 +136,8 @@ def measure(
 
     A run that was stopped goes on behind the last whole record in `journal` of the same model, size and settings.
     """
-    key = hashlib.sha256(repr((fingerprint(model), size.tokens, size.seed, size.questions)).encode()).hexdigest()[:12]
+    facts = (fingerprint(model), size.tokens, size.seed, size.questions, size.recall)
+    key = hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
     known = Journal(journal)
     plan = [(ratio, name, method) for ratio in size.ratios for name, method in arms(ratio, size).items()]
     records = []
@@ -106,7 +148,7 @@ def measure(
         for place, (ratio, name, method) in enumerate(plan):
             identity = f"{key}/{number}/{json.dumps(method.settings(), sort_keys=True)}"
             if identity not in known:
-                lesson = lesson or Lesson(model, tokenizer, document, elsewhere, size.questions)
+                lesson = lesson or Lesson(model, tokenizer, document, elsewhere, size)
                 known.add(identity, {"document": number, **lesson.record(method)})
             records.append({**known[identity], "ratio": ratio, "arm": name})
             progress(number * len(plan) + place + 1, size.documents * len(plan))
@@ -122,14 +164,16 @@ class Lesson:
         tokenizer: PreTrainedTokenizerBase,
         document: Document,
         elsewhere: str,
-        questions: int,
+        size: Size,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.ids = document_ids(tokenizer, document.text)
         self.elsewhere = tokenizer(elsewhere, return_tensors="pt", add_special_tokens=False)["input_ids"]
         self.full = Reading.of(model, self.ids, Eviction(score="random")).cache
-        facts = questions // 2  # they come first, the open questions last
-        asked = document.questions[:facts] + document.questions[facts - questions :]
+        facts = size.questions // 2  # they come first, the open questions last
+        asked = document.questions[:facts] + document.questions[facts - size.questions :]
+        if not size.recall:
+            asked = tuple(replace(question, answer=None) for question in asked)
         self.teachers = teach(model, tokenizer, self.ids, self.full, asked)
         self._readings: dict[tuple[str, int, int, bool], tuple[Reading, float]] = {}
 

@@ -3,7 +3,8 @@
 Notation of the paper (arXiv 2602.16284, section 3): for one KV head with keys K and values V, reference queries Q and
 logits S = QKᵀ·scaling (+ old biases), Φ = e^(S − row maximum), the mass is m = Φ1 and the output is softmax(S)V. A
 compaction keeps t keys, gives each a weight w = e^β so that the mass is matched, and fits new values so that the
-output is matched. Everything here is batched over heads and computed in float64 where a Gram matrix is solved.
+output is matched. Everything here is batched over heads; Gram matrices are solved in float64 where no ridge bounds
+their condition.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def sweep(parts: Iterable[torch.Tensor], values: torch.Tensor, reduce: str = "rm
     """One pass over the logits in parts of some queries, so that the whole matrix never exists.
 
     Args:
-        parts: logits `[heads, some queries, keys]`; they are overwritten.
+        parts: logits `[heads, some queries, keys]`; each is overwritten before the next is taken.
         values: `[heads, keys, head_dim]`.
         reduce: `rms` (the paper's), `mean` or `max`.
     """
@@ -71,15 +72,18 @@ def sweep(parts: Iterable[torch.Tensor], values: torch.Tensor, reduce: str = "rm
     for logits in parts:
         top = row_maximum(logits)
         features = logits.sub_(top).exp_()
-        mass = features.sum(-1)
-        weights = features.div_(mass.clamp(min=torch.finfo(features.dtype).tiny)[..., None])
-        outputs.append(matmul(weights, values))
+        mass = features.sum(-1, keepdim=True)
+        # What is divided by the mass are the small results, not the features.
+        share = 1.0 / mass.clamp(min=torch.finfo(features.dtype).tiny)
+        outputs.append(matmul(features, values).mul_(share))
         tops.append(top)
-        masses.append(mass)
+        masses.append(mass[..., 0])
         if reduce == "max":
-            scores = torch.maximum(scores, weights.amax(1))
+            scores = torch.maximum(scores, features.mul_(share).amax(1))
+        elif reduce == "mean":
+            scores += (share.mT @ features)[:, 0]
         else:
-            scores += (weights.square_() if reduce == "rms" else weights).sum(1)
+            scores += (share.square().mT @ features.square_())[:, 0]
     mass = torch.cat(masses, 1)
     if reduce != "max":
         scores = scores / mass.shape[1]
@@ -96,21 +100,28 @@ def pooled(scores: torch.Tensor, width: int) -> torch.Tensor:
 def solve_spd(gram: torch.Tensor, right: torch.Tensor, ridge: float = 0.0) -> torch.Tensor:
     """Least squares from normal equations, `(gram + ridge·mean(diag)·I) x = right`, batched, stable.
 
-    `gram` `[..., t, t]` float64 and `right` `[..., t, k]`. A Cholesky solve; where the matrix is singular (duplicate
-    keys, fewer queries than keys) the minimum-norm solution by eigenvalues, small ones cut off.
+    `gram` `[..., t, t]` and `right` `[..., t, k]`, in the precision of `gram_dtype`. A Cholesky solve; where the matrix
+    is singular (duplicate keys, fewer queries than keys) the minimum-norm solution by eigenvalues, small ones cut off.
     """
-    size = gram.shape[-1]
-    level = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp(min=1e-300)
+    size, tiny = gram.shape[-1], torch.finfo(gram.dtype).tiny
+    smallest_pivot = 1e-11 if gram.dtype == torch.float64 else 1e-6
+    level = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp(min=tiny)
     damped = gram + ridge * level * torch.eye(size, dtype=gram.dtype, device=gram.device)
     factor, failed = torch.linalg.cholesky_ex(damped)
     smallest = factor.diagonal(dim1=-2, dim2=-1).amin(-1, keepdim=True)[..., None]
-    singular = (failed[..., None, None] > 0) | ~(smallest.square() > 1e-11 * level)
+    singular = (failed[..., None, None] > 0) | ~(smallest.square() > smallest_pivot * level)
     if not singular.any():
         return torch.cholesky_solve(right, factor)
     eigenvalues, vectors = torch.linalg.eigh(damped)
-    cut = 1e-11 * eigenvalues[..., -1:].clamp(min=1e-300)
-    inverse = torch.where(eigenvalues > cut, 1.0 / eigenvalues.clamp(min=1e-300), 0.0)
+    cut = smallest_pivot * eigenvalues[..., -1:].clamp(min=tiny)
+    inverse = torch.where(eigenvalues > cut, 1.0 / eigenvalues.clamp(min=tiny), 0.0)
     return vectors @ (inverse[..., None] * (vectors.mT @ right))
+
+
+def gram_dtype(ridge: float, given: torch.dtype) -> torch.dtype:
+    """A ridge bounds the condition of a Gram matrix by t/ridge, so that the `given` precision will do, fp32 at least;
+    without one it is float64."""
+    return torch.promote_types(given, torch.float32 if ridge >= 1e-4 else torch.float64)
 
 
 def fit_mass(
@@ -132,7 +143,8 @@ def fit_mass(
         mass: `[heads, queries]`.
         ridge: pulls w towards 1, an entry that stands for itself, by ridge·‖M‖²_F/t; 0 is the published fit.
     """
-    matrix, target = features.double(), mass.double()
+    dtype = torch.float64 if exact else gram_dtype(ridge, features.dtype)
+    matrix, target = features.to(dtype), mass.to(dtype)
     if ridge:
         # Extra rows: the same problem for every solver below.
         level = (ridge * matrix.square().sum((1, 2)) / matrix.shape[2]).sqrt()[:, None, None]
@@ -147,8 +159,8 @@ def fit_mass(
         vector = torch.ones_like(right)
         for _ in range(3):
             vector = gram @ vector
-            vector = vector / vector.norm(dim=-2, keepdim=True).clamp(min=1e-300)
-        step = 1.0 / (vector.mT @ gram @ vector).clamp(min=1e-300)
+            vector = vector / vector.norm(dim=-2, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
+        step = 1.0 / (vector.mT @ gram @ vector).clamp(min=torch.finfo(dtype).tiny)
         for _ in range(steps):
             weights = (weights - step * (gram @ weights - right)).clamp(lower, upper)
     return weights[..., 0]
@@ -180,9 +192,10 @@ def fit_values(
         prior: `[heads, t, head_dim]`, what the ridge draws towards; None = zero.
     """
     target = outputs if prior is None else outputs - matmul(weights, prior.to(weights.dtype))
-    matrix, target = weights.double(), target.double()
+    dtype = gram_dtype(ridge, weights.dtype)
+    matrix, target = weights.to(dtype), target.to(dtype)
     change = solve_spd(matmul(matrix.mT, matrix), matmul(matrix.mT, target), ridge)
-    return change if prior is None else prior.double() + change
+    return change if prior is None else prior.to(dtype) + change
 
 
 def orthogonal_matching_pursuit(
