@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import multiprocessing
+import os
 import shutil
 import subprocess
 import tarfile
@@ -51,7 +52,12 @@ def test_a_corpus_is_fetched_once_and_read(registry, tmp_path):
 
 def test_a_damaged_entry_is_made_anew(registry):
     folder = assets.path("speeches")
-    (folder / "1791_b.txt").write_text("Ag_in.")
+    file = folder / "1791_b.txt"
+    made = file.stat().st_mtime_ns
+    file.write_text("Ag_in.")
+    os.utime(file, ns=(made, made + 10**9))
+    assert not assets.is_whole(folder)  # of the same size, but written to since
+    os.utime(file, ns=(made, made))
     assert assets.is_whole(folder) and not assets.is_whole(folder, thorough=True)
     assert assets.path("speeches", thorough=True) == folder
     assert (folder / "1791_b.txt").read_text() == "Again."

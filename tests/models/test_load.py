@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
@@ -69,7 +70,9 @@ def test_a_damaged_cache_entry_is_made_anew(tmp_path, monkeypatch):
     (folder / "weights").write_text("half")
     assert not assets.is_whole(folder)
     assert (assets.path("smollm2-135m") / "weights").read_text() == "whole" and len(made) == 2
-    (folder / "weights").write_text("other")  # same size: only the thorough check sees it
+    made = (folder / "weights").stat().st_mtime_ns
+    (folder / "weights").write_text("other")
+    os.utime(folder / "weights", ns=(made, made))  # same size, same time: only the thorough check sees it
     assert assets.is_whole(folder) and not assets.is_whole(folder, thorough=True)
     assert json.loads((folder / assets.MANIFEST).read_text())["weights"]["bytes"] == 5
 

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 from platformdirs import user_cache_dir
@@ -159,7 +160,7 @@ def path(name: str, say: Say = lambda text: None, thorough: bool = False) -> Pat
 
     Args:
         say: told in words what is being done.
-        thorough: compare every file's sha256, not only its size.
+        thorough: compare every file's sha256, also of files that were not written to since.
     """
     asset = find(name)
     target = cache_dir() / asset.name
@@ -201,16 +202,24 @@ def remove(name: str) -> bool:
 
 
 def is_whole(target: Path, thorough: bool = False) -> bool:
-    """Whether every file of the entry is there with its size, and with its sha256 where `thorough`."""
+    """Whether every file of the entry is there as it was made.
+
+    A file of the right size that was not written to since is taken to be whole; otherwise, and of every file where
+    `thorough`, the sha256 decides.
+    """
     try:
         files = json.loads((target / MANIFEST).read_text())
-        return all(
-            (target / file).stat().st_size == facts["bytes"]
-            and (not thorough or sha256(target / file) == facts["sha256"])
-            for file, facts in files.items()
-        )
-    except (OSError, ValueError, KeyError, TypeError):
+        return all(_is_as_made(target / file, facts, thorough) for file, facts in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+def _is_as_made(file: Path, facts: dict[str, Any], thorough: bool) -> bool:
+    now = file.stat()
+    if now.st_size != facts["bytes"]:
+        return False
+    untouched = now.st_mtime_ns == facts["modified_ns"]
+    return (untouched and not thorough) or sha256(file) == facts["sha256"]
 
 
 def stored_bytes(target: Path) -> int:
@@ -220,7 +229,11 @@ def stored_bytes(target: Path) -> int:
 
 def _write_manifest(folder: Path) -> None:
     files = {
-        str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": sha256(file)}
+        str(file.relative_to(folder)): {
+            "bytes": file.stat().st_size,
+            "sha256": sha256(file),
+            "modified_ns": file.stat().st_mtime_ns,
+        }
         for file in sorted(folder.rglob("*"))
         if file.is_file()
     }
