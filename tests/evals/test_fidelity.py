@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import math
 
+import torch
+
 from lissom import AttentionMatching, Eviction, compact
 from lissom.evals.checks import attention_matching as study
-from lissom.evals.fidelity import score, teach
+from lissom.evals.fidelity import answer_ids, score, teach
 from lissom.evals.texts import planted_documents
-from lissom.kv.document import document_ids
+from lissom.kv.document import document_ids, question_ids
 
 
 def test_documents_hold_their_facts_and_differ(smollm2):
@@ -24,11 +26,25 @@ def test_the_full_cache_scores_perfectly_and_a_random_one_does_not(smollm2):
     ids = document_ids(tokenizer, document.text)
     full = compact(model, ids, ratio=1.0, queries="context")
     (teacher,) = teach(model, tokenizer, ids, full, document.questions[:1], max_new_tokens=6)
-    perfect = score(model, tokenizer, ids, full, teacher)
+    (perfect,) = score(model, tokenizer, ids, full, [teacher])
     assert perfect.kl < 1e-5 and perfect.output_error < 1e-5 and perfect.mass_error < 1e-5 and perfect.top1 == 1
     assert math.isclose(perfect.nll, float(-teacher.log_probs.max(-1).values.mean()), abs_tol=1e-3)
-    poor = score(model, tokenizer, ids, compact(model, ids, Eviction(ratio=0.05, score="random")), teacher)
+    (poor,) = score(model, tokenizer, ids, compact(model, ids, Eviction(ratio=0.05, score="random")), [teacher])
     assert poor.kl > 0.05 and poor.output_error > 0.1 and poor.mass_error > 0.1
+
+
+def test_answers_of_a_batch_are_those_of_each_question_alone(smollm2):
+    model, tokenizer = smollm2
+    document = planted_documents(tokenizer, 1, 200)[0]
+    ids = document_ids(tokenizer, document.text)
+    asked = [question_ids(tokenizer, text) for text in ("Who?", "In which year did this happen? Answer briefly.")]
+    with torch.no_grad():
+        full = model(ids, use_cache=True).past_key_values
+    for cache in (compact(model, ids, ratio=0.3, queries="context"), full):
+        together = answer_ids(model, ids, asked, cache, 20)
+        alone = [answer_ids(model, ids, [question], cache, 20)[0] for question in asked]
+        assert [answer.tolist() for answer in together] == [answer.tolist() for answer in alone]
+        assert [a[:, : q.shape[1]].equal(q) for a, q in zip(together, asked, strict=True)] == [True, True]
 
 
 def test_a_stopped_check_goes_on_where_it_was(smollm2, tmp_path):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+import torch.nn.functional as F
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from lissom.evals.texts import Question
@@ -74,12 +75,11 @@ def teach(
     max_new_tokens: int = 32,
 ) -> list[Teacher]:
     """Greedy answers of the full cache. `document` `[1, tokens]` are the ids that `full` has read."""
+    asked = [question_ids(tokenizer, question.text).to(document.device) for question in questions]
     teachers = []
-    for question in questions:
-        asked = question_ids(tokenizer, question.text).to(document.device)
-        ids = answer_ids(model, document, asked, full, max_new_tokens)
+    answered = answer_ids(model, document, asked, full, max_new_tokens)
+    for question, start, ids in zip(questions, (ids.shape[1] for ids in asked), answered, strict=True):
         logits, probes = _probe(model, ids, full)
-        start = asked.shape[1]
         log_probs = logits[0, start - 1 : -1].float().log_softmax(-1)
         text = tokenizer.decode(ids[0, start:], skip_special_tokens=True)
         teachers.append(Teacher(question, ids, start, log_probs, probes, text))
@@ -92,9 +92,23 @@ def score(
     tokenizer: PreTrainedTokenizerBase,
     document: torch.Tensor,
     cache: Cache,
-    teacher: Teacher,
-) -> Score:
-    """Teacher-forced distance to the full cache, and whether `cache`'s own greedy answer holds the planted string."""
+    teachers: Sequence[Teacher],
+) -> list[Score]:
+    """Teacher-forced distances to the full cache, and whether `cache`'s own greedy answers hold the planted strings.
+
+    The own answers are one batch behind rows of `cache`. Where rows share a budget in bytes, ask one by one.
+    """
+    planted = [teacher for teacher in teachers if teacher.question.answer is not None]
+    asked = [teacher.ids[:, : teacher.start] for teacher in planted]
+    own = answer_ids(model, document, asked, cache, _RECALL_TOKENS) if planted else []
+    recalled: dict[int, bool] = {}
+    for teacher, ids in zip(planted, own, strict=True):
+        text = tokenizer.decode(ids[0, teacher.start :], skip_special_tokens=True)
+        recalled[id(teacher)] = str(teacher.question.answer).lower() in text.lower()
+    return [_score(model, cache, teacher, recalled.get(id(teacher))) for teacher in teachers]
+
+
+def _score(model: PreTrainedModel, cache: Cache, teacher: Teacher, recalled: bool | None) -> Score:
     logits = model(teacher.ids, past_key_values=copy.deepcopy(cache)).logits
     own = logits[0, teacher.start - 1 : -1].float().log_softmax(-1)
     wanted = teacher.log_probs
@@ -102,11 +116,6 @@ def score(
     output_error = mass_error = None
     if teacher.probes and isinstance(cache, CompactCache):
         output_error, mass_error = attention_errors(cache, teacher.probes)
-    recalled = None
-    if teacher.question.answer is not None:
-        ids = answer_ids(model, document, teacher.ids[:, : teacher.start], cache, _RECALL_TOKENS)
-        text = tokenizer.decode(ids[0, teacher.start :], skip_special_tokens=True)
-        recalled = teacher.question.answer.lower() in text.lower()
     return Score(
         kl=float((wanted.exp() * (wanted - own)).sum(-1).mean()),
         nll=float(-own.gather(1, answer[:, None]).mean()),
@@ -118,18 +127,34 @@ def score(
 
 
 def answer_ids(
-    model: PreTrainedModel, document: torch.Tensor, asked: torch.Tensor, cache: Cache, new_tokens: int
-) -> torch.Tensor:
-    """`[1, question + answer]`: `asked` and the greedy answer to it behind a copy of `cache`, which read `document`."""
-    ids = torch.cat([document, asked], 1)
+    model: PreTrainedModel, document: torch.Tensor, asked: Sequence[torch.Tensor], cache: Cache, new_tokens: int
+) -> list[torch.Tensor]:
+    """Greedy answers, each `[1, question + answer]`, as one batch behind rows of `cache`, which stays as it is.
+
+    Args:
+        document: `[1, tokens]`, what `cache` has read.
+        asked: the questions, each `[1, tokens]`.
+    """
+    longest, rows = max(ids.shape[1] for ids in asked), len(asked)
+    padding = [longest - ids.shape[1] for ids in asked]
+    ids = torch.cat([F.pad(ids, (missing, 0)) for ids, missing in zip(asked, padding, strict=True)])
+    ids = torch.cat([document.expand(rows, -1), ids], 1)
+    mask = torch.ones_like(ids)
+    for row, missing in enumerate(padding):
+        mask[row, document.shape[1] : document.shape[1] + missing] = 0
+    behind = copy.deepcopy(cache)
+    if rows > 1:
+        behind.batch_repeat_interleave(rows)
     output = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        past_key_values=copy.deepcopy(cache),
-        max_new_tokens=new_tokens,
-        do_sample=False,
+        ids, attention_mask=mask, past_key_values=behind, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0
     )
-    return output[:, document.shape[1] :]
+    ends = torch.tensor(model.generation_config.eos_token_id or [], dtype=ids.dtype, device=ids.device).reshape(-1)
+    whole = []
+    for row, missing in zip(output[:, document.shape[1] :], padding, strict=True):
+        ended = torch.isin(row[longest:], ends).nonzero().flatten()
+        stop = longest + int(ended[0]) + 1 if len(ended) else len(row)
+        whole.append(row[None, missing:stop])
+    return whole
 
 
 def attention_errors(cache: CompactCache, probes: Sequence[Probe]) -> tuple[float, float]:

@@ -52,5 +52,5 @@ def recalls(
 ) -> bool:
     """Whether the greedy answer holds the number, behind a cache that has read the needle's text."""
     asked = question_ids(tokenizer, QUESTION).to(model.device)
-    ids = answer_ids(model, needle.ids.to(model.device), asked, cache, new_tokens)
+    (ids,) = answer_ids(model, needle.ids.to(model.device), [asked], cache, new_tokens)
     return needle.code in tokenizer.decode(ids[0, asked.shape[1] :], skip_special_tokens=True)

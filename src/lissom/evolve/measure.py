@@ -171,7 +171,8 @@ class Bench:
             following = _ids(self.tokenizer, document.following)
             record = {
                 "label": recipe.label,
-                "scores": [asdict(score(model, self.tokenizer, ids, cache, teacher)) for teacher in teachers],
+                # One by one: the rows of a batch would share a budget in bytes.
+                "scores": [asdict(score(model, self.tokenizer, ids, cache, [teacher])[0]) for teacher in teachers],
                 "following": [float(part.mean()) for part in nll_behind(model, cache, following).split(_PART)],
                 "cache_bytes": cache_bytes(cache),
             }

@@ -196,7 +196,7 @@ class Lesson:
             "full_bytes": self.full.stored_bytes,
             "off_context": float(nll_behind(self.model, cache, self.elsewhere).mean()),
             "full_off_context": float(nll_behind(self.model, self.full, self.elsewhere).mean()),
-            "scores": [asdict(score(self.model, self.tokenizer, self.ids, cache, t)) for t in self.teachers],
+            "scores": [asdict(s) for s in score(self.model, self.tokenizer, self.ids, cache, self.teachers)],
             "full_recalled": [None if w is None else w.lower() in t for w, t in zip(wanted, teachers, strict=True)],
         }
 
