@@ -21,6 +21,7 @@ lint: .venv/installed
 	$(BIN)/mypy
 
 docs: .venv/installed
+	$(BIN)/python benchmarks/tables.py --check
 	$(BIN)/mkdocs build --strict --quiet
 
 .venv/installed: $(SOURCES)

@@ -55,6 +55,13 @@ def attention_matching_result(run: study.Run) -> Result:
                 times = pair[0] / pair[1] if pair[1] else None
                 name = f"{ratio}/{arm}/{metric}"
                 rows.append(Row(name, mean.estimate, unit, best[metric], times, mean.low, mean.high, len(values)))
+            if arm != study.OURS:
+                gap = study.against(records, ratio, arm, "nll")
+                rows.append(
+                    Row(
+                        f"{ratio}/{arm}/nll above ours", -gap.estimate, "nats", 0.0, None, -gap.high, -gap.low, len(own)
+                    )
+                )
             rows.append(Row(f"{ratio}/{arm}/reading", _mean(own, "read_seconds"), "s", n=len(own)))
             rows.append(Row(f"{ratio}/{arm}/fit", _mean(own, "fit_seconds"), "s", n=len(own)))
             stored, full = _mean(own, "bytes"), _mean(own, "full_bytes")

@@ -69,7 +69,7 @@ def table(outcome: Outcome, everything: bool = False) -> Table:
     shown = sorted({id(m): m for m in wanted}.values(), key=lambda m: m.loss.estimate)
     view = Table(title=f"{'Recipes' if everything else 'Pareto front'} ({len(outcome.measured)} measured)", box=SIMPLE)
     view.add_column("recipe", min_width=24)
-    for heading in ("loss", "facts", "first", "decode", "cache", "memory"):
+    for heading in ("loss", "facts", "first", "decode", "cache", "memory", "energy"):
         view.add_column(heading, justify="right", no_wrap=True)
     device = outcome.profile
     for m in shown:
@@ -81,5 +81,6 @@ def table(outcome: Outcome, everything: bool = False) -> Table:
             f"{1 / device.decode(m):.1f}/s",
             f"{m.cache_bytes / 1e6:.1f} MB",
             "" if m.peak_bytes is None else f"{m.peak_bytes / 1e9:.2f} GB",
+            "n/a" if m.energy is None else f"{m.energy:.0f} J",
         )
     return view

@@ -222,26 +222,46 @@ def orthogonal_matching_pursuit(
     Returns:
         Indices `[heads, count]` in the order of choice.
     """
+    gram, aim = _normal_equations(features, mass)
+    forced = torch.zeros_like(aim, dtype=torch.bool) if forced is None else forced
+    return _pursue(gram, aim, features.amax(1) > 0, count, upper, lower, keys_per_step, refit_every, forced)[0]
+
+
+def _normal_equations(features: torch.Tensor, mass: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """ΦᵀΦ `[heads, keys, keys]` and Φᵀm `[heads, keys]` in float64."""
     matrix = features.double()
-    gram = matmul(matrix.mT, matrix)
-    aim = matmul(matrix.mT, mass.double()[..., None])[..., 0]
-    heads, keys = aim.shape
-    free = torch.ones(heads, keys, dtype=torch.bool, device=aim.device) & (features.amax(1) > 0)
-    chosen = torch.empty(heads, 0, dtype=torch.int64, device=aim.device)
-    if forced is not None and forced.any():
-        first = int(forced.sum(-1).min())
-        chosen = forced.to(torch.int8).topk(first, dim=-1).indices
-        free.scatter_(1, chosen, False)
-    weights = gram.new_full((heads, chosen.shape[1]), lower)
-    rounds, refit_due = 0, chosen.shape[1] > 0
+    return matmul(matrix.mT, matrix), matmul(matrix.mT, mass.double()[..., None])[..., 0]
+
+
+def _pursue(
+    gram: torch.Tensor,
+    aim: torch.Tensor,
+    allowed: torch.Tensor,
+    count: int,
+    upper: float,
+    lower: float,
+    keys_per_step: int | None,
+    refit_every: int,
+    forced: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pursuit on normal equations, among the `allowed` keys `[heads, keys]`.
+
+    Returns:
+        Indices in the order of choice and their refitted weights, both `[heads, count]`.
+    """
+    keys, first = aim.shape[1], int(forced.sum(-1).min())
+    chosen = forced.to(torch.int8).topk(first, dim=-1).indices
+    free = allowed.scatter(1, chosen, False)
+    weights = gram.new_full(chosen.shape, lower)
+    rounds, refit_due = 0, first > 0
     while True:
         size = chosen.shape[1]
         step, period = (keys_per_step, refit_every) if keys_per_step else _progressive(size)
-        if refit_due or rounds % period == 0:
+        if refit_due or rounds % period == 0 or size >= count:
             weights = _refit(gram, aim, chosen, lower, upper)
             refit_due = False
         if size >= count:
-            return chosen
+            return chosen, weights
         columns = gram.gather(2, chosen[:, None].expand(-1, keys, -1))
         correlation = aim - (columns @ weights[..., None])[..., 0]
         take = min(step, count - size)
@@ -271,16 +291,15 @@ def refined_pursuit(
     Returns:
         Per head the indices in the order of choice, at most `count`: what has no weight in the end is dropped.
     """
-    allowed = features
+    gram, aim = _normal_equations(features, mass)
+    allowed = features.amax(1) > 0
     for left in range(rounds, -1, -1):
-        size = min(count, int(((allowed.amax(1) > 0) | forced).sum(-1).min()))
-        order = orthogonal_matching_pursuit(allowed, mass, size, upper, lower, keys_per_step, refit_every, forced)
-        kept = allowed.gather(2, order[:, None].expand(-1, allowed.shape[1], -1))
-        weightless = (fit_mass(kept, mass, lower, upper, steps=0) < floor) & ~forced.gather(1, order)
-        if not left or not weightless.any() or rounds == 0:
+        size = min(count, int((allowed | forced).sum(-1).min()))
+        order, weights = _pursue(gram, aim, allowed, size, upper, lower, keys_per_step, refit_every, forced)
+        weightless = (weights < floor) & ~forced.gather(1, order)
+        if not left or not weightless.any():
             break
-        banned = torch.zeros_like(forced).scatter_(1, order, weightless)
-        allowed = allowed.masked_fill(banned[:, None], 0.0)
+        allowed = allowed & ~torch.zeros_like(allowed).scatter(1, order, weightless)
     if rounds == 0:
         return list(order)
     return [indices[~without] for indices, without in zip(order, weightless, strict=True)]

@@ -1,0 +1,173 @@
+"""The tables of the docs, made from the committed results. With --check nothing is written: exit code 1 where a page
+is not what the results say."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+TABLE = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end of table -->)", re.S)
+Rows = dict[str, dict[str, Any]]
+
+
+def load(name: str) -> tuple[dict[str, Any], Rows]:
+    """A result, and its rows by name."""
+    facts = json.loads((RESULTS / f"{name}.json").read_text())
+    return facts, {row["name"]: row for row in facts["rows"]}
+
+
+def markdown(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table with its first column to the left and all others to the right."""
+    rule = "|---|" + "---:|" * (len(headings) - 1)
+    return "\n".join(["| " + " | ".join(headings) + " |", rule, *("| " + " | ".join(line) + " |" for line in lines)])
+
+
+def stamp(facts: dict[str, Any]) -> str:
+    """Where, with what and when it was measured."""
+    machine, versions = facts["machine"], facts["versions"]
+    return (
+        f"{machine['cpu']}, {machine['threads']} threads, torch {versions['torch']}, "
+        f"transformers {versions['transformers']}, {facts['date'][:10]}."
+    )
+
+
+def number(row: dict[str, Any], digits: int = 3) -> str:
+    return f"{row['value']:.{digits}f}"
+
+
+def arms_of(rows: Rows, ratio: str) -> list[str]:
+    return list(dict.fromkeys(name.split("/")[1] for name in rows if name.startswith(f"{ratio}/")))
+
+
+BASELINES = (
+    "random", "streaming-llm", "h2o", "snapkv", "tova", "kvzip", "kvzip global", "expected-attention",
+)  # fmt: skip
+
+
+METRICS = ("output_error", "mass_error", "nll", "kl", "top1", "recalled", "bytes", "off-context NLL")
+
+
+def attention_matching() -> str:
+    """Ours and every baseline at each ratio."""
+    facts, rows = load("attention-matching")
+    ratios = [ratio for ratio in ("0.2", "0.1", "0.05", "0.02") if f"{ratio}/attention matching/nll" in rows]
+    parts = []
+    for ratio in ratios:
+        lines = []
+        for arm in ("attention matching", *BASELINES):
+            row = {metric: rows[f"{ratio}/{arm}/{metric}"] for metric in METRICS}
+            gap = rows.get(f"{ratio}/{arm}/nll above ours")
+            off = row["off-context NLL"]
+            lines.append(
+                [
+                    f"**{arm}**" if arm == "attention matching" else arm,
+                    number(row["output_error"]),
+                    number(row["mass_error"]),
+                    number(row["nll"]),
+                    "" if gap is None else f"{gap['value']:+.2f} [{gap['low']:+.2f}, {gap['high']:+.2f}]",
+                    number(row["kl"]),
+                    f"{row['top1']['value']:.1%}",
+                    f"{row['recalled']['value']:.0%}",
+                    f"{off['value'] - off['baseline']:+.2f}",
+                    f"{row['bytes']['value'] / row['bytes']['baseline']:.1%}",
+                ]
+            )
+        headings = ["method", "output error", "abs. Δ log Z", "NLL", "NLL above ours [95 %]", "KL", "top-1", "recall",
+                    "off-context", "bytes"]  # fmt: skip
+        parts.append(f"**{float(ratio):.0%} of the entries**\n\n{markdown(headings, lines)}")
+    return "\n\n".join([*parts, stamp(facts)])
+
+
+def attention_matching_ablations() -> str:
+    """What changes where one thing is done otherwise."""
+    facts, rows = load("attention-matching")
+    ratios = [ratio for ratio in ("0.1", "0.05") if f"{ratio}/no bias/nll" in rows]
+    names = [arm for arm in arms_of(rows, ratios[0]) if arm not in (*BASELINES, "attention matching")]
+    lines = []
+    for arm in ("attention matching", *names):
+        line = [f"**{arm}**" if arm == "attention matching" else arm]
+        for ratio in ratios:
+            gap = rows.get(f"{ratio}/{arm}/nll above ours")
+            line += [
+                number(rows[f"{ratio}/{arm}/output_error"]),
+                number(rows[f"{ratio}/{arm}/nll"]),
+                "" if gap is None else f"{gap['value']:+.2f} [{gap['low']:+.2f}, {gap['high']:+.2f}]",
+                f"{rows[f'{ratio}/{arm}/recalled']['value']:.0%}",
+            ]
+        lines.append(line)
+    headings = ["", *(f"{float(ratio):.0%}: {what}" for ratio in ratios
+                      for what in ("output error", "NLL", "above ours [95 %]", "recall"))]  # fmt: skip
+    return markdown(headings, lines) + "\n\n" + stamp(facts)
+
+
+def attention_matching_needles() -> str:
+    """Share of needles found."""
+    _, rows = load("attention-matching")
+    found = {name.split("/")[2]: row for name, row in rows.items() if name.startswith("needles/")}
+    lines = [[name, f"{row['value']:.0%} of {row['n']}"] for name, row in found.items()]
+    return markdown(["method, 10 % of the entries", "needles found"], lines)
+
+
+def attention_matching_times() -> str:
+    """Seconds of each stage beside the prefill."""
+    facts, rows = load("attention-matching")
+    lines = [
+        [name.removeprefix("time/"), f"{row['value']:.2f} s", f"{row['value'] / row['baseline']:.2f}"]
+        for name, row in rows.items()
+        if name.startswith("time/")
+    ]
+    return markdown(["stage", "time", "of the prefill's"], lines) + "\n\n" + stamp(facts)
+
+
+def attention_matching_options() -> str:
+    """What the defaults were chosen from."""
+    facts, rows = load("attention-matching-options")
+    ratios = list(dict.fromkeys(name.split("/")[0] for name in rows))
+    lines = []
+    for arm in arms_of(rows, ratios[0]):
+        line = ["**the default**" if arm == "attention matching" else arm]
+        for ratio in ratios:
+            row = rows[f"{ratio}/{arm}/NLL"]
+            gap = f"{row['value'] - row['baseline']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
+            line += [number(row), "" if arm == "published fit" else gap]
+        lines.append(line)
+    headings = ["", *(f"{float(ratio):.0%}: {what}" for ratio in ratios for what in ("NLL", "to the published [95 %]"))]
+    return markdown(headings, lines) + "\n\n" + stamp(facts)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "attention-matching": attention_matching,
+    "attention-matching-options": attention_matching_options,
+    "attention-matching-ablations": attention_matching_ablations,
+    "attention-matching-needles": attention_matching_needles,
+    "attention-matching-times": attention_matching_times,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="only compare")
+    given = parser.parse_args()
+    stale = []
+    for page in sorted((ROOT / "docs").rglob("*.md")):
+        before = page.read_text()
+        after = TABLE.sub(lambda found: f"{found[1]}\n{TABLES[found['name']]()}\n\n{found[3]}", before)
+        if after != before:
+            stale.append(page)
+            if not given.check:
+                page.write_text(after)
+    for page in stale:
+        print(f"{page.relative_to(ROOT)}: {'out of date' if given.check else 'written'}")
+    if given.check and stale:
+        sys.exit("The tables are not those of the results: run `python benchmarks/tables.py`.")
+
+
+if __name__ == "__main__":
+    main()
