@@ -50,6 +50,7 @@ def test_a_browser_draws_the_plots_without_errors(outcome, tmp_path):
     file.write_text(page(outcome, "command"))
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=8000"]
     command += [
+        "--window-size=1280,900",
         "--enable-logging=stderr",
         "--v=0",
         "--dump-dom",
@@ -59,5 +60,7 @@ def test_a_browser_draws_the_plots_without_errors(outcome, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     body = re.sub(r"<script.*?</script>", "", done.stdout, flags=re.S)
     assert len(re.findall(r'<div id="plot\d"[^>]*class="[^"]*js-plotly-plot', body)) == 3
+    sizes = re.findall(r'<div id="plot\d".*?class="main-svg"[^>]*?width="(\d+)', body, flags=re.S)
+    assert len(sizes) == 3 and sizes[0] == sizes[1]  # side by side, so neither sticks out of its frame
     assert body.count('class="main-svg"') >= 3 and "accepted loss" in body
     assert "CONSOLE" not in done.stderr, done.stderr

@@ -132,7 +132,7 @@ def memory_plot(outcome: Outcome) -> go.Figure:
     x = {id(m): m.cache_bytes / 1e6 for m in outcome.measured}
     y = {id(m): 100 * m.loss.estimate for m in outcome.measured}
     _scatter(outcome, figure, x, y)
-    figure.update_xaxes(type="log")
+    figure.update_xaxes(type="log", dtick="D2")
     figure.add_hline(
         y=100 * outcome.max_loss, line={"dash": "dot", "color": "#b04040"}, annotation_text="accepted loss"
     )

@@ -67,7 +67,8 @@ def table(outcome: Outcome, everything: bool = False) -> Table:
     """The Pareto front (or `everything`), best quality first; the chosen recipe is marked."""
     wanted = outcome.measured if everything else (outcome.base, *outcome.front)
     shown = sorted({id(m): m for m in wanted}.values(), key=lambda m: m.loss.estimate)
-    view = Table(title=f"{'Recipes' if everything else 'Pareto front'} ({len(outcome.measured)} measured)", box=SIMPLE)
+    title = f"{'Recipes' if everything else 'Pareto front'} ({len(outcome.measured)} measured)"
+    view = Table(title=title, box=SIMPLE, padding=(0, 1, 0, 0))  # narrow: eighty columns show everything
     view.add_column("recipe", min_width=24)
     for heading in ("loss", "facts", "first", "decode", "cache", "memory", "energy"):
         view.add_column(heading, justify="right", no_wrap=True)
