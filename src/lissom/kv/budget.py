@@ -204,7 +204,7 @@ class BudgetLayer(CompactLayer):
             needed = int((least + keep + 1) * entry / settings.target + 1) * layers
             raise UserError(
                 f"A KV budget of {settings.bytes / 1e6:.3g} MB is too small: the sinks and the last {keep} tokens of "
-                f"{store.rows} rows need {needed / 1e6:.3g} MB."
+                f"{store.rows} row{'s' * (store.rows > 1)} need {needed / 1e6:.3g} MB."
             )
         self.seal(visible, keep_tail=keep)
         compact_layer(self, method, self, [wanted] * store.heads)
