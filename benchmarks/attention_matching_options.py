@@ -32,7 +32,8 @@ def arms(ratio: float, size: study.Size) -> dict[str, Compactor]:
         "ridge 1e-2": AttentionMatching(ratio=ratio, ridge=1e-2),
         "OMP-fast": AttentionMatching(ratio=ratio, select="omp-fast"),
         "repeat+self-study": AttentionMatching(ratio=ratio, queries="repeat+self-study"),
-        "on-policy": AttentionMatching(ratio=ratio, on_policy=True),
+        "uniform budgets": AttentionMatching(ratio=ratio, budgets="uniform"),
+        "uniform, on-policy": AttentionMatching(ratio=ratio, budgets="uniform", on_policy=True),
         "max instead of rms": AttentionMatching(ratio=ratio, reduce="max"),
         "pool 7": AttentionMatching(ratio=ratio, pool=7),
     }

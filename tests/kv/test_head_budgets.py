@@ -12,7 +12,7 @@ from tiny import random_ids, tiny_model
 from lissom import AttentionMatching, Eviction, compact
 from lissom.errors import UserError
 from lissom.kv import influence
-from lissom.kv.compact import Reading
+from lissom.kv.compact import Reading, recompact
 from lissom.kv.head_budgets import apportion, global_counts, solve_shares
 
 
@@ -88,16 +88,41 @@ def test_the_same_total_is_stored_whatever_the_budgets(budgets):
     assert model(random_ids(7, seed=4), past_key_values=ragged).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("budgets", ["global", "measured"])
+@pytest.mark.parametrize("kind", [Eviction, AttentionMatching])
+def test_each_row_of_a_batch_is_shared_out_as_it_is_alone(budgets, kind):
+    model, ids, padding = tiny_model("qwen3"), random_ids(100, rows=2), 30
+    shares = tuple(tuple(row) for row in torch.rand(3, 2, generator=torch.Generator().manual_seed(1)).tolist())
+    options = {"score": "kvzip"} if kind is Eviction else {"queries": "repeat"}
+    method = kind(ratio=0.2, budgets=budgets, shares=shares if budgets == "measured" else (), **options)
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    both = compact(model, {"input_ids": ids, "attention_mask": mask}, method)
+    alone = [compact(model, ids[:1, padding:], method), compact(model, ids[1:], method)]
+    for index, layer in both.compact_layers():
+        for row, other in enumerate(alone):
+            store = other.layers[index].store
+            assert layer.store.lengths[row * 2 : row * 2 + 2].equal(store.lengths)
+            for head in range(2):
+                ours, theirs = layer.store.block(row * 2 + head), store.block(head)
+                torch.testing.assert_close(ours.keys, theirs.keys, atol=1e-4, rtol=1e-3)
+                torch.testing.assert_close(ours.values, theirs.values, atol=1e-2, rtol=1e-2)
+
+
+def test_a_ragged_cache_is_shared_out_again():
+    model, ids = tiny_model("llama"), random_ids(120)
+    first = compact(model, ids, Eviction(ratio=0.5, score="kvzip", budgets="global"))
+    second = recompact(model, first, ids, AttentionMatching(ratio=0.5, budgets="global"))
+    assert second.stored_entries == 30 * 6
+    assert model(random_ids(7, seed=4), past_key_values=second).logits.isfinite().all()
+
+
 def test_budgets_that_cannot_be():
     model, ids = tiny_model("llama"), random_ids(60)
-    with pytest.raises(UserError, match="scores that compare"):
-        compact(model, ids, AttentionMatching(budgets="global"))
     with pytest.raises(UserError, match="go together"):
         AttentionMatching(budgets="measured")
     with pytest.raises(UserError, match="6 that are"):
         compact(model, ids, AttentionMatching(budgets="measured", shares=((0.5, 0.5),)))
-    with pytest.raises(UserError, match="one document at a time"):
-        compact(model, random_ids(60, rows=2), Eviction(score="h2o", budgets="global"))
 
 
 def lessons(model):

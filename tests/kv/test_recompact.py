@@ -40,7 +40,7 @@ def test_a_second_compaction_is_nearer_than_eviction_after_the_first(architectur
         ):
             twice = recompact(model, once, ids, method)
             assert twice.get_seq_length() == 150
-            assert twice.stored_entries == once.stored_entries * round(0.3 * 75) // 75
+            assert twice.stored_entries == pytest.approx(0.3 * once.stored_entries, rel=0.05)
             errors[name] += float((answer(model, twice) - full).norm())
     assert errors["matching"] < errors["eviction"]
 

@@ -19,7 +19,7 @@ def compact(
     ratio: float = typer.Option(0.1, help="Share of the cache to keep, in (0, 1]."),
     select: str = typer.Option("hak", help="Key selection: hak, omp, omp-fast, omp-progressive, random."),
     queries: str = typer.Option("repeat", help="Reference queries: context, repeat, self-study, repeat+self-study."),
-    head_budgets: str = typer.Option("uniform", help="uniform, or measured (by `lissom budgets`)."),
+    head_budgets: str = typer.Option("auto", help="auto, uniform, global, or measured (by `lissom budgets`)."),
     dtype: str = typer.Option("float32", help="float32, bfloat16 or float16."),
     seed: int = typer.Option(0, help="Seed of the query sample."),
 ) -> None:
@@ -28,15 +28,15 @@ def compact(
     from rich.progress import Progress
 
     import lissom.models
-    from lissom.errors import UserError
     from lissom.kv import AttentionMatching, file
     from lissom.kv import compact as make_compact
     from lissom.kv.document import document_ids
     from lissom.kv.influence import load_shares
 
-    method = AttentionMatching(ratio=ratio, select=select, queries=queries, seed=seed)  # type: ignore[arg-type]
-    if head_budgets not in ("uniform", "measured"):
-        raise UserError(f"--head-budgets {head_budgets}: expected uniform or measured.")
+    settings = {"ratio": ratio, "select": select, "queries": queries, "seed": seed}
+    if head_budgets != "measured":
+        settings["budgets"] = head_budgets
+    method = AttentionMatching(**settings)  # type: ignore[arg-type]
     text = read_text(document)
     console = Console(stderr=True)
     with console.status(f"loading {model}"):

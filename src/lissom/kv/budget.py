@@ -207,7 +207,7 @@ class BudgetLayer(CompactLayer):
                 f"{store.rows} row{'s' * (store.rows > 1)} need {needed / 1e6:.3g} MB."
             )
         self.seal(visible, keep_tail=keep)
-        compact_layer(self, method, self, [wanted] * store.heads)
+        compact_layer(self, method, self, [[wanted] * store.heads] * store.rows)
         assert self.store is not None
         # Room up to the share at once: nothing is copied until the next compaction, and no more is ever allocated.
         self.store.reserve(self.share // entry - int(self.store.lengths.max()))

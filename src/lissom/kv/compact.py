@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from lissom.errors import UserError
@@ -16,7 +17,7 @@ from lissom.kv.cache import CompactCache, CompactLayer, compact_layers, replace_
 from lissom.kv.compactor import Compactor, Problem
 from lissom.kv.harvest import Evidence, QueryRecorder, QuerySource, forward, repeat_ids, rolled_back, self_study_ids
 from lissom.kv.head_budgets import apportion, global_counts
-from lissom.kv.storage import Block
+from lissom.kv.storage import Block, RaggedStore
 from lissom.models import describe_decoder
 
 Progress = Callable[[str, int, int], None]
@@ -225,19 +226,19 @@ def fit(cache: Cache, method: Compactor, source: QuerySource, report: Progress |
 
 
 def compact_layer(
-    layer: CompactLayer, method: Compactor, source: QuerySource, counts: Sequence[int] | None = None
+    layer: CompactLayer, method: Compactor, source: QuerySource, counts: Sequence[Sequence[int]] | None = None
 ) -> None:
     """Replace what `layer` holds before its tail by what `method` makes of it.
 
     Args:
-        counts: entries to keep per KV head; None = the method's ratio of what is held now, for all alike.
+        counts: entries to keep, `[rows][KV heads]`; None = the method's ratio of what each head holds now.
     """
     store, tail = layer.store, layer.tail
     assert store is not None
     blocks: list[Block] = []
     for row in range(store.rows):
         problem, stored = problem_of(layer, row, method, source)
-        wanted = counts or [method.budget(int(problem.exists.sum(-1).max()))] * store.heads
+        wanted = counts[row] if counts else [method.budget(len(block.keys)) for block in stored]
         fitted = method.fit(problem, [min(count, len(block.keys)) for count, block in zip(wanted, stored, strict=True)])
         for head, block in enumerate(fitted):
             original = store.block(row * store.heads + head)
@@ -254,19 +255,25 @@ def problem_of(layer: CompactLayer, row: int, method: Compactor, source: QuerySo
     return _problem(stored, source.of(layer, row, store.heads), method, row), stored
 
 
-def allocate(method: Compactor, layers: Sequence[CompactLayer], source: QuerySource) -> list[list[int]] | None:
-    """Entries per layer and KV head under the method's `budgets`; None where every head gets the same."""
-    if method.budgets == "uniform":
+def allocate(method: Compactor, layers: Sequence[CompactLayer], source: QuerySource) -> list[list[list[int]]] | None:
+    """Entries `[layers][rows][KV heads]` under the method's `budgets`; None where every head gets the same."""
+    if method.sharing == "uniform":
         return None
-    stores = [layer.store for layer in layers if layer.store is not None]
-    if any(store.rows != 1 for store in stores):
-        raise UserError(f"budgets={method.budgets!r} takes one document at a time; use budgets='uniform' for a batch.")
-    tokens = max(int(store.lengths.max()) for store in stores)
-    heads, least = stores[0].heads, min(tokens, method.sinks + method.recent) + 1
+    rows = [_allocate_row(method, layers, source, row) for row in range(_store(layers[0]).rows)]
+    return torch.stack(rows, 1).tolist()
+
+
+def _allocate_row(method: Compactor, layers: Sequence[CompactLayer], source: QuerySource, row: int) -> torch.Tensor:
+    heads = _store(layers[0]).heads
+    lengths = [_store(layer).lengths[row * heads : (row + 1) * heads] - layer.tail for layer in layers]
+    tokens = round(float(torch.stack(lengths).double().mean()))  # of a cache that was compacted before, on average
+    least = min(tokens, method.sinks + method.recent) + 1
     total = method.budget(tokens) * heads * len(layers)
-    if method.budgets == "global":
-        scores = [method.scores(problem_of(layer, 0, method, source)[0]) for layer in layers]
-        counts = global_counts(torch.stack(scores).flatten(0, 1), total, least)
+    if method.sharing == "global":
+        scores = [method.scores(problem_of(layer, row, method, source)[0]) for layer in layers]
+        longest = max(part.shape[1] for part in scores)
+        padded = [F.pad(part, (0, longest - part.shape[1]), value=-torch.inf) for part in scores]
+        counts = global_counts(torch.cat(padded), total, least)
     else:
         shares = torch.as_tensor(method.shares, dtype=torch.float64).flatten()
         if len(shares) != heads * len(layers):
@@ -275,7 +282,12 @@ def allocate(method: Compactor, layers: Sequence[CompactLayer], source: QuerySou
                 "compacted: measure its own with `lissom budgets`."
             )
         counts = apportion(shares, total, least, max(least, int(0.75 * tokens)))
-    return counts.view(len(layers), heads).tolist()
+    return counts.view(len(layers), heads)
+
+
+def _store(layer: CompactLayer) -> RaggedStore:
+    assert layer.store is not None
+    return layer.store
 
 
 def _document(

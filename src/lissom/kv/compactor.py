@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from transformers import PreTrainedModel
@@ -15,6 +15,7 @@ from lissom.errors import UserError
 from lissom.kernels.matmul import matmul
 from lissom.kv.storage import Block
 
+Budgets = Literal["auto", "uniform", "global", "measured"]
 Queries = Literal["none", "context", "repeat", "self-study", "repeat+self-study"]
 
 
@@ -61,6 +62,18 @@ class Problem:
             part = replace(self, queries=self.queries[:, span], query_positions=self.query_positions[span])
             yield part.logits(memory[:, : part.queries.shape[1]])
 
+    def largest_attention(self) -> torch.Tensor:
+        """Of each entry `[heads, entries]` the largest weight that any query gives it, in a softmax that covers the
+        query's own pass, too, where `own_mass` is known."""
+        largest, start = torch.zeros_like(self.bias), 0
+        for logits in self.logits_by_parts():
+            mass = logits.logsumexp(-1)
+            if self.own_mass is not None:
+                mass = torch.logaddexp(mass, self.own_mass[:, start : start + mass.shape[1]])
+            largest = torch.maximum(largest, (logits - mass[..., None]).exp_().nan_to_num_(0.0).amax(1))
+            start += mass.shape[1]
+        return largest
+
     def part(self, index: torch.Tensor) -> Problem:
         """The problem of the entries `index` `[heads, t]` alone."""
         wide = index[..., None].expand(-1, -1, self.keys.shape[-1])
@@ -69,6 +82,13 @@ class Problem:
         return replace(
             self, keys=keys, values=values, bias=bias, positions=positions, protected=self.protected.gather(1, index)
         )
+
+    def head(self, index: int) -> Problem:
+        """The problem of one head alone."""
+        names = ("keys", "values", "bias", "positions", "protected", "queries", "own_mass")
+        one = slice(index, index + 1)
+        parts = {name: tensor[one] for name in names if (tensor := getattr(self, name)) is not None}
+        return replace(self, **parts)
 
     @property
     def exists(self) -> torch.Tensor:
@@ -100,7 +120,7 @@ class Compactor(ABC):
         min_tokens: shorter inputs are left as they are (context-manager use).
         seed: of the draw.
         budgets: how the entries are shared out over layers and KV heads: `uniform`; `global`, the best scores of all
-            heads win (eviction only, KVzip's own rule); `measured`, by `shares`.
+            heads win (KVzip's own rule); `measured`, by `shares`; `auto`, as the method thinks best.
         shares: of each layer and KV head of the total, `[layers][heads]`, as `lissom budgets` measured them.
         on_policy: fit each layer during the last pass, on queries that have passed the compacted layers below.
     """
@@ -114,7 +134,7 @@ class Compactor(ABC):
     max_queries: int = 8192
     min_tokens: int = 64
     seed: int = 0
-    budgets: Literal["uniform", "global", "measured"] = "uniform"
+    budgets: Budgets = "uniform"
     shares: tuple[tuple[float, ...], ...] = ()
     on_policy: bool = False
 
@@ -127,21 +147,26 @@ class Compactor(ABC):
         if self.max_queries < 1:
             raise UserError(f"max_queries={self.max_queries}: at least one query is needed.")
 
-        if self.budgets not in ("uniform", "global", "measured"):
-            raise UserError(f"budgets={self.budgets!r}: expected uniform, global or measured.")
+        for name, choices in (("budgets", Budgets), ("queries", Queries)):
+            check_choice(name, getattr(self, name), choices)
         if (self.budgets == "measured") != bool(self.shares):
             raise UserError("budgets='measured' and shares=... (see `lissom budgets`) go together.")
-        if self.on_policy and (self.budgets != "uniform" or self.queries in ("none", "context")):
+        if self.on_policy and (self.sharing != "uniform" or self.queries in ("none", "context")):
             raise UserError("on_policy needs uniform budgets and queries of a repeat pass or self-study.")
+
+    @property
+    def sharing(self) -> Budgets:
+        """`budgets` with `auto` decided."""
+        return "uniform" if self.budgets == "auto" else self.budgets
 
     @property
     def wants_own_mass(self) -> bool:
         """Whether `fit` needs `Problem.own_mass`."""
         return False
 
+    @abstractmethod
     def scores(self, problem: Problem) -> torch.Tensor:
         """How much each entry counts, `[heads, entries]`, comparable between heads; for budgets='global'."""
-        raise UserError(f"budgets='global' needs scores that compare across heads; {self.name} has none.")
 
     @abstractmethod
     def fit(self, problem: Problem, budget: Sequence[int]) -> list[Block]:
@@ -162,6 +187,13 @@ class Compactor(ABC):
     def settings(self) -> dict[str, Any]:
         """Method name and settings, for recipes and saved caches."""
         return {"method": self.name, **asdict(self)}
+
+
+def check_choice(name: str, given: Any, choices: Any) -> None:
+    """Raise a `UserError` where `given` is none of the values of the Literal `choices`."""
+    known = get_args(choices)
+    if given not in known:
+        raise UserError(f"{name}={given!r}: expected one of {', '.join(map(str, known))}.")
 
 
 def top_entries(scores: torch.Tensor, problem: Problem, budget: Sequence[int]) -> list[torch.Tensor]:

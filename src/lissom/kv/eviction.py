@@ -54,14 +54,7 @@ def kvzip_scores(problem: Problem) -> torch.Tensor:
     The softmax is over the document and the repeated tokens, as KVzip's own is for a document of one chunk (2048
     tokens); a longer one is repeated in one piece here, chunk by chunk there.
     """
-    scores, start = torch.zeros_like(problem.bias), 0
-    for logits in problem.logits_by_parts():
-        mass = logits.logsumexp(-1)
-        if problem.own_mass is not None:
-            mass = torch.logaddexp(mass, problem.own_mass[:, start : start + mass.shape[1]])
-        scores = torch.maximum(scores, (logits - mass[..., None]).exp_().nan_to_num_(0.0).amax(1))
-        start += mass.shape[1]
-    return scores
+    return problem.largest_attention()
 
 
 def expected_attention_scores(problem: Problem) -> torch.Tensor:

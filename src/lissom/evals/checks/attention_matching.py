@@ -74,11 +74,12 @@ def arms(ratio: float, size: Size, shares: Shares = ()) -> dict[str, Compactor]:
             "context queries": AttentionMatching(ratio=ratio, queries="context"),
             "self-study": AttentionMatching(ratio=ratio, queries="self-study"),
             "repeat+self-study": AttentionMatching(ratio=ratio, queries="repeat+self-study"),
-            "on-policy": AttentionMatching(ratio=ratio, on_policy=True),
+            "uniform budgets": AttentionMatching(ratio=ratio, budgets="uniform"),
+            "uniform, on-policy": AttentionMatching(ratio=ratio, budgets="uniform", on_policy=True),
             **options(ratio),
         }
         if shares:
-            methods["head budgets"] = AttentionMatching(ratio=ratio, budgets="measured", shares=shares)
+            methods["measured budgets"] = AttentionMatching(ratio=ratio, budgets="measured", shares=shares)
     return methods
 
 
@@ -86,6 +87,7 @@ def options(ratio: float) -> dict[str, Compactor]:
     """What the defaults were chosen from: the published fit, and each step away from the default."""
     return {
         "published fit": AttentionMatching(ratio=ratio, mass_ridge=0.0, ridge=0.0),
+        "published, uniform": AttentionMatching(ratio=ratio, mass_ridge=0.0, ridge=0.0, budgets="uniform"),
         "no mass ridge": AttentionMatching(ratio=ratio, mass_ridge=0.0),
         "ridge to zero": AttentionMatching(ratio=ratio, prior="zero"),
         "exact mass fit": AttentionMatching(ratio=ratio, mass_ridge=0.0, exact=True),

@@ -11,6 +11,7 @@ import torch
 
 from lissom.errors import UserError
 from lissom.kv.attention_matching.matching import (
+    Sweep,
     attention,
     fit_mass,
     fit_values,
@@ -19,11 +20,13 @@ from lissom.kv.attention_matching.matching import (
     refined_pursuit,
     sweep,
 )
-from lissom.kv.compactor import Compactor, Problem, Queries, top_entries
+from lissom.kv.compactor import Budgets, Compactor, Problem, Queries, check_choice, top_entries
 from lissom.kv.storage import Block
 from lissom.models.method import SearchContext
 
 Selection = Literal["hak", "omp", "omp-fast", "omp-progressive", "random"]
+Reduction = Literal["rms", "mean", "max"]
+Prior = Literal["original", "zero"]
 
 # (keys per step k, refit every τ steps) of the paper's OMP variants; None is the progressive schedule.
 _PURSUITS: dict[str, tuple[int | None, int]] = {
@@ -37,8 +40,8 @@ _PURSUITS: dict[str, tuple[int | None, int]] = {
 class AttentionMatching(Compactor):
     """Compaction by attention matching.
 
-    `mass_ridge`, `ridge` and `prior` were chosen by held-out measurement (see the method's page); with
-    `mass_ridge=0, ridge=0` it is the published fit.
+    `mass_ridge`, `ridge`, `prior` and `budgets` were chosen by held-out measurement (see the method's page); with
+    `mass_ridge=0, ridge=0, budgets="uniform"` it is the published method without measured head budgets.
 
     Attributes:
         select: how keys are chosen: `hak` (highest attention keys), the OMP variants, or `random` (a control).
@@ -57,6 +60,7 @@ class AttentionMatching(Compactor):
     name: ClassVar[str] = "attention-matching"
 
     queries: Queries = "repeat"
+    budgets: Budgets = "auto"
     select: Selection = "hak"
     bias: bool = True
     fit_values: bool = True
@@ -64,20 +68,24 @@ class AttentionMatching(Compactor):
     exact: bool = False
     mass_ridge: float = 1e-2
     ridge: float = 1e-3
-    prior: Literal["original", "zero"] = "original"
+    prior: Prior = "original"
     refinements: int = 3
-    reduce: Literal["rms", "mean", "max"] = "rms"
+    reduce: Reduction = "rms"
     pool: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.select not in ("hak", "random", *_PURSUITS):
-            raise UserError(f"select={self.select!r}: expected one of hak, random, {', '.join(_PURSUITS)}.")
+        for name, choices in (("select", Selection), ("reduce", Reduction), ("prior", Prior)):
+            check_choice(name, getattr(self, name), choices)
         if self.queries == "none":
             raise UserError("Attention matching needs reference queries: queries='none' is for eviction methods.")
-        for name in ("ridge", "mass_ridge"):
+        for name in ("ridge", "mass_ridge", "beta_max"):
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
                 raise UserError(f"{name}={getattr(self, name)} must be a finite number of at least 0.")
+        if self.pool < 0 or (self.pool > 0 and self.pool % 2 == 0):
+            raise UserError(f"pool={self.pool}: expected an odd width, or 0 for none.")
+        if self.refinements < 0:
+            raise UserError(f"refinements={self.refinements} is negative.")
 
     def __str__(self) -> str:
         return super().__str__() + (f" ({self.queries})" if self.queries != "repeat" else "")
@@ -90,42 +98,51 @@ class AttentionMatching(Compactor):
             return [*fast, cls(ratio=0.5), cls(ratio=0.25)]
         return [*fast, *(cls(ratio=ratio) for ratio in (0.5, 0.25, 0.1))]
 
+    @property
+    def sharing(self) -> Budgets:
+        """See `Compactor.sharing`: by the largest attention of a pass of its own; a first reading tells too little."""
+        if self.budgets != "auto":
+            return self.budgets
+        return "uniform" if self.on_policy or self.queries == "context" else "global"
+
+    @property
+    def wants_own_mass(self) -> bool:
+        """See `Compactor.wants_own_mass`. A first reading has no pass of its own beside the document."""
+        return self.sharing == "global" and self.queries != "context"
+
+    def scores(self, problem: Problem) -> torch.Tensor:
+        """See `Compactor.scores`: each entry's largest attention, by which KVzip's own budgets go."""
+        scores = problem.largest_attention()
+        return scores.masked_fill(problem.protected, torch.inf).masked_fill(~problem.exists, -torch.inf)
+
     def fit(self, problem: Problem, budget: Sequence[int]) -> list[Block]:
         """See `Compactor.fit`. Heads whose budget covers all their entries keep them exactly."""
         available = problem.exists.sum(-1).tolist()
-        if all(count >= have for count, have in zip(budget, available, strict=True)):
+        whole = [count >= have for count, have in zip(budget, available, strict=True)]
+        if all(whole):
             return [problem.block(h, problem.exists[h].nonzero().flatten()) for h in range(len(budget))]
         swept = sweep(problem.logits_by_parts(), problem.values, self.reduce)
         chosen = self._select(problem, swept.scores, budget)
-        # Heads may keep different numbers: shorter lists are padded with a column that is switched off.
-        longest = max(len(indices) for indices in chosen)
-        index = torch.stack([torch.nn.functional.pad(i, (0, longest - len(i))) for i in chosen])
-        keep = torch.stack([torch.arange(longest, device=index.device) < len(i) for i in chosen])
-        kept_logits = problem.part(index).logits().masked_fill_(~keep[:, None], -torch.inf)
-        old_bias = problem.bias.gather(1, index)
-        bias = torch.zeros_like(old_bias)
+        return [
+            problem.block(h, indices) if whole[h] else self._fit_head(problem.head(h), swept.head(h), indices)
+            for h, indices in enumerate(chosen)
+        ]
+
+    def _fit_head(self, problem: Problem, swept: Sweep, indices: torch.Tensor) -> Block:
+        """Biases and values of the kept entries `indices` of a problem of one head."""
+        kept = problem.part(indices[None])
+        logits = kept.logits()
+        bias = torch.zeros_like(kept.bias)
         if self.bias:
-            kept = torch.exp(kept_logits - swept.top)
             lower, upper, steps = self._bounds()
-            bias = fit_mass(kept, swept.mass, lower, upper, steps, self.exact, self.mass_ridge).log().to(bias.dtype)
-        size = problem.values.shape[-1]
-        original = problem.values.gather(1, index[..., None].expand(-1, -1, size))
-        values = original
+            features = torch.exp(logits - swept.top)
+            bias = fit_mass(features, swept.mass, lower, upper, steps, self.exact, self.mass_ridge).log().to(bias.dtype)
+        values = kept.values
         if self.fit_values:
-            prior = original if self.prior == "original" else None
-            fitted = fit_values(attention(kept_logits + bias[:, None]), swept.outputs, self.ridge, prior)
-            values = fitted.to(original.dtype)
-        blocks = []
-        for head, indices in enumerate(chosen):
-            if budget[head] >= available[head]:
-                blocks.append(problem.block(head, indices))
-                continue
-            count = len(indices)
-            total = old_bias[head, :count] + bias[head, :count]
-            blocks.append(
-                Block(problem.keys[head, indices], values[head, :count], problem.positions[head, indices], total)
-            )
-        return blocks
+            prior = values if self.prior == "original" else None
+            weights = attention(logits.add_(bias[:, None]))
+            values = fit_values(weights, swept.outputs, self.ridge, prior).to(values.dtype)
+        return Block(kept.keys[0], values[0], kept.positions[0], (kept.bias + bias)[0])
 
     def _bounds(self) -> tuple[float, float, int]:
         if self.select in _PURSUITS:

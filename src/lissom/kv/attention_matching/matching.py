@@ -59,6 +59,11 @@ class Sweep:
     outputs: torch.Tensor
     scores: torch.Tensor
 
+    def head(self, index: int) -> Sweep:
+        """What belongs to one head."""
+        one = slice(index, index + 1)
+        return Sweep(self.top[one], self.mass[one], self.outputs[one], self.scores[one])
+
 
 def sweep(parts: Iterable[torch.Tensor], values: torch.Tensor, reduce: str = "rms") -> Sweep:
     """One pass over the logits in parts of some queries, so that the whole matrix never exists.
