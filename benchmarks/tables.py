@@ -19,7 +19,10 @@ Rows = dict[str, dict[str, Any]]
 
 def load(name: str) -> tuple[dict[str, Any], Rows]:
     """A result, and its rows by name."""
-    facts = json.loads((RESULTS / f"{name}.json").read_text())
+    file = RESULTS / f"{name}.json"
+    if not file.is_file():
+        sys.exit(f"{file.relative_to(ROOT)} is missing: run the benchmark of that name with --json.")
+    facts = json.loads(file.read_text())
     return facts, {row["name"]: row for row in facts["rows"]}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from lissom.devices.meters import Timing
 from lissom.devices.profiles import Profile
 from lissom.evolve.measure import Bench, Workload
@@ -15,6 +17,7 @@ class FakeBench:
 
     def __init__(self, stop_after: int | None = None) -> None:
         self.base, self.workload, self.tokens = Recipe(model="m"), Workload(), 1000
+        self.own_dtype = torch.float32
         self.calls: list[tuple[str, str, int]] = []
         self.stop_after = stop_after
 

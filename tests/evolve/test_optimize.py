@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import torch
 from evolve.fake import FakeBench, fake_profile
 from hypothesis import given
 from hypothesis import strategies as st
@@ -78,6 +79,37 @@ def test_interrupted_anywhere_what_is_measured_is_returned(calls):
     assert outcome.interrupted and not outcome.finished
     assert outcome.measured and all(m.timings and m.quality for m in outcome.measured)
     assert outcome.best in outcome.measured
+
+
+def test_interrupted_while_memory_is_measured():
+    whole = FakeBench()
+    optimize(whole, 0.05, 10, profile=fake_profile())
+    first = next(number for number, call in enumerate(whole.calls) if call[0] == "peak")
+    outcome = optimize(FakeBench(stop_after=first), 0.05, 10, profile=fake_profile())
+    assert outcome.interrupted and not outcome.finished and outcome.best is not outcome.base
+
+
+def test_a_process_that_is_killed_costs_no_report():
+    bench = FakeBench()
+
+    def killed(recipe):
+        raise RuntimeError("it was killed")
+
+    bench.peak = killed
+    outcome = optimize(bench, 0.05, 10, profile=fake_profile())
+    assert outcome.finished and outcome.base.peak_bytes is None
+
+
+def test_recipes_of_one_label_are_measured_each():
+    recipes = [Recipe(model="m", methods=({"eviction": {"seed": seed}},)) for seed in (1, 2)]
+    assert len(compare(FakeBench(), recipes, lambda *unused: None).measured) == 3
+
+
+def test_a_bfloat16_checkpoint_is_tried_in_float32():
+    bench = FakeBench()
+    bench.own_dtype = torch.bfloat16
+    outcome = optimize(bench, 0.05, 10, profile=fake_profile())
+    assert {m.recipe.dtype for m in outcome.measured} == {"auto", "float32"}
 
 
 def test_interrupted_before_anything_is_known():

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -172,6 +174,20 @@ def test_it_composes_with_compaction_of_the_prompt():
     assert max(seen) <= 2 * 60
 
 
+@pytest.mark.parametrize("budget_first", [False, True])
+def test_a_repeat_pass_longer_than_the_budget_is_forgotten_again(budget_first):
+    model = tiny_model("llama")
+    methods = [AttentionMatching(ratio=0.5), KVBudget(size_of(model, 60))]
+    with ExitStack() as stack:
+        for method in methods[::-1] if budget_first else methods:
+            stack.enter_context(method(model))
+        cache = DynamicCache(config=model.config)
+        read(model, random_ids(200), cache)
+        assert all(layer.get_seq_length() == 200 and layer.store.stored_entries <= 2 * 60 for layer in cache.layers)
+        read(model, random_ids(40, seed=1), cache)
+        assert all(layer.store.stored_entries <= 2 * 60 for layer in cache.layers)
+
+
 def test_a_copy_goes_its_own_way():
     model = tiny_model("llama")
     cache = KVBudget(size_of(model, 48), Eviction(score="h2o"), protect=6).cache(model)
@@ -186,8 +202,11 @@ def test_mistakes():
     model = tiny_model("llama")
     with pytest.raises(UserError, match=r"too small.*need"), KVBudget(size_of(model, 20))(model):
         model.generate(random_ids(60), max_new_tokens=2)
-    with pytest.raises(UserError, match="expected one of"):
-        KVBudget("1MB", "best")
+    with pytest.raises(UserError, match=r"too small.*need"), KVBudget(2)(model):
+        model.generate(random_ids(60), max_new_tokens=2)
+    for wrong in ("best", {"eviction": {"score": "best"}}, {"best": {}}, {"eviction": {"colour": 1}}):
+        with pytest.raises(UserError, match=r"expected one of|unexpected keyword"):
+            KVBudget("1MB", wrong)
     with pytest.raises(UserError, match="target"):
         KVBudget("1MB", target=1.0)
     assert isinstance(KVBudget("1MB").cache(model), CompactCache)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny import ARCHITECTURES, random_ids, tiny_model
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
+from transformers import AutoModelForCausalLM, DynamicCache, Lfm2Config, LlamaConfig
 
 import lissom
 from lissom.errors import UserError
@@ -220,12 +220,69 @@ def test_a_cache_without_its_attention_fails_loudly():
         (DOCUMENT, {"ratio": 1.5}, "not in"),
         (DOCUMENT, {"ratio": float("nan")}, "not in"),
         (DOCUMENT, {"select": "best"}, "expected one of"),
+        (DOCUMENT, {"queries": "repat"}, "expected one of"),
+        (DOCUMENT, {"reduce": "mx"}, "expected one of"),
+        (DOCUMENT, {"prior": "orig"}, "expected one of"),
+        (DOCUMENT, {"budgets": "fair"}, "expected one of"),
+        (DOCUMENT, {"pool": 4}, "odd"),
+        (DOCUMENT, {"beta_max": float("nan")}, "finite"),
         (DOCUMENT, {"queries": "self-study"}, "tokenizer"),
     ],
 )
 def test_bad_input_is_one_sentence(ids, options, words):
     with pytest.raises(UserError, match=words):
         lissom.compact(tiny_model("llama"), ids, **options)
+
+
+def test_lists_of_a_tokenizer_and_a_single_row_are_taken():
+    model = tiny_model("llama")
+    wanted = lissom.compact(model, DOCUMENT, ratio=0.3)
+    plain = {"input_ids": DOCUMENT[0].tolist(), "attention_mask": [1] * 100}
+    got = lissom.compact(model, plain, ratio=0.3)
+    assert all(a.store.values.equal(b.store.values) for a, b in zip(got.layers, wanted.layers, strict=True))
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 6])
+@pytest.mark.parametrize("budgets", ["uniform", "global"])
+def test_documents_shorter_than_the_sinks(tokens, budgets):
+    model, ids = tiny_model("llama"), random_ids(tokens)
+    cache = lissom.compact(model, ids, ratio=0.1, budgets=budgets)
+    assert cache.get_seq_length() == tokens and cache.stored_entries <= 6 * tokens
+    assert model(QUESTION, past_key_values=cache).logits.isfinite().all()
+
+
+def test_a_cache_is_read_by_the_same_model_in_another_dtype(tmp_path):
+    model = tiny_model("llama")
+    file.save(lissom.compact(model, DOCUMENT, ratio=0.3), tmp_path / "c.safetensors", model)
+    halved = tiny_model("llama").to(torch.bfloat16)
+    cache, _, _ = file.load(tmp_path / "c.safetensors", halved)
+    assert cache.layers[0].store.keys.dtype == torch.bfloat16
+    assert halved(QUESTION, past_key_values=cache).logits.isfinite().all()
+
+
+def test_a_layer_of_another_kind_is_rolled_back_and_not_saved(tmp_path):
+    """Lfm2 has convolutions beside its attention: their state is written in place."""
+    torch.manual_seed(0)
+    config = Lfm2Config(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=128, layer_types=["conv", "full_attention"] * 2, block_multiple_of=16, initializer_range=0.3,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        wanted = model(BOTH).logits[:, -7:]
+        cache = lissom.compact(model, DOCUMENT, ratio=1.0)  # with a repeat pass that must leave no trace
+        torch.testing.assert_close(model(QUESTION, past_key_values=cache.copy()).logits, wanted, atol=1e-4, rtol=0)
+    with pytest.raises(UserError, match="cannot be saved"):
+        file.save(cache, tmp_path / "c.safetensors", model)
+
+
+def test_two_methods_on_one_prompt_each_get_their_queries():
+    model = tiny_model("llama")
+    first, second = lissom.AttentionMatching(ratio=0.5, queries="context"), lissom.Eviction(ratio=0.5, score="h2o")
+    with first(model), second(model):
+        cache = DynamicCache(config=model.config)
+        model(DOCUMENT, past_key_values=cache, use_cache=True)
+    assert all(layer.store.stored_entries == 2 * 25 for layer in cache.layers)
 
 
 def test_unsupported_attention_is_refused():

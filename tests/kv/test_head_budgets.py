@@ -117,6 +117,13 @@ def test_a_ragged_cache_is_shared_out_again():
     assert model(random_ids(7, seed=4), past_key_values=second).logits.isfinite().all()
 
 
+def test_measured_budgets_at_a_large_ratio():
+    model, ids = tiny_model("llama"), random_ids(100)
+    shares = ((0.9, 0.02), (0.02, 0.02), (0.02, 0.02))
+    cache = compact(model, ids, AttentionMatching(ratio=0.9, budgets="measured", shares=shares))
+    assert cache.stored_entries == 90 * 6
+
+
 def test_budgets_that_cannot_be():
     model, ids = tiny_model("llama"), random_ids(60)
     with pytest.raises(UserError, match="go together"):

@@ -27,6 +27,37 @@ def test_round_trip(tmp_path):
     assert recipe.label == "bfloat16 + 1 thread + attention-matching 25% (context) + kv-budget 8 MB"
 
 
+def test_recipes_that_differ_have_different_labels_and_identities():
+    methods = [
+        AttentionMatching(ratio=0.1),
+        AttentionMatching(ratio=0.104),
+        AttentionMatching(ratio=0.1, ridge=0.0),
+        AttentionMatching(ratio=0.1, select="omp"),
+        Eviction(score="kvzip"),
+        Eviction(score="kvzip", budgets="global"),
+        KVBudget("8MB"),
+        KVBudget("8MB", protect=10),
+        KVBudget("8MB", "h2o"),
+    ]
+    recipes = [Recipe.of(method) for method in methods]
+    assert len({recipe.label for recipe in recipes}) == len({recipe.identity for recipe in recipes}) == len(methods)
+    assert recipes[0].label == "attention-matching 10%"
+
+
+def test_a_method_inside_a_method(tmp_path):
+    recipe = Recipe.of(KVBudget("8MB", Eviction(score="h2o", sinks=2)))
+    recipe.save(tmp_path / "r.yaml")
+    (method,) = Recipe.load(tmp_path / "r.yaml").build()
+    assert method.compactor() == Eviction(score="h2o", sinks=2)
+
+
+def test_a_folder_with_a_model_is_the_recipe_s_model(tmp_path):
+    written(tmp_path, "model: somewhere/else\n").rename(tmp_path / "recipe.yaml")
+    assert Recipe.load(tmp_path).model == "somewhere/else"
+    (tmp_path / "config.json").write_text("{}")
+    assert Recipe.load(tmp_path).model == str(tmp_path)
+
+
 def test_a_bare_key_and_an_empty_list(tmp_path):
     recipe = Recipe.load(written(tmp_path, "model: m\nmethods:\n  - eviction\n  - attention-matching:\n"))
     assert recipe.build() == [Eviction(), AttentionMatching()]
@@ -42,6 +73,7 @@ def test_a_bare_key_and_an_empty_list(tmp_path):
         ("methods: [eviction: {ratio: much}]", "ratio='much'"),
         ("methods: [eviction: {ratio: 1.5}]", "not in (0, 1]"),
         ("methods: [attention-matching: 3]", "written as"),
+        ("methods: [kv-budget: {size: 8MB, method: {ratio: 0.5}}]", "expected one of"),
         ("methods: 3", "a list of methods"),
         ("methods: [{a: {}, b: {}}]", "one `key"),
         ("dtype: int3", "dtype='int3'"),

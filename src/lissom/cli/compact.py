@@ -20,7 +20,7 @@ def compact(
     select: str = typer.Option("hak", help="Key selection: hak, omp, omp-fast, omp-progressive, random."),
     queries: str = typer.Option("repeat", help="Reference queries: context, repeat, self-study, repeat+self-study."),
     head_budgets: str = typer.Option("auto", help="auto, uniform, global, or measured (by `lissom budgets`)."),
-    dtype: str = typer.Option("float32", help="float32, bfloat16 or float16."),
+    dtype: str = typer.Option("auto", help="float32, bfloat16, float16 or auto, the checkpoint's own."),
     seed: int = typer.Option(0, help="Seed of the query sample."),
 ) -> None:
     """Read a document once and keep a small KV cache of it, by attention matching."""

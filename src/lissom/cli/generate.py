@@ -64,11 +64,12 @@ def generate(
             f"The prompt has {ids.shape[1]} tokens and {max_new_tokens} are to come; the model reads at most {limit}. "
             "Shorten the document or --max-new-tokens."
         )
+    ids = ids.to(network.device)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     with chosen.running(network):
         network.generate(
-            ids.to(network.device),
+            ids,
             attention_mask=torch.ones_like(ids),
             past_key_values=stored,
             max_new_tokens=max_new_tokens,

@@ -122,6 +122,7 @@ class Bench:
         self._loaded: tuple[str, PreTrainedModel] | None = None
         self._teachers: dict[int, list[Teacher]] = {}
         network, self.tokenizer = self._load(self.base)
+        self.own_dtype = network.dtype
         info = describe_decoder(network)
         self.tokens = self._fitting(info.max_position_embeddings)
         facts = describe()
@@ -155,7 +156,9 @@ class Bench:
 
     def identity(self, kind: str, number: int, recipe: Recipe) -> str:
         """Key of one measurement in the journal. Threads do not change what a model says, only how fast."""
-        facts = recipe.model_dump(exclude={"model"} | ({"threads"} if kind == "quality" else set()))
+        facts = recipe.model_dump(exclude={"model", "threads"})
+        if kind != "quality":
+            facts["threads"] = recipe.threads or torch.get_num_threads()
         return f"{kind}/{number}/{self._key}/{_digest(facts)}"
 
     def quality(self, recipe: Recipe, number: int) -> dict[str, Any]:

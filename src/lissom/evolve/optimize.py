@@ -7,17 +7,22 @@ document, one timed run), drops what another beats in everything, and measures t
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
+
 from lissom.devices.meters import interleaved
 from lissom.devices.profiles import Profile
 from lissom.evolve.measure import Bench, Measured
 from lissom.models.method import SearchContext
-from lissom.recipes import Recipe, method_class, method_names
+from lissom.recipes import Dtype, Recipe, method_class, method_names
+
+logger = logging.getLogger(__name__)
 
 Prefer = Literal["balanced", "speed", "memory"]
 Progress = Callable[[str, int, int], None]
@@ -99,7 +104,7 @@ class _Search:
     def run(self, recipes: Sequence[Recipe], drop: bool = True) -> None:
         """One rung for these recipes: a little of each, then the rest of those that are worth it."""
         workload = self.bench.workload
-        new = {recipe.label: recipe for recipe in recipes if recipe.label not in self.measured}
+        new = {recipe.identity: recipe for recipe in recipes if recipe.identity not in self.measured}
         whole = workload.documents + workload.rounds
         self.planned += len(new) * whole
         begun = []
@@ -108,7 +113,7 @@ class _Search:
             self._quality(m)
             self._time(m)
             begun.append(m)
-            self.measured[recipe.label] = m
+            self.measured[recipe.identity] = m
             self._judge()
         base = next(iter(self.measured.values()))
         alive = [m for m in begun if not (drop and self._hopeless(m))]
@@ -119,7 +124,7 @@ class _Search:
         self._judge()
         # The untouched model is timed again beside every group, so that a drifting machine hurts it as much.
         group = {id(m): m for m in (base, *alive)}.values()
-        arms = {m.label: (lambda m=m: self._time(m)) for m in group}  # type: ignore[misc]
+        arms = {m.recipe.identity: (lambda m=m: self._time(m)) for m in group}  # type: ignore[misc]
         self.planned += (workload.rounds - 1) * (len(arms) - len(alive))
         for _ in interleaved(arms, workload.rounds - 1):
             pass
@@ -155,12 +160,17 @@ class _Search:
         return any(dominates(m, candidate, _SAME_TIME) for m in self.measured.values())
 
 
-def runtimes(model: str) -> list[Recipe]:
+def other_dtype(bench: Bench) -> Dtype:
+    """bfloat16, or float32 where the checkpoint's own is bfloat16."""
+    return "float32" if bench.own_dtype == torch.bfloat16 else "bfloat16"
+
+
+def runtimes(model: str, other: Dtype) -> list[Recipe]:
     """The untouched model first, then other numbers of threads and the other dtype."""
     cores = os.cpu_count() or 1
     counts = sorted({1, max(1, cores // 2)} - {cores})
     recipes = [Recipe(model=model), *(Recipe(model=model, threads=count) for count in counts)]
-    return [*recipes, Recipe(model=model, dtype="bfloat16")]
+    return [*recipes, Recipe(model=model, dtype=other)]
 
 
 def optimize(
@@ -186,7 +196,7 @@ def optimize(
     model = bench.base.model
     finished, interrupted = True, False
     try:
-        search.run(runtimes(model))
+        search.run(runtimes(model, other_dtype(bench)))
         base = next(iter(search.measured.values()))
         good = [m for m in search.measured.values() if m.loss.estimate <= max_loss]
         fastest = min(good, key=lambda m: answer_seconds(m, profile))
@@ -199,7 +209,7 @@ def optimize(
         promising = [m.recipe for m in ranked if m.recipe.methods and m.loss.estimate <= 2 * max_loss][
             : 1 if quick else 3
         ]
-        other = "auto" if fastest.recipe.dtype != "auto" else "bfloat16"
+        other = "auto" if fastest.recipe.dtype != "auto" else other_dtype(bench)
         search.run([recipe.model_copy(update={"dtype": other}) for recipe in promising])
     except _OutOfTime:
         finished = False
@@ -209,7 +219,10 @@ def optimize(
         raise KeyboardInterrupt
     outcome = search.outcome(max_loss, prefer, profile, finished, interrupted)
     if not interrupted:
-        _measure_memory(search, outcome, everything=finished and not quick)
+        try:
+            _measure_memory(search, outcome, everything=finished and not quick)
+        except KeyboardInterrupt:
+            outcome.finished, outcome.interrupted = False, True
     return outcome
 
 
@@ -220,7 +233,10 @@ def _measure_memory(search: _Search, outcome: Outcome, everything: bool) -> None
         if number >= 2 and time.monotonic() > search.deadline:
             return
         search.progress(f"memory of {m.label}", search.done, search.planned)
-        m.peak_bytes = search.bench.peak(m.recipe)
+        try:
+            m.peak_bytes = search.bench.peak(m.recipe)
+        except RuntimeError as error:  # a second process may be more than the memory holds
+            logger.warning("The peak memory of %s could not be measured: %s.", m.label, error)
 
 
 def compare(bench: Bench, recipes: Sequence[Recipe], progress: Progress) -> Outcome:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
+from pydantic import InstanceOf
 from transformers import DynamicCache, PreTrainedModel
 
 from lissom.errors import UserError
@@ -25,7 +26,7 @@ from lissom.kv.eviction import SCORES, Eviction
 from lissom.kv.harvest import Evidence
 from lissom.models import describe_decoder
 from lissom.models.attention import installed
-from lissom.models.method import SearchContext
+from lissom.models.method import SearchContext, described
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -43,6 +44,9 @@ def parse_bytes(text: int | str) -> int:
     return int(float(match[1]) * unit)
 
 
+_COMPACTORS: dict[str, type[Compactor]] = {kind.name: kind for kind in (AttentionMatching, Eviction)}
+
+
 @dataclass(frozen=True)
 class KVBudget:
     """Keep the KV cache of the full-attention layers within `size`.
@@ -52,8 +56,8 @@ class KVBudget:
 
     Attributes:
         size: bytes, or text such as '64MB'; for all rows together.
-        method: `attention-matching`, one of the eviction scores, or a compactor with settings of its own, whose ratio
-            is ignored.
+        method: `attention-matching`, one of the eviction scores, or a compactor with settings of its own, as an object
+            or as `{name: settings}`; its ratio is ignored.
         protect: last tokens that are not compacted (paper: 20).
         target: share of `size` to which a compaction shrinks; smaller means fewer and stronger compactions.
         window: last tokens whose queries are the reference for the next compaction.
@@ -62,7 +66,7 @@ class KVBudget:
     name: ClassVar[str] = "kv-budget"
 
     size: int | str
-    method: str | Compactor = "attention-matching"
+    method: str | dict[str, Any] | InstanceOf[Compactor] = "attention-matching"
     protect: int = 20
     target: float = 0.5
     window: int = 256
@@ -76,8 +80,7 @@ class KVBudget:
             raise UserError(f"protect={self.protect} and window={self.window} must be at least 1.")
 
     def __str__(self) -> str:
-        method = "" if self.method == AttentionMatching.name else f" ({self.method})"
-        return f"{self.name} {self.bytes / 1e6:.3g} MB{method}"
+        return described(self, f"{self.name} {self.bytes / 1e6:.4g} MB", "size")
 
     @classmethod
     def candidates(cls, context: SearchContext) -> list[Self]:
@@ -97,8 +100,15 @@ class KVBudget:
             return self.method
         if self.method == AttentionMatching.name:
             return AttentionMatching(queries="context")
-        if self.method in SCORES:
+        if isinstance(self.method, str) and self.method in SCORES:
             return Eviction(score=self.method)
+        if isinstance(self.method, dict) and len(self.method) == 1:
+            ((name, settings),) = self.method.items()
+            if name in _COMPACTORS:
+                try:
+                    return _COMPACTORS[name](**(settings or {}))
+                except TypeError as error:
+                    raise UserError(f"method={self.method!r}: {error}.") from error
         known = ", ".join((AttentionMatching.name, *SCORES))
         raise UserError(f"method={self.method!r}: expected one of {known}.")
 
@@ -133,7 +143,7 @@ class KVBudget:
         if any(isinstance(layer, BudgetLayer) for layer in cache.layers):
             return
         full = describe_decoder(model).sliding.count(False)
-        share = self.bytes // max(1, full)
+        share = max(1, self.bytes // max(1, full))
         cache.layers = [self._layer(layer, share) for layer in cache.layers]
 
     def _layer(self, layer: Any, share: int) -> Any:
@@ -150,13 +160,14 @@ class BudgetLayer(CompactLayer):
     Attributes:
         settings: the budget.
         share: bytes of this layer.
+        paused: true while a pass is read that will be forgotten.
         recent: queries `[rows, query heads, tokens, head_dim]` of the last tokens, with their `places` `[tokens]` and
             whether they are real, `[rows, tokens]`.
     """
 
     def __init__(self, settings: KVBudget, share: int) -> None:
         super().__init__()
-        self.settings, self.share = settings, share
+        self.settings, self.share, self.paused = settings, share, False
         self.recent: torch.Tensor | None = None
         self.places = torch.empty(0, dtype=torch.int64)
         self.real = torch.empty(0, 0, dtype=torch.bool)
@@ -172,7 +183,7 @@ class BudgetLayer(CompactLayer):
             visible = mask[:, 0, -1, -self.tail :].expand(query.shape[0], -1).cpu()
         self._remember(query, visible, scaling)
         assert self.store is not None
-        if self.store.stored_entries * self._entry_bytes() > self.share:
+        if not self.paused and self.store.stored_entries * self._entry_bytes() > self.share:
             self._shrink(visible)
         return output
 
@@ -200,7 +211,7 @@ class BudgetLayer(CompactLayer):
         wanted = int(settings.target * self.share) // entry - keep
         least = method.sinks + method.recent + 1
         if wanted < least:
-            layers = settings.bytes // self.share
+            layers = max(1, settings.bytes // self.share)
             needed = int((least + keep + 1) * entry / settings.target + 1) * layers
             raise UserError(
                 f"A KV budget of {settings.bytes / 1e6:.3g} MB is too small: the sinks and the last {keep} tokens of "
@@ -228,6 +239,17 @@ class BudgetLayer(CompactLayer):
         if self.recent is not None:
             self.recent = self.recent.repeat_interleave(repeats, 0)
             self.real = self.real.repeat_interleave(repeats, 0)
+
+    def checkpoint(self) -> Any:
+        """See `CompactLayer.checkpoint`: until `restore` the layer may grow, so that it can forget again."""
+        self.paused = True
+        return super().checkpoint(), self.recent, self.places, self.real
+
+    def restore(self, state: Any) -> None:
+        """See `CompactLayer.restore`."""
+        logical, self.recent, self.places, self.real = state
+        super().restore(logical)
+        self.paused = False
 
     def reset(self) -> None:
         super().reset()

@@ -43,6 +43,7 @@ class CompactLayer(CacheLayerMixin):
 
     def __init__(self) -> None:
         self.store: RaggedStore | None = None
+        self.keys = self.values = None  # what other cache layers have; here `store` holds both
         self.logical = 0
         self.tail = 0
         self.observer: Observer | None = None
@@ -133,6 +134,14 @@ class CompactLayer(CacheLayerMixin):
             self.store.drop_last(tokens)
             self.tail -= tokens
             self.logical -= tokens
+
+    def checkpoint(self) -> Any:
+        """What `restore` needs to forget everything that is read from now on."""
+        return self.logical
+
+    def restore(self, state: Any) -> None:
+        """Forget what was read since `checkpoint`."""
+        self.crop(state - self.logical)
 
     def reset(self) -> None:
         self.store, self.logical, self.tail = None, 0, 0

@@ -267,7 +267,7 @@ def _allocate_row(method: Compactor, layers: Sequence[CompactLayer], source: Que
     heads = _store(layers[0]).heads
     lengths = [_store(layer).lengths[row * heads : (row + 1) * heads] - layer.tail for layer in layers]
     tokens = round(float(torch.stack(lengths).double().mean()))  # of a cache that was compacted before, on average
-    least = min(tokens, method.sinks + method.recent) + 1
+    least = min(tokens, method.sinks + method.recent + 1)
     total = method.budget(tokens) * heads * len(layers)
     if method.sharing == "global":
         scores = [method.scores(problem_of(layer, row, method, source)[0]) for layer in layers]
@@ -281,7 +281,8 @@ def _allocate_row(method: Compactor, layers: Sequence[CompactLayer], source: Que
                 f"The head budgets are for {len(shares)} KV heads, the model has {heads * len(layers)} that are "
                 "compacted: measure its own with `lissom budgets`."
             )
-        counts = apportion(shares, total, least, max(least, int(0.75 * tokens)))
+        most = max(least, int(0.75 * tokens), -(-total // len(shares)))
+        counts = apportion(shares, total, least, most)
     return counts.view(len(layers), heads)
 
 
@@ -296,9 +297,11 @@ def _document(
     if isinstance(inputs, torch.Tensor):
         ids, mask = inputs, None
     else:
-        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-    if ids.ndim == 1:
-        ids = ids[None]
+        given = inputs["input_ids"], inputs.get("attention_mask")
+        ids, mask = (None if part is None else torch.as_tensor(part) for part in given)
+        assert ids is not None
+    ids = ids[None] if ids.ndim == 1 else ids
+    mask = mask[None] if mask is not None and mask.ndim == 1 else mask
     if ids.ndim != 2 or ids.numel() == 0:
         raise UserError("The document is empty: there is nothing to compact.")
     ids = ids.to(model.device)
@@ -376,7 +379,9 @@ def _problem(
     first = positions.masked_fill(~exists, torch.iinfo(torch.int64).max).amin()
     last = positions.masked_fill(~exists, -1).amax()
     protected = exists & ((positions < first + method.sinks) | (positions > last - method.recent))
-    if evidence is None:  # the method asks for no queries
+    if evidence is None:
+        if method.queries != "none":
+            raise UserError(f"No reference queries were recorded for {method}.")
         evidence = Evidence(keys[:, :1], positions.new_full((1,), int(last)), 1.0)
     return Problem(
         keys,

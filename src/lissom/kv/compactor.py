@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from lissom.errors import UserError
 from lissom.kernels.matmul import matmul
 from lissom.kv.storage import Block
+from lissom.models.method import described
 
 Budgets = Literal["auto", "uniform", "global", "measured"]
 Queries = Literal["none", "context", "repeat", "self-study", "repeat+self-study"]
@@ -182,7 +183,7 @@ class Compactor(ABC):
         return compacted_after_prefill(model, self)
 
     def __str__(self) -> str:
-        return f"{self.name} {self.ratio:.0%}"
+        return described(self, f"{self.name} {100 * self.ratio:.4g}%", "ratio")
 
     def settings(self) -> dict[str, Any]:
         """Method name and settings, for recipes and saved caches."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from lissom.errors import UserError
 from lissom.kv.compactor import Compactor, Problem, Queries, top_entries
 from lissom.kv.storage import Block
-from lissom.models.method import SearchContext
+from lissom.models.method import SearchContext, described
 
 
 def random_scores(problem: Problem) -> torch.Tensor:
@@ -115,7 +115,7 @@ class Eviction(Compactor):
         return [cls(ratio=ratio, score=score) for score in scores for ratio in ratios]
 
     def __str__(self) -> str:
-        return f"{self.score} {self.ratio:.0%}"
+        return described(self, f"{self.score} {100 * self.ratio:.4g}%", "ratio", "score", "queries")
 
     @property
     def wants_own_mass(self) -> bool:

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from lissom.errors import UserError
 from lissom.files import atomic_path
-from lissom.kv.cache import CompactCache
+from lissom.kv.cache import CompactCache, CompactLayer
 from lissom.kv.storage import Block, RaggedStore
 from lissom.models import fingerprint
 
@@ -52,6 +52,8 @@ def save(
         tensors[name + "lengths"] = store.lengths
         layers[str(index)] = {"rows": store.rows, "logical": layer.logical, "tail": layer.tail}
     for index, layer in enumerate(cache.layers):
+        if not isinstance(layer, CompactLayer | DynamicSlidingWindowLayer):
+            raise UserError(f"A cache with a {type(layer).__name__} cannot be saved: only attention layers can.")
         if isinstance(layer, DynamicSlidingWindowLayer):
             tensors[f"sliding.{index}.keys"] = layer.keys.contiguous()
             tensors[f"sliding.{index}.values"] = layer.values.contiguous()
@@ -82,10 +84,12 @@ def load(path: str | Path, model: PreTrainedModel) -> tuple[CompactCache, torch.
     cache = CompactCache(model)
     try:
         for index, layer in cache.compact_layers():
-            _restore(layer, header["layers"][str(index)], f"layers.{index}.", tensors, model.device)
+            _restore(layer, header["layers"][str(index)], f"layers.{index}.", tensors, model)
         for index, layer in enumerate(cache.layers):
             if isinstance(layer, DynamicSlidingWindowLayer):
-                keys, values = (tensors[f"sliding.{index}.{part}"].to(model.device) for part in ("keys", "values"))
+                keys, values = (
+                    tensors[f"sliding.{index}.{part}"].to(model.device, model.dtype) for part in ("keys", "values")
+                )
                 layer.lazy_initialization(keys, values)
                 layer.keys, layer.values = keys, values
                 layer.cumulative_length = header["layers"][str(index)]["sliding"]
@@ -110,9 +114,13 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         raise UserError(f"{path} is no readable cache file ({error}). Compact the document again.") from error
 
 
-def _restore(layer: Any, shape: dict[str, int], name: str, tensors: dict[str, torch.Tensor], device: Any) -> None:
-    lengths = tensors[name + "lengths"].tolist()
-    parts = [tensors[name + part].to(device).split(lengths) for part in ("keys", "values", "positions")]
+def _restore(
+    layer: Any, shape: dict[str, int], name: str, tensors: dict[str, torch.Tensor], model: PreTrainedModel
+) -> None:
+    device, lengths = model.device, tensors[name + "lengths"].tolist()
+    # A model may be loaded in another dtype than the one that wrote the cache.
+    parts = [tensors[name + part].to(device, model.dtype).split(lengths) for part in ("keys", "values")]
+    parts.append(tensors[name + "positions"].to(device).split(lengths))
     bias = tensors.get(name + "bias")
     biases = [None] * len(lengths) if bias is None else bias.to(device).split(lengths)
     blocks = [Block(k, v, p, b) for k, v, p, b in zip(*parts, biases, strict=True)]

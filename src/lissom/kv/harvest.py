@@ -166,13 +166,14 @@ def forward(model: PreTrainedModel, ids: torch.Tensor, visible: torch.Tensor, ca
 @contextmanager
 def rolled_back(cache: Cache) -> Iterator[None]:
     """Whatever is read inside the block is forgotten afterwards."""
-    others = {i: copy.copy(layer) for i, layer in enumerate(cache.layers) if not isinstance(layer, CompactLayer)}
-    lengths = {i: layer.logical for i, layer in compact_layers(cache)}
+    # Layers of other kinds may write in place (a recurrent state): they are copied whole.
+    others = {i: copy.deepcopy(layer) for i, layer in enumerate(cache.layers) if not isinstance(layer, CompactLayer)}
+    states = {i: layer.checkpoint() for i, layer in compact_layers(cache)}
     try:
         yield
     finally:
         for i, layer in compact_layers(cache):
-            layer.crop(lengths[i] - layer.logical)
+            layer.restore(states[i])
         for i, saved in others.items():
             cache.layers[i] = saved
 

@@ -8,6 +8,7 @@ it helps most. Heads are taken to be separable, as in the paper; its 51 points p
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -74,7 +75,8 @@ def measure_shares(
         `[layers, heads]`, sum 1.
     """
     part = path_of(model).with_suffix(".part.json")
-    curves = _partial(part, ratios, len(lessons))
+    texts = hashlib.sha256(repr([lesson.document.tolist() for lesson in lessons]).encode()).hexdigest()[:16]
+    curves = _partial(part, ratios, texts)
     readings = [Reading.of(model, lesson.document, AttentionMatching(), tokenizer=tokenizer) for lesson in lessons]
     bases = [reading.compact(AttentionMatching(ratio=BASELINE)) for reading in readings]
     start = np.mean([_nll(model, base, lesson) for base, lesson in zip(bases, lessons, strict=True)])
@@ -95,7 +97,7 @@ def measure_shares(
             progress(layer * heads + head + 1, layers * heads)
         curves.append(rows)
         with atomic_path(part) as temporary:
-            temporary.write_text(json.dumps({"ratios": list(ratios), "lessons": len(lessons), "curves": curves}))
+            temporary.write_text(json.dumps({"ratios": list(ratios), "texts": texts, "curves": curves}))
     shares = solve_shares(ratios, np.array(curves).reshape(layers * heads, -1)).reshape(layers, heads)
     with atomic_path(path_of(model)) as temporary:
         facts = {"ratios": list(ratios), "baseline": BASELINE, "curves": curves, "shares": shares.tolist()}
@@ -104,10 +106,10 @@ def measure_shares(
     return shares
 
 
-def _partial(path: Path, ratios: Sequence[float], lessons: int) -> list[list[list[float]]]:
+def _partial(path: Path, ratios: Sequence[float], texts: str) -> list[list[list[float]]]:
     try:
         facts = json.loads(path.read_text())
-        return facts["curves"] if (facts["ratios"], facts["lessons"]) == (list(ratios), lessons) else []
+        return facts["curves"] if (facts["ratios"], facts["texts"]) == (list(ratios), texts) else []
     except (OSError, ValueError, KeyError, TypeError):
         return []
 

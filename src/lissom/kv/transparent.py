@@ -10,10 +10,21 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from lissom.errors import UserError
-from lissom.kv.cache import CompactLayer, compact_layers, compacting
+from lissom.kv.cache import CompactLayer, Observer, compact_layers, compacting
 from lissom.kv.compact import fit, recorder_for, study
 from lissom.kv.compactor import Compactor
 from lissom.models.attention import installed
+
+
+def _both(first: Observer | None, second: Observer) -> Observer:
+    if first is None:
+        return second
+
+    def observe(layer: CompactLayer, query: torch.Tensor, scaling: float) -> None:
+        first(layer, query, scaling)
+        second(layer, query, scaling)
+
+    return observe
 
 
 @contextmanager
@@ -43,9 +54,8 @@ def compacted_after_prefill(model: PreTrainedModel, method: Compactor) -> Iterat
         recorder = recorder_for(model, method)
         if method.queries == "context":
             recorder.expect(0, visible)
-        for layer in cache.layers:
-            if isinstance(layer, CompactLayer):
-                layer.observer = recorder.observe if method.queries == "context" else None
+            for _, layer in compact_layers(cache):
+                layer.observer = _both(layer.observer, recorder.observe)  # another method may be recording, too
         pending.update(cache=cache, ids=ids, visible=visible, recorder=recorder)
 
     def after(module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:

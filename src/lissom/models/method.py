@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Protocol, Self
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, ClassVar, Protocol, Self
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,25 @@ class SearchContext:
     tokens: int
     cache_bytes: int
     quick: bool = False
+
+
+def changed(method: Any) -> dict[str, Any]:
+    """The settings of a method that differ from their defaults."""
+    different = {}
+    for field in fields(method):
+        value = getattr(method, field.name)
+        default = field.default if field.default is not MISSING else None
+        if field.init and value != default:
+            different[field.name] = value
+    return different
+
+
+def described(method: Any, words: str, *said: str) -> str:
+    """`words`, followed by the settings that differ from their defaults and are not `said` in them: a label that two
+    methods share only where they are the same."""
+    others = [str(v) if isinstance(v, str) else f"{k}={v}" for k, v in changed(method).items() if k not in said]
+    others = [text if len(text) < 30 else text.split("=")[0] for text in others]
+    return f"{words} ({', '.join(others)})" if others else words
 
 
 class Method(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import importlib.util
 import os
 import re
@@ -91,7 +92,7 @@ class Npm:
         address = f"{registry}/{self.package}/-/{self.package.split('/')[-1]}-{self.version}.tgz"
         try:
             _download(address, tarball)
-        except urllib.error.URLError:
+        except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException):
             return None
         check(tarball, self.sha256, self.label)
         with tarfile.open(tarball) as archive:
@@ -118,7 +119,9 @@ class Debian:
         if subprocess.run(command, cwd=folder, capture_output=True).returncode != 0:
             return None
         package = next(folder.glob("*.deb"))
-        subprocess.run(["dpkg-deb", "-x", str(package), str(folder / "root")], check=True, capture_output=True)
+        unpacked = subprocess.run(["dpkg-deb", "-x", str(package), str(folder / "root")], capture_output=True)
+        if unpacked.returncode != 0:
+            raise UserError(f"{self.label} could not be unpacked: {unpacked.stderr.decode(errors='replace').strip()}")
         return folder / "root"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -17,9 +16,11 @@ from lissom.devices.meters import threads
 from lissom.errors import UserError
 from lissom.files import atomic_path
 from lissom.models.load import DEFAULT_MODEL
+from lissom.models.method import changed
 from lissom.recipes.registry import build, explained
 
 FILE_NAME = "recipe.yaml"
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 class Recipe(BaseModel):
@@ -35,7 +36,7 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str = DEFAULT_MODEL
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Dtype = "auto"
     threads: int | None = Field(default=None, ge=1)
     methods: tuple[dict[str, dict[str, Any]], ...] = ()
 
@@ -59,7 +60,7 @@ class Recipe(BaseModel):
     @classmethod
     def of(cls, *methods: Any, **facts: Any) -> Self:
         """A recipe of method objects; only settings that differ from their defaults are written down."""
-        return cls(methods=tuple({method.name: _changed(method)} for method in methods), **facts)
+        return cls(methods=tuple({method.name: _plain(changed(method))} for method in methods), **facts)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -69,6 +70,8 @@ class Recipe(BaseModel):
             UserError: the file is missing, no YAML, or no valid recipe.
         """
         path = Path(path)
+        # A folder of `lissom apply` holds its model, wherever it was moved to.
+        folder = path if (path / "config.json").is_file() else None
         path = path / FILE_NAME if path.is_dir() else path
         try:
             facts = yaml.safe_load(path.read_text())
@@ -77,7 +80,7 @@ class Recipe(BaseModel):
         if not isinstance(facts, dict):
             raise UserError(f"{path} is no recipe: expected `model:` and `methods:`.")
         try:
-            return cls(**facts)
+            return cls(**{**facts, "model": str(folder)} if folder else facts)
         except ValidationError as error:
             raise UserError(f"{path} is no valid recipe: {explained(error)}") from error
         except UserError as error:
@@ -116,6 +119,11 @@ class Recipe(BaseModel):
             yield
 
     @property
+    def identity(self) -> str:
+        """The whole recipe as text; two recipes are the same where theirs are."""
+        return self.model_dump_json()
+
+    @property
     def label(self) -> str:
         """The recipe in a few words, for tables and plots."""
         words: list[str] = [self.dtype] if self.dtype != "auto" else []
@@ -124,11 +132,9 @@ class Recipe(BaseModel):
         return " + ".join(words) or "untouched"
 
 
-def _changed(method: Any) -> dict[str, Any]:
-    changed = {}
-    for field in fields(method):
-        value = getattr(method, field.name)
-        default = field.default if field.default is not MISSING else None
-        if field.init and value != default:
-            changed[field.name] = value
-    return changed
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as YAML has them: a method inside a method is written as one is in a recipe."""
+    return {
+        key: {value.name: _plain(changed(value))} if hasattr(value, "name") else value
+        for key, value in settings.items()
+    }

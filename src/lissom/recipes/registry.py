@@ -47,6 +47,8 @@ def build(key: str, settings: Mapping[str, Any]) -> Any:
         return TypeAdapter(kind).validate_python(dict(settings))
     except ValidationError as error:
         raise UserError(f"{key}: {explained(error)}") from error
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
 
 
 def _nearest(name: str, known: list[str]) -> str:

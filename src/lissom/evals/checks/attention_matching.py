@@ -144,9 +144,10 @@ def measure(
     plan = [(ratio, name, method) for ratio in size.ratios for name, method in arms(ratio, size).items()]
     records = []
     documents = planted_documents(tokenizer, size.documents, size.tokens, size.seed)
+    others = documents if len(documents) > 1 else planted_documents(tokenizer, 2, size.tokens, size.seed)
     for number, document in enumerate(documents):
         lesson = None
-        elsewhere = documents[number - 1].following
+        elsewhere = others[number - 1].following
         for place, (ratio, name, method) in enumerate(plan):
             identity = f"{key}/{number}/{json.dumps(method.settings(), sort_keys=True)}"
             if identity not in known:

@@ -87,9 +87,6 @@ class AttentionMatching(Compactor):
         if self.refinements < 0:
             raise UserError(f"refinements={self.refinements} is negative.")
 
-    def __str__(self) -> str:
-        return super().__str__() + (f" ({self.queries})" if self.queries != "repeat" else "")
-
     @classmethod
     def candidates(cls, context: SearchContext) -> list[Self]:
         """See `lissom.models.method.Method`."""
