@@ -34,7 +34,8 @@ def times(model, tokenizer, tokens: int, repeats: int) -> list[Row]:
     methods = {f"fit {ratio:.0%}": AttentionMatching(ratio=ratio) for ratio in (0.2, 0.1, 0.05)}
     methods["fit 10% (2048 queries)"] = AttentionMatching(ratio=0.1, max_queries=2048)
     methods["select 10% (h2o)"] = Eviction(ratio=0.1, score="h2o")
-    methods["fit 10% (OMP-fast)"] = AttentionMatching(ratio=0.1, select="omp-fast")
+    methods["fit 10% (uniform)"] = AttentionMatching(ratio=0.1, budgets="uniform")
+    methods["fit 10% (uniform, OMP-fast)"] = AttentionMatching(ratio=0.1, budgets="uniform", select="omp-fast")
 
     def timed(work):
         start = time.perf_counter()

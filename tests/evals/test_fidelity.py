@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 
@@ -9,6 +10,7 @@ from lissom.evals.checks import attention_matching as study
 from lissom.evals.fidelity import answer_ids, score, teach
 from lissom.evals.texts import planted_documents
 from lissom.kv.document import document_ids, question_ids
+from lissom.report.checks import attention_matching_result, attention_matching_tables
 
 
 def test_documents_hold_their_facts_and_differ(smollm2):
@@ -45,6 +47,19 @@ def test_answers_of_a_batch_are_those_of_each_question_alone(smollm2):
         alone = [answer_ids(model, ids, [question], cache, 20)[0] for question in asked]
         assert [answer.tolist() for answer in together] == [answer.tolist() for answer in alone]
         assert [a[:, : q.shape[1]].equal(q) for a, q in zip(together, asked, strict=True)] == [True, True]
+
+
+def test_the_paper_s_size_runs_at_a_tiny_setting(smollm2, tmp_path, monkeypatch):
+    speech = "My fellow citizens, the year has been long and the harvest was good.\n\n" * 30
+    monkeypatch.setattr(study, "corpus", lambda name: [(f"{name} {n}", f"{n}. {speech}") for n in range(4)])
+    size = replace(study.PAPER, documents=1, tokens=150, ratios=(0.1,), ablation_ratios=(), questions=2)
+    size = replace(size, needle_lengths=(100, 16000))  # the second is beyond the model's context
+    run = study.run(*smollm2, size, tmp_path / "journal.jsonl")
+    assert {record["arm"] for record in run.records} == {study.OURS, *study.BASELINES}
+    assert [needle["length"] for needle in run.needles] == [100] * 3
+    result = attention_matching_result(run)
+    assert len(result.claims) == 4 and all(row.value == row.value for row in result.rows)
+    assert [table.row_count for table in attention_matching_tables(run)] == [len(study.BASELINES) + 1, 6]
 
 
 def test_a_stopped_check_goes_on_where_it_was(smollm2, tmp_path):

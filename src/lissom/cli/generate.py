@@ -16,7 +16,7 @@ def register(app: typer.Typer) -> None:
 
 
 def generate(
-    model: str = typer.Argument("smollm2-135m", help="Asset, model folder, .gguf file or Hub id."),
+    model: str = typer.Argument(..., help="Asset (smollm2-135m), model folder, .gguf file or Hub id."),
     prompt: str = typer.Argument(..., help="The question."),
     cache: Path = typer.Option(None, "--cache", help="Cache file of `lissom compact` for this model."),
     recipe: Path = typer.Option(None, "--recipe", help="Recipe file: dtype, threads and methods to run with."),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -51,15 +52,24 @@ def passages() -> list[tuple[str, str]]:
     return cleaned
 
 
-def planted_documents(tokenizer: PreTrainedTokenizerBase, count: int, tokens: int, seed: int = 0) -> list[Document]:
+def planted_documents(
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    tokens: int,
+    seed: int = 0,
+    source: Iterable[tuple[str, str]] | None = None,
+) -> list[Document]:
     """`count` different documents of about `tokens` tokens, each with four planted facts and eight questions.
 
     The facts stand between paragraphs at depths spread over the document. The same seed gives the same documents.
 
+    Args:
+        source: (name, text) to take them from; default `passages()`.
+
     Raises:
-        ValueError: the manual has not enough text for so many documents.
+        ValueError: the source has not enough text for so many documents.
     """
-    texts = passages()
+    texts = passages() if source is None else list(source)
     draw = random.Random(seed)
     draw.shuffle(texts)
     documents: list[Document] = []

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from lissom.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_FILE = Path(__file__).parent / "_native.so"
 ISA_NAMES = ("portable", "avx2", "avx512")
 
 
@@ -24,16 +30,16 @@ class NativeStatus:
 def library() -> ctypes.CDLL | None:
     """The loaded library, or None where this installation has none or `LISSOM_ISA=off`."""
     wanted = os.environ.get("LISSOM_ISA", "")
-    if wanted == "off":
-        return None
-    path = Path(__file__).parent / "_native.so"
-    if not path.exists():
+    if wanted not in ("", "off", *ISA_NAMES):
+        raise UserError(f"LISSOM_ISA={wanted}: expected {', '.join(ISA_NAMES)} or off.")
+    if wanted == "off" or not _FILE.exists():
         return None
     try:
-        native = ctypes.CDLL(str(path))
-    except OSError:
+        native = ctypes.CDLL(str(_FILE))
+    except OSError as error:
+        logger.warning("The native kernels could not be loaded: %s.", error)
         return None
-    if wanted in ISA_NAMES:
+    if wanted:
         native.lissom_set_isa(ISA_NAMES.index(wanted))
     return native
 
@@ -62,6 +68,8 @@ def status() -> NativeStatus:
         )
     if os.environ.get("LISSOM_ISA") == "off":
         return NativeStatus(False, None, "switched off by LISSOM_ISA=off")
+    if _FILE.exists():
+        return NativeStatus(False, None, f"{_FILE} could not be loaded: it was built for another machine")
     return NativeStatus(
         False, None, "this installation was made without a C++ compiler; install one (apt install g++) and reinstall"
     )

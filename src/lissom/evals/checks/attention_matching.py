@@ -27,7 +27,8 @@ from lissom.kv.compactor import Compactor
 from lissom.kv.document import document_ids
 from lissom.kv.eviction import SCORES
 from lissom.kv.influence import load_shares, path_of
-from lissom.models import fingerprint
+from lissom.models import describe_decoder, fingerprint
+from lissom.models.assets import corpus
 
 METRICS = ("output_error", "mass_error", "nll", "kl", "top1", "recalled")
 OURS = "attention matching"
@@ -38,7 +39,7 @@ Shares = tuple[tuple[float, ...], ...]
 class Size:
     """How much is measured: documents of so many tokens at these ratios; the ablations at theirs; needles of these
     lengths. `seed` picks the documents, each of which has up to eight questions, half of them for planted facts; with
-    `recall` a method's own answers to those are generated, too."""
+    `recall` a method's own answers to those are generated, too. The text is Python's manual, or the named corpus."""
 
     documents: int
     tokens: int
@@ -48,13 +49,15 @@ class Size:
     seed: int = 0
     questions: int = 8
     recall: bool = True
+    corpus: str = ""
 
 
 SMALL = Size(2, 700, (0.1, 0.05))
-DEFAULT = Size(5, 1400, (0.2, 0.1, 0.05, 0.02), (0.1, 0.05), (500, 1000, 2000))
-PAPER = Size(50, 6000, (0.1, 0.05, 0.02, 0.01), (0.05, 0.02), (4000, 16000))
+DEFAULT = Size(5, 1400, (0.2, 0.1, 0.05, 0.02), (0.1,), (500, 1000, 2000))
+PAPER = Size(50, 6000, (0.1, 0.05, 0.02, 0.01), (0.05, 0.02), (4000, 16000), corpus="sotu")
 
 NEEDLE_RATIO = 0.1
+_NEEDLE_ROOM = 200  # tokens for the chat template, the question and the answer
 NEEDLE_DEPTHS = (0.1, 0.5, 0.9)
 BASELINES = (*SCORES, "kvzip global")
 STAGES = ("head budgets", "methods", "needles")
@@ -67,7 +70,6 @@ def arms(ratio: float, size: Size, shares: Shares = ()) -> dict[str, Compactor]:
     methods["kvzip global"] = Eviction(ratio=ratio, score="kvzip", budgets="global")
     if ratio in size.ablation_ratios:
         methods |= {
-            "OMP-fast": AttentionMatching(ratio=ratio, select="omp-fast"),
             "no bias": AttentionMatching(ratio=ratio, bias=False),
             "original values": AttentionMatching(ratio=ratio, fit_values=False),
             "random keys": AttentionMatching(ratio=ratio, select="random"),
@@ -75,6 +77,7 @@ def arms(ratio: float, size: Size, shares: Shares = ()) -> dict[str, Compactor]:
             "self-study": AttentionMatching(ratio=ratio, queries="self-study"),
             "repeat+self-study": AttentionMatching(ratio=ratio, queries="repeat+self-study"),
             "uniform budgets": AttentionMatching(ratio=ratio, budgets="uniform"),
+            "uniform, OMP-fast": AttentionMatching(ratio=ratio, budgets="uniform", select="omp-fast"),
             "uniform, on-policy": AttentionMatching(ratio=ratio, budgets="uniform", on_policy=True),
             **options(ratio),
         }
@@ -143,8 +146,9 @@ def measure(
     known = Journal(journal)
     plan = [(ratio, name, method) for ratio in size.ratios for name, method in arms(ratio, size).items()]
     records = []
-    documents = planted_documents(tokenizer, size.documents, size.tokens, size.seed)
-    others = documents if len(documents) > 1 else planted_documents(tokenizer, 2, size.tokens, size.seed)
+    source = list(corpus(size.corpus)) if size.corpus else None
+    documents = planted_documents(tokenizer, size.documents, size.tokens, size.seed, source)
+    others = documents if len(documents) > 1 else planted_documents(tokenizer, 2, size.tokens, size.seed, source)
     for number, document in enumerate(documents):
         lesson = None
         elsewhere = others[number - 1].following
@@ -219,13 +223,18 @@ def measure_needles(
     journal: Path,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[dict[str, Any]]:
-    """Per needle: whether the full cache and each method at `NEEDLE_RATIO` find it; resumable as `measure`."""
+    """Per needle: whether the full cache and each method at `NEEDLE_RATIO` find it; resumable as `measure`.
+
+    Lengths beyond the model's context are left out.
+    """
+    room = describe_decoder(model).max_position_embeddings - _NEEDLE_ROOM
+    lengths = [length for length in size.needle_lengths if length <= room]
     known, key = Journal(journal), fingerprint(model)
     methods: dict[str, Compactor] = {OURS: AttentionMatching(ratio=NEEDLE_RATIO)}
     methods |= {name: Eviction(ratio=NEEDLE_RATIO, score=name) for name in ("h2o", "snapkv", "kvzip", "streaming-llm")}
-    total = len(size.needle_lengths) * len(NEEDLE_DEPTHS)
+    total = len(lengths) * len(NEEDLE_DEPTHS)
     records = []
-    for number, needle in enumerate(needles(tokenizer, size.needle_lengths, NEEDLE_DEPTHS, size.seed)):
+    for number, needle in enumerate(needles(tokenizer, lengths, NEEDLE_DEPTHS, size.seed)):
         settings = json.dumps([method.settings() for method in methods.values()], sort_keys=True)
         identity = f"needle/{key}/{needle.length}/{needle.depth}/{needle.code}/{settings}"
         if identity not in known:

@@ -151,16 +151,22 @@ class AttentionMatching(Compactor):
             return top_entries(pooled(scores, self.pool), problem, budget)
         if self.select == "random":
             generator = torch.Generator().manual_seed(problem.seed)
-            return top_entries(torch.rand(problem.bias.shape, generator=generator), problem, budget)
+            drawn = torch.rand(problem.bias.shape, generator=generator).to(problem.bias.device)
+            return top_entries(drawn, problem, budget)
         keys_per_step, refit_every = _PURSUITS[self.select]
-        order = refined_pursuit(
-            *mass_features(problem.logits()),
-            max(budget),
-            math.exp(7.0),
-            1e-12,
-            keys_per_step,
-            refit_every,
-            problem.protected & problem.exists,
-            self.refinements,
-        )
-        return [indices[:count].sort().values for indices, count in zip(order, budget, strict=True)]
+        lower, upper, _ = self._bounds()
+        chosen = []
+        for head, count in enumerate(budget):  # each may have a budget of its own
+            one = problem.head(head)
+            (order,) = refined_pursuit(
+                *mass_features(one.logits()),
+                min(count, int(one.exists.sum())),
+                upper,
+                lower,
+                keys_per_step,
+                refit_every,
+                one.protected & one.exists,
+                self.refinements,
+            )
+            chosen.append(order.sort().values)
+        return chosen
