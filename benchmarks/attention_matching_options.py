@@ -18,7 +18,7 @@ from lissom.kv import AttentionMatching
 from lissom.kv.compactor import Compactor
 from lissom.report.rows import Result, Row
 
-SIZE = study.Size(documents=4, tokens=1000, ratios=(0.5, 0.1, 0.05), seed=1, recall=False)
+SIZE = study.Size(documents=3, tokens=1000, ratios=(0.2, 0.05), seed=1, recall=False)
 REFERENCE = "published fit"
 
 
@@ -26,7 +26,12 @@ def arms(ratio: float, size: study.Size) -> dict[str, Compactor]:
     """The default, the options that it was chosen from, and other ways of selecting keys."""
     return {
         study.OURS: AttentionMatching(ratio=ratio),
-        **study.options(ratio),
+        REFERENCE: AttentionMatching(ratio=ratio, mass_ridge=0.0, ridge=0.0),
+        "published, uniform": AttentionMatching(ratio=ratio, mass_ridge=0.0, ridge=0.0, budgets="uniform"),
+        "no mass ridge": AttentionMatching(ratio=ratio, mass_ridge=0.0),
+        "ridge to zero": AttentionMatching(ratio=ratio, prior="zero"),
+        "exact mass fit": AttentionMatching(ratio=ratio, mass_ridge=0.0, exact=True),
+        "2048 queries": AttentionMatching(ratio=ratio, max_queries=2048),
         "mass ridge 1e-3": AttentionMatching(ratio=ratio, mass_ridge=1e-3),
         "mass ridge 1e-1": AttentionMatching(ratio=ratio, mass_ridge=1e-1),
         "ridge 1e-2": AttentionMatching(ratio=ratio, ridge=1e-2),

@@ -44,9 +44,12 @@ int lissom_set_isa(int isa) {
   return chosen;
 }
 
-void lissom_ragged_attention(const Problem* problem, int threads) {
+// Returns 0, or -1 where a block lies outside the buffers: then nothing is read.
+int lissom_ragged_attention(const Problem* problem, int threads) {
   const Problem& p = *problem;
   const int64_t blocks = p.rows * p.kv_heads;
+  for (int64_t i = 0; i < blocks; ++i)
+    if (p.starts[i] < 0 || p.lengths[i] < 0 || p.starts[i] > p.capacity - p.lengths[i]) return -1;
   const int64_t vectors = p.query_heads / p.kv_heads * p.queries;
   const int64_t floats = vectors * (2 * p.head_dim + 2) + 128 * (p.head_dim + 1);
   int64_t work = 0;
@@ -60,6 +63,7 @@ void lissom_ragged_attention(const Problem* problem, int threads) {
     std::vector<float> scratch(floats);
     for (int64_t block; (block = next.fetch_add(1)) < blocks;) attend(p, block, scratch.data());
   });
+  return 0;
 }
 
 }  // extern "C"

@@ -10,7 +10,7 @@ struct Problem {
   const float* bias;     // per entry, or null
   const uint8_t* mask;   // [rows][queries][masked] for the last `masked` entries of each block, or null = causal
   const int64_t *starts, *lengths;  // per block
-  int64_t rows, query_heads, kv_heads, queries, head_dim, masked;
+  int64_t rows, query_heads, kv_heads, queries, head_dim, masked, capacity;
   float scale;
   bool is_bfloat16;
 };

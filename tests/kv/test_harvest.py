@@ -6,10 +6,11 @@ import pytest
 import torch
 from tiny import random_ids, tiny_model
 
+from lissom.errors import UserError
 from lissom.kv import Eviction
 from lissom.kv.compact import Reading, problem_of
 from lissom.kv.eviction import kvzip_scores
-from lissom.kv.harvest import QueryRecorder
+from lissom.kv.harvest import QueryRecorder, repeat_ids
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt2"])
@@ -39,9 +40,20 @@ def test_kvzip_scores_are_the_largest_weights_of_the_repeat_pass(architecture, p
 
 
 def test_the_last_tokens_are_always_recorded():
-    recorder = QueryRecorder(limit=10, seed=0)
-    recorder.expect(100, torch.ones(1, 500, dtype=torch.bool))
-    (positions,) = recorder._positions
-    assert positions[-64:].tolist() == list(range(536, 600))
-    assert len(positions) == len(set(positions.tolist())) and 64 <= len(positions) <= 74
-    assert positions.sort().values.equal(positions)
+    for limit, last in ((1, 1), (80, 10), (800, 64)):
+        recorder = QueryRecorder(limit, seed=0)
+        recorder.expect(100, torch.ones(1, 1000, dtype=torch.bool))
+        (positions,) = recorder._positions
+        assert positions[-last:].tolist() == list(range(1100 - last, 1100))
+        assert len(set(positions.tolist())) == len(positions) == limit
+        assert positions.sort().values.equal(positions)
+
+
+def test_padding_of_the_repeat_pass_stands_at_the_end_and_the_context_bounds_each_row():
+    ids, visible = random_ids(30, rows=2), torch.ones(2, 30, dtype=torch.bool)
+    visible[0, :20] = False
+    tokens, shown = repeat_ids(ids, visible, None, limit=50)
+    assert tokens[0, :10].equal(ids[0, 20:]) and shown[0].sum() == 10 and shown[0, :10].all()
+    assert tokens[1].equal(ids[1, :20]) and shown[1].all()  # 30 read, 20 positions are left
+    with pytest.raises(UserError, match="fills"):
+        repeat_ids(ids, visible, None, limit=30)

@@ -19,7 +19,10 @@ class _Problem(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("query", "keys", "values", "out", "bias", "mask", "starts", "lengths")),
-        *((name, ctypes.c_int64) for name in ("rows", "query_heads", "kv_heads", "queries", "head_dim", "masked")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("rows", "query_heads", "kv_heads", "queries", "head_dim", "masked", "capacity")
+        ),
         ("scale", ctypes.c_float),
         ("is_bfloat16", ctypes.c_bool),
     )
@@ -79,14 +82,20 @@ def ragged_attention(
 
     Returns:
         `[rows, query_heads, queries, head_dim]` in the dtype of `query`; zeros where a query sees nothing.
+
+    Raises:
+        ValueError: shapes that do not fit together, or a block outside the buffers.
     """
+    _check(query, keys, values, bias, starts, lengths, mask)
     library = native.library()
     same = query.dtype == keys.dtype == values.dtype
     if library is None or not same or query.dtype not in (torch.float32, torch.bfloat16) or query.device.type != "cpu":
         _say_once("native kernels are not available" if library is None else f"{query.dtype} on {query.device.type}")
         return ragged_attention_reference(query, keys, values, bias, starts, lengths, mask, scale)
-    query = query.contiguous()
-    mask = None if mask is None else mask.contiguous()
+    query, keys, values = query.contiguous(), keys.contiguous(), values.contiguous()
+    bias = None if bias is None else bias.float().contiguous()
+    starts, lengths = (part.to("cpu", torch.int64).contiguous() for part in (starts, lengths))
+    mask = None if mask is None else mask.bool().contiguous()
     output = torch.empty_like(query)
     rows, query_heads, queries, size = query.shape
     problem = _Problem(
@@ -104,11 +113,36 @@ def ragged_attention(
         queries,
         size,
         0 if mask is None else mask.shape[-1],
+        len(keys),
         scale,
         query.dtype == torch.bfloat16,
     )
-    library.lissom_ragged_attention(ctypes.byref(problem), torch.get_num_threads())
+    if library.lissom_ragged_attention(ctypes.byref(problem), torch.get_num_threads()):
+        raise ValueError(f"A block lies outside the {len(keys)} entries of the buffers.")
     return output
+
+
+def _check(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    bias: torch.Tensor | None,
+    starts: torch.Tensor,
+    lengths: torch.Tensor,
+    mask: torch.Tensor | None,
+) -> None:
+    rows, query_heads, queries, size = query.shape
+    blocks = len(starts)
+    if keys.ndim != 2 or keys.shape != values.shape or keys.shape[1] != size:
+        raise ValueError(
+            f"keys {tuple(keys.shape)} and values {tuple(values.shape)}: expected [capacity, {size}] both."
+        )
+    if starts.ndim != 1 or starts.shape != lengths.shape or blocks % rows or query_heads % max(1, blocks // rows):
+        raise ValueError(f"{blocks} starts and {len(lengths)} lengths for {rows} rows of {query_heads} query heads.")
+    if bias is not None and bias.shape != keys.shape[:1]:
+        raise ValueError(f"bias {tuple(bias.shape)}: expected {(len(keys),)}.")
+    if mask is not None and (mask.ndim != 3 or mask.shape[:2] != (rows, queries)):
+        raise ValueError(f"mask {tuple(mask.shape)}: expected [{rows}, {queries}, masked].")
 
 
 @ragged_attention.register_fake

@@ -140,7 +140,10 @@ class KVBudget:
 
     def _adopt(self, cache: DynamicCache, model: PreTrainedModel) -> None:
         """Exchange the cache's growing layers for ones that keep to their share; what they hold stays."""
-        if any(isinstance(layer, BudgetLayer) for layer in cache.layers):
+        others = [layer.settings for layer in cache.layers if isinstance(layer, BudgetLayer)]
+        if others:
+            if others[0] != self:
+                raise UserError(f"The cache has a budget already ({others[0]}): one is enough.")
             return
         full = describe_decoder(model).sliding.count(False)
         share = max(1, self.bytes // max(1, full))
@@ -181,7 +184,8 @@ class BudgetLayer(CompactLayer):
         visible = torch.ones(query.shape[0], self.tail, dtype=torch.bool)
         if mask is not None:  # what the last query may see is what is no padding
             visible = mask[:, 0, -1, -self.tail :].expand(query.shape[0], -1).cpu()
-        self._remember(query, visible, scaling)
+        if self.settings.compactor().queries != "none":
+            self._remember(query, visible, scaling)
         assert self.store is not None
         if not self.paused and self.store.stored_entries * self._entry_bytes() > self.share:
             self._shrink(visible)
@@ -193,7 +197,8 @@ class BudgetLayer(CompactLayer):
         return sum(tensor[:1].nbytes for tensor in tensors) + 4  # and an fp32 bias
 
     def _remember(self, query: torch.Tensor, visible: torch.Tensor, scaling: float) -> None:
-        last = query[:, :, -self.settings.window :].detach()
+        # A copy: a view would keep the queries of the whole prompt alive.
+        last = query[:, :, -self.settings.window :].detach().clone()
         places = torch.arange(self.logical - last.shape[2], self.logical)
         real = visible[:, -last.shape[2] :]
         if self.recent is not None:
@@ -250,6 +255,13 @@ class BudgetLayer(CompactLayer):
         logical, self.recent, self.places, self.real = state
         super().restore(logical)
         self.paused = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """See `CompactLayer.crop`; the queries of what is removed are forgotten, too."""
+        super().crop(tokens_to_remove)
+        if self.recent is not None:
+            keep = self.places < self.logical
+            self.recent, self.places, self.real = self.recent[:, :, keep], self.places[keep], self.real[:, keep]
 
     def reset(self) -> None:
         super().reset()

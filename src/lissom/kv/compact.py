@@ -304,6 +304,11 @@ def _document(
     mask = mask[None] if mask is not None and mask.ndim == 1 else mask
     if ids.ndim != 2 or ids.numel() == 0:
         raise UserError("The document is empty: there is nothing to compact.")
+    if mask is not None and mask.shape != ids.shape:
+        raise UserError(f"The attention mask {tuple(mask.shape)} is not of the shape of the ids {tuple(ids.shape)}.")
+    vocabulary = describe_decoder(model).vocab_size
+    if ids.is_floating_point() or int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
+        raise UserError(f"The ids are no tokens of this model, which has {vocabulary}.")
     ids = ids.to(model.device)
     visible = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool().to(ids.device)
     if not bool(visible.any(-1).all()):
@@ -336,11 +341,7 @@ def _study(
         for talk in self_study_ids(model, cache, visible, tokenizer, self_study_tokens, method.seed):
             passes.append((talk, torch.ones_like(talk, dtype=torch.bool)))
     if method.queries in ("repeat", "repeat+self-study"):
-        tokens, shown = repeat_ids(ids, visible, tokenizer)
-        room = describe_decoder(model).max_position_embeddings - ids.shape[1]
-        if room < 1:
-            raise UserError("The document fills the model's context; use queries='context'.")
-        passes.append((tokens[:, :room], shown[:, :room]))
+        passes.append(repeat_ids(ids, visible, tokenizer, describe_decoder(model).max_position_embeddings))
     return passes
 
 

@@ -140,14 +140,12 @@ class Compactor(ABC):
     on_policy: bool = False
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.ratio <= 1.0:
-            raise UserError(f"ratio={self.ratio} is not in (0, 1]: it is the share of the cache that is kept.")
-        for name in ("sinks", "recent", "min_tokens"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)} is negative.")
-        if self.max_queries < 1:
-            raise UserError(f"max_queries={self.max_queries}: at least one query is needed.")
-
+        if not isinstance(self.ratio, int | float) or isinstance(self.ratio, bool) or not 0.0 < self.ratio <= 1.0:
+            raise UserError(f"ratio={self.ratio!r} is not in (0, 1]: it is the share of the cache that is kept.")
+        for name, least in (("sinks", 0), ("recent", 0), ("min_tokens", 0), ("max_queries", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise UserError(f"{name}={value!r}: expected a whole number of at least {least}.")
         for name, choices in (("budgets", Budgets), ("queries", Queries)):
             check_choice(name, getattr(self, name), choices)
         if (self.budgets == "measured") != bool(self.shares):

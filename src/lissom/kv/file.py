@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from lissom.kv.storage import Block, RaggedStore
 from lissom.models import fingerprint
 
 FORMAT = "lissom-compact-cache"
-VERSION = 1
+VERSION = 2
 
 
 def save(
@@ -59,10 +60,12 @@ def save(
             tensors[f"sliding.{index}.values"] = layer.values.contiguous()
             layers[str(index)] = {"sliding": layer.cumulative_length}
     if tokens is not None:
-        tensors["tokens"] = tokens.cpu()
+        tensors["tokens"] = tokens.cpu().contiguous()
     header = {"version": VERSION, "model": fingerprint(model), "layers": layers, "settings": settings or {}}
+    text = json.dumps(header)
+    metadata = {"format": FORMAT, "lissom": text, "sha256": _digest(text, tensors)}
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": FORMAT, "lissom": json.dumps(header)})
+        save_file(tensors, temporary, metadata=metadata)
 
 
 def load(path: str | Path, model: PreTrainedModel) -> tuple[CompactCache, torch.Tensor | None, dict[str, Any]]:
@@ -93,7 +96,7 @@ def load(path: str | Path, model: PreTrainedModel) -> tuple[CompactCache, torch.
                 layer.lazy_initialization(keys, values)
                 layer.keys, layer.values = keys, values
                 layer.cumulative_length = header["layers"][str(index)]["sliding"]
-    except (KeyError, RuntimeError, ValueError, IndexError) as error:
+    except (KeyError, RuntimeError, ValueError, IndexError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"{path} is damaged: {error}. Compact the document again.") from error
     return cache, tensors.get("tokens"), header["settings"]
 
@@ -109,9 +112,21 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
             header = json.loads(metadata["lissom"])
             if header["version"] != VERSION:
                 raise UserError(f"{path} has format version {header['version']}; this lissom reads {VERSION}.")
-            return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if metadata["sha256"] != _digest(metadata["lissom"], tensors):
+                raise UserError(f"{path} is damaged: it is not what was written. Compact the document again.")
+            return header, tensors
     except (SafetensorError, json.JSONDecodeError, KeyError, OSError) as error:
         raise UserError(f"{path} is no readable cache file ({error}). Compact the document again.") from error
+
+
+def _digest(header: str, tensors: dict[str, torch.Tensor]) -> str:
+    """sha256 of everything that a file holds."""
+    digest = hashlib.sha256(header.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _restore(

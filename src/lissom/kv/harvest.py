@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from lissom.errors import UserError
 from lissom.kv.cache import CompactLayer, compact_layers
 from lissom.kv.document import question_ids
+
+logger = logging.getLogger(__name__)
 
 REPEAT_PROMPT = "Repeat the text above word for word."
 SELF_STUDY_PROMPTS = (
@@ -103,10 +107,10 @@ class QueryRecorder:
         """Announce a forward pass over tokens from `first_position` with padding mask `visible` `[rows, tokens]`."""
         tokens = visible.shape[1]
         # All heads of a group are stacked, so a limit in queries is met by fewer tokens; the caller divides.
-        picked = torch.randperm(tokens, generator=self.generator)[: self.limit].sort().values
         # The last tokens are TOVA's and SnapKV's whole evidence, and the best guess of what comes next.
-        last = max(0, tokens - _LAST)
-        picked = torch.cat([picked[picked < last], torch.arange(last, tokens)])
+        last = max(0, tokens - min(_LAST, max(1, self.limit // 8)))
+        others = torch.randperm(last, generator=self.generator)[: max(0, self.limit - (tokens - last))].sort().values
+        picked = torch.cat([others, torch.arange(last, tokens)])
         self._pick, self._shown = picked, visible
         self._positions.append(first_position + picked)
         self._visible.append(visible[:, picked].bool().cpu())
@@ -179,13 +183,37 @@ def rolled_back(cache: Cache) -> Iterator[None]:
 
 
 def repeat_ids(
-    ids: torch.Tensor, visible: torch.Tensor, tokenizer: PreTrainedTokenizerBase | None
+    ids: torch.Tensor, visible: torch.Tensor, tokenizer: PreTrainedTokenizerBase | None, limit: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and padding mask of the repeat pass: a request to repeat, then the document as its answer."""
-    if tokenizer is None:
-        return ids, visible
-    prompt = question_ids(tokenizer, REPEAT_PROMPT).to(ids.device).expand(len(ids), -1)
-    return torch.cat([prompt, ids], 1), torch.cat([torch.ones_like(prompt, dtype=torch.bool), visible], 1)
+    """Tokens and padding mask of the repeat pass: a request to repeat, then the document as its answer.
+
+    Padding goes to the end, so that none stands between a row's document and its repetition.
+
+    Args:
+        limit: positions that the model has; what is beyond is cut off.
+
+    Raises:
+        UserError: a row's document leaves no position for the repetition.
+    """
+    prompt = ids.new_empty(0) if tokenizer is None else question_ids(tokenizer, REPEAT_PROMPT)[0].to(ids.device)
+    rows = []
+    for row, shown in zip(ids, visible, strict=True):
+        document = row[shown]
+        repeated, room = torch.cat([prompt, document]), limit - len(document)
+        if room < 1:
+            raise UserError("The document fills the model's context; use queries='context'.")
+        if room < len(repeated):
+            logger.warning(
+                "Only %d of the %d tokens of the repeat pass fit the model's context: the compaction is less faithful "
+                "than that of a shorter document; queries='context' may be better.",
+                room,
+                len(repeated),
+            )
+        rows.append(repeated[:room])
+    longest = max(len(row) for row in rows)
+    tokens = torch.stack([F.pad(row, (0, longest - len(row))) for row in rows])
+    lengths = torch.tensor([len(row) for row in rows], device=ids.device)
+    return tokens, torch.arange(longest, device=ids.device) < lengths[:, None]
 
 
 @torch.no_grad()

@@ -71,6 +71,7 @@ class RaggedStore:
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, first_position: int) -> None:
         """Add `keys` and `values` `[rows, heads, tokens, head_dim]` to the end of every block, with bias zero."""
+        keys, values = keys.detach(), values.detach()
         rows, heads, tokens, _ = keys.shape
         if (rows, heads) != (self.rows, self.heads):
             raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,12 +36,14 @@ def compacted_after_prefill(model: PreTrainedModel, method: Compactor) -> Iterat
     """
     if "self-study" in method.queries:
         raise UserError("Self-study needs the tokenizer: call lissom.compact, or use queries='repeat' or 'context'.")
-    pending: dict[str, Any] = {}
+    states = threading.local()  # several threads may generate at once
 
     def before(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        pending.clear()
+        states.pending = None
         cache = kwargs.get("past_key_values")
         ids = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else (args[0] if args else None)
+        if cache is not None and ids is None and cache.get_seq_length() == 0:
+            raise UserError("A prompt of embeddings cannot be compacted: give token ids.")
         if cache is None or ids is None or cache.get_seq_length() > 0 or ids.shape[1] < method.min_tokens:
             return
         if not isinstance(cache, DynamicCache):
@@ -56,18 +59,19 @@ def compacted_after_prefill(model: PreTrainedModel, method: Compactor) -> Iterat
             recorder.expect(0, visible)
             for _, layer in compact_layers(cache):
                 layer.observer = _both(layer.observer, recorder.observe)  # another method may be recording, too
-        pending.update(cache=cache, ids=ids, visible=visible, recorder=recorder)
+        states.pending = cache, ids, visible, recorder
 
     def after(module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        if not pending:
+        if states.pending is None:
             return
-        cache, ids, visible, recorder = (pending[name] for name in ("cache", "ids", "visible", "recorder"))
-        pending.clear()  # a repeat pass comes through here again
+        cache, ids, visible, recorder = states.pending
+        states.pending = None  # a repeat pass comes through here again
         for _, layer in compact_layers(cache):
             layer.observer = None
-        study(model, cache, ids, visible, method, recorder)
-        if not method.on_policy:
-            fit(cache, method, recorder)
+        with torch.no_grad():
+            study(model, cache, ids, visible, method, recorder)
+            if not method.on_policy:
+                fit(cache, method, recorder)
 
     with installed(model):
         hooks = [
@@ -75,8 +79,7 @@ def compacted_after_prefill(model: PreTrainedModel, method: Compactor) -> Iterat
             model.register_forward_hook(after, with_kwargs=True),
         ]
         try:
-            with torch.no_grad():
-                yield
+            yield
         finally:
             for hook in hooks:
                 hook.remove()

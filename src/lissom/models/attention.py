@@ -11,7 +11,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -21,6 +23,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from lissom.errors import UserError
 
 PREFIX = "lissom_"
+# How many blocks of `installed` a model is in.
+_blocks: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()
+_lock = Lock()
 SUPPORTED = ("sdpa", "eager")
 
 
@@ -115,11 +120,19 @@ def uninstall(model: PreTrainedModel) -> None:
 
 @contextmanager
 def installed(model: PreTrainedModel) -> Iterator[None]:
-    """`install` for the length of a block; where it was installed already, it stays."""
-    before = model.config._attn_implementation or ""
-    install(model)
+    """`install` for the length of a block; where it was installed already, it stays. Blocks may end in any order."""
+    with _lock:
+        blocks = _blocks.get(model, 0)
+        own = blocks > 0 or not (model.config._attn_implementation or "").startswith(PREFIX)
+        if own:
+            install(model)
+            _blocks[model] = blocks + 1
     try:
         yield
     finally:
-        if not before.startswith(PREFIX):
-            uninstall(model)
+        if own:
+            with _lock:
+                _blocks[model] -= 1
+                if not _blocks[model]:
+                    del _blocks[model]
+                    uninstall(model)

@@ -79,23 +79,12 @@ def arms(ratio: float, size: Size, shares: Shares = ()) -> dict[str, Compactor]:
             "uniform budgets": AttentionMatching(ratio=ratio, budgets="uniform"),
             "uniform, OMP-fast": AttentionMatching(ratio=ratio, budgets="uniform", select="omp-fast"),
             "uniform, on-policy": AttentionMatching(ratio=ratio, budgets="uniform", on_policy=True),
-            **options(ratio),
+            "published fit": AttentionMatching(ratio=ratio, mass_ridge=0.0, ridge=0.0),
+            "published, uniform": AttentionMatching(ratio=ratio, mass_ridge=0.0, ridge=0.0, budgets="uniform"),
         }
         if shares:
             methods["measured budgets"] = AttentionMatching(ratio=ratio, budgets="measured", shares=shares)
     return methods
-
-
-def options(ratio: float) -> dict[str, Compactor]:
-    """What the defaults were chosen from: the published fit, and each step away from the default."""
-    return {
-        "published fit": AttentionMatching(ratio=ratio, mass_ridge=0.0, ridge=0.0),
-        "published, uniform": AttentionMatching(ratio=ratio, mass_ridge=0.0, ridge=0.0, budgets="uniform"),
-        "no mass ridge": AttentionMatching(ratio=ratio, mass_ridge=0.0),
-        "ridge to zero": AttentionMatching(ratio=ratio, prior="zero"),
-        "exact mass fit": AttentionMatching(ratio=ratio, mass_ridge=0.0, exact=True),
-        "2048 queries": AttentionMatching(ratio=ratio, max_queries=2048),
-    }
 
 
 @dataclass(frozen=True)
