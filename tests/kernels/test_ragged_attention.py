@@ -198,3 +198,35 @@ def test_without_a_compiler_a_pure_wheel_works(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0 and "1., 1., 1., 1." in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("change", ["view", "bfloat16 bias", "int32 lengths"])
+def test_any_strides_and_dtypes_mean_the_same(change):
+    query, keys, values = torch.randn(1, 4, 2, 8), torch.randn(20, 16)[:, :8], torch.randn(20, 8)
+    bias, starts, lengths = torch.randn(20), torch.tensor([0, 9]), torch.tensor([7, 11])
+    if change != "view":
+        keys = keys.contiguous()
+    if change == "bfloat16 bias":
+        bias = bias.bfloat16()
+    if change == "int32 lengths":
+        starts, lengths = torch.tensor([0, 9, 0], dtype=torch.int32)[:2], lengths.int()
+    arguments = query, keys, values, bias, starts, lengths, None, 0.3
+    torch.testing.assert_close(
+        ragged_attention(*arguments), ragged_attention_reference(*arguments), atol=1e-4, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("starts,lengths", [([0, 15], [7, 6]), ([-1, 9], [7, 11]), ([0, 9], [-2, 11])])
+def test_a_block_outside_the_buffers_is_refused(starts, lengths):
+    query, keys = torch.randn(1, 4, 2, 8), torch.randn(20, 8)
+    with pytest.raises(ValueError, match="outside"):
+        ragged_attention(query, keys, keys, None, torch.tensor(starts), torch.tensor(lengths), None, 1.0)
+
+
+@pytest.mark.parametrize("shapes", [((20, 8), (20, 4)), ((20, 8), (19, 8)), ((20, 4), (20, 4))])
+def test_shapes_that_do_not_fit_are_refused(shapes):
+    keys, values = (torch.randn(shape) for shape in shapes)
+    with pytest.raises(ValueError, match="expected"):
+        ragged_attention(
+            torch.randn(1, 4, 2, 8), keys, values, None, torch.tensor([0, 9]), torch.tensor([7, 9]), None, 1.0
+        )

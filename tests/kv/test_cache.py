@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from tiny import ARCHITECTURES, random_ids, tiny_model
@@ -179,6 +181,54 @@ def test_bad_files_are_refused(tmp_path):
         file.load(path, model)
 
 
+def test_any_damage_to_a_file_is_seen(tmp_path):
+    model, path = tiny_model("llama"), tmp_path / "c.safetensors"
+    file.save(lissom.compact(model, DOCUMENT, ratio=0.3), path, model, tokens=DOCUMENT.repeat(2, 1)[:1, :50])
+    whole = path.read_bytes()
+    for place in range(9, len(whole), len(whole) // 97):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        with pytest.raises(UserError):
+            file.load(path, model)
+    for size in (0, 5, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(UserError):
+            file.load(path, model)
+
+
+def test_several_threads_may_generate_in_one_block():
+    model, method = tiny_model("llama"), lissom.AttentionMatching(ratio=0.2, queries="context")
+    with method(model):
+
+        def read(seed):
+            cache = DynamicCache(config=model.config)
+            with torch.no_grad():
+                model(random_ids(100, seed=seed), past_key_values=cache, use_cache=True)
+            return [layer.store.lengths.tolist() for layer in cache.layers]
+
+        with ThreadPoolExecutor(8) as pool:
+            assert all(lengths == [[20, 20]] * 3 for lengths in pool.map(read, range(24)))
+
+
+def test_blocks_may_be_left_in_any_order():
+    model = tiny_model("llama")
+    before = model.config._attn_implementation
+    first, second = lissom.AttentionMatching(ratio=0.5)(model), lissom.Eviction(ratio=0.5)(model)
+    first.__enter__()
+    second.__enter__()
+    assert torch.is_grad_enabled()
+    first.__exit__(None, None, None)
+    greedy(model, DOCUMENT)
+    second.__exit__(None, None, None)
+    assert model.config._attn_implementation == before and torch.is_grad_enabled()
+
+
+def test_a_prompt_of_embeddings_is_refused():
+    model = tiny_model("llama")
+    embeddings = model.get_input_embeddings()(DOCUMENT)
+    with lissom.AttentionMatching(ratio=0.5)(model), pytest.raises(UserError, match="embeddings"):
+        model.generate(inputs_embeds=embeddings, max_new_tokens=2)
+
+
 def test_crop_and_reset():
     model = tiny_model("llama")
     cache = lissom.compact(model, DOCUMENT, ratio=0.3)
@@ -226,6 +276,11 @@ def test_a_cache_without_its_attention_fails_loudly():
         (DOCUMENT, {"budgets": "fair"}, "expected one of"),
         (DOCUMENT, {"pool": 4}, "odd"),
         (DOCUMENT, {"beta_max": float("nan")}, "finite"),
+        (DOCUMENT, {"ratio": "0.1"}, "not in"),
+        (DOCUMENT, {"ratio": True}, "not in"),
+        (DOCUMENT, {"sinks": 2.5}, "whole number"),
+        (DOCUMENT + 1000, {}, "no tokens of this model"),
+        ({"input_ids": DOCUMENT, "attention_mask": DOCUMENT[:, :5]}, {}, "not of the shape"),
         (DOCUMENT, {"queries": "self-study"}, "tokenizer"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The scores of the eviction baselines against loops over single numbers."""
+"""The scores of the eviction baselines against loops over single numbers, and whole fits against NumPy."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from lissom import AttentionMatching
 from lissom.kv.compactor import Problem
 from lissom.kv.eviction import SCORES, Eviction
 
@@ -111,3 +112,43 @@ def test_random_is_seeded_and_uniform():
     assert SCORES["random"][0](p).equal(SCORES["random"][0](p))
     other = Problem(**{**p.__dict__, "seed": 1})
     assert not SCORES["random"][0](p).equal(SCORES["random"][0](other))
+
+
+def published(p: Problem, head: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Positions, e^β and the best values of the published HAK fit, written out in NumPy."""
+    q, k, v = (x[head].double().numpy() for x in (p.queries, p.keys, p.values))
+    logits = q @ k.T * p.scaling
+    logits[p.query_positions.numpy()[:, None] < np.arange(TOKENS)] = -np.inf
+    features = np.exp(logits - logits.max(1, keepdims=True))
+    mass = features.sum(1)
+    attention = features / mass[:, None]
+    kept = np.sort(np.argsort(-np.sqrt((attention**2).mean(0)))[:count])
+    design = features[:, kept]
+    low, high = math.exp(-3), math.exp(3)
+    weights = np.linalg.lstsq(design, mass, rcond=None)[0].clip(low, high)
+    for _ in range(2):
+        weights = (weights - design.T @ (design @ weights - mass) / np.linalg.norm(design, 2) ** 2).clip(low, high)
+    mixed = design * weights
+    mixed /= mixed.sum(1, keepdims=True).clip(1e-300)
+    return kept, weights, np.linalg.lstsq(mixed, attention @ v, rcond=None)[0]
+
+
+@pytest.mark.parametrize("count", [1, 7, 30])
+def test_the_published_fit_end_to_end(count):
+    p = problem()
+    fitted = AttentionMatching(mass_ridge=0.0, ridge=0.0, sinks=0, budgets="uniform").fit(p, [count] * HEADS)
+    for head, block in enumerate(fitted):
+        kept, weights, values = published(p, head, count)
+        assert block.positions.tolist() == kept.tolist() and block.keys.equal(p.keys[head, kept])
+        np.testing.assert_allclose(block.bias.exp(), weights, rtol=2e-2, atol=1e-2)
+        np.testing.assert_allclose(block.values, values, atol=2e-2 * np.abs(values).max())
+
+
+@pytest.mark.parametrize(
+    "method", [Eviction(sinks=0, score="kvzip"), AttentionMatching(sinks=0, bias=False)], ids=["eviction", "matching"]
+)
+def test_old_biases_stay(method):
+    bias = torch.randn(HEADS, TOKENS, generator=torch.Generator().manual_seed(5))
+    p = Problem(**{**problem().__dict__, "bias": bias})
+    for head, block in enumerate(method.fit(p, [15] * HEADS)):
+        torch.testing.assert_close(block.bias, bias[head, block.positions])
