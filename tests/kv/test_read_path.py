@@ -1,4 +1,4 @@
-"""What a model makes of a compacted cache, against explicit float64 attention over the stored keys, values and biases."""
+"""What a model makes of a compacted cache, against explicit float64 attention over its keys, values and biases."""
 
 from __future__ import annotations
 

@@ -44,6 +44,8 @@ def ragged_attention_reference(
     grouped = query.float().reshape(rows * heads, -1, size)
     output = torch.zeros_like(grouped)
     for block, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+        if start < 0 or length < 0 or start + length > len(keys):
+            raise ValueError(f"A block lies outside the {len(keys)} entries of the buffers.")
         span = slice(start, start + length)
         logits = grouped[block] @ keys[span].float().T * scale
         if bias is not None:
