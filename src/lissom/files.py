@@ -14,6 +14,20 @@ from safetensors import SafetensorError
 from lissom.errors import UserError
 
 
+def require_writable(path: str | Path) -> None:
+    """Raise a `UserError` now where `atomic_path` could not write to `path` after long work."""
+    target = Path(path)
+    if target.name in ("", ".", ".."):
+        raise UserError(f"{target} names no file.")
+    for folder in (target.parent, *target.parent.parents):
+        if folder.exists():
+            try:
+                tempfile.TemporaryDirectory(prefix=".lissom-", dir=folder).cleanup()
+            except OSError as error:
+                raise UserError(f"Cannot write to {folder}: {error.strerror or error}.") from error
+            return
+
+
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary sibling of `path`; rename it to `path` when the block ends without an error.
@@ -34,8 +48,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     temporary = scratch / target.name
     try:
         yield temporary
-        if temporary.is_file():
-            temporary.chmod(0o666 & ~_umask())  # some writers make private files
+        for file in temporary.rglob("*") if temporary.is_dir() else [temporary]:
+            if file.is_file():
+                file.chmod(0o666 & ~_umask())  # some writers make private files
         _sync(temporary)
         if temporary.is_dir() and target.is_dir():
             target.rename(scratch / "replaced")

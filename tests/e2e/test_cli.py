@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 LICENCE = Path(__file__).parents[2] / "LICENSE"
 
@@ -90,6 +91,18 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(lissom_cli, arguments, words,
     result = lissom_cli(*arguments)
     assert result.returncode == 2
     assert words in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("output", ["/proc/cache.safetensors", "."])
+def test_an_output_that_cannot_be_written_is_known_before_the_work(lissom_cli, document, output):
+    done = lissom_cli("compact", "no/model", "-d", document, "-o", output)
+    assert (done.returncode == 2 and "Cannot write" in done.stderr) or "names no file" in done.stderr
+
+
+def test_a_second_search_in_one_folder_is_refused(lissom_cli, tmp_path):
+    with FileLock(tmp_path / ".lock"):
+        done = lissom_cli("optimize", "no/model", "-o", tmp_path)
+    assert done.returncode == 2 and "Another lissom optimize" in done.stderr
 
 
 def test_empty_document(lissom_cli, tmp_path):

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lissom.devices.meters import Timing
+from lissom.errors import UserError
 from lissom.evals.stats import Interval
 from lissom.evolve.measure import Measured
 from lissom.evolve.optimize import Outcome, compare, costs, dominates, gain, optimize
@@ -98,6 +99,50 @@ def test_a_process_that_is_killed_costs_no_report():
     bench.peak = killed
     outcome = optimize(bench, 0.05, 10, profile=fake_profile())
     assert outcome.finished and outcome.base.peak_bytes is None
+
+
+def test_a_recipe_that_fails_is_named_and_the_others_are_measured():
+    bench = FakeBench()
+    quality = bench.quality
+
+    def failing(recipe, number):
+        if "eviction" in str(recipe.methods):
+            raise UserError("There is nothing to evict.")
+        return quality(recipe, number)
+
+    bench.quality = failing
+    outcome = optimize(bench, 0.05, 10, profile=fake_profile())
+    assert outcome.finished and outcome.failed and set(outcome.failed.values()) == {"There is nothing to evict."}
+    assert not any("eviction" in str(m.recipe.methods) for m in outcome.measured)
+    assert "attention-matching" in outcome.best.label and not outcome.untried
+
+
+def test_without_the_untouched_model_there_is_no_search():
+    bench = FakeBench()
+
+    def failing(recipe, number):
+        raise UserError("It has no attention.")
+
+    bench.quality = failing
+    with pytest.raises(UserError):
+        optimize(bench, 0.05, 10, profile=fake_profile())
+
+
+def test_what_is_recommended_was_measured_fully_however_early_the_search_ended(monkeypatch):
+    bench = FakeBench()
+    clock = iter(range(10**6))
+    monkeypatch.setattr("lissom.evolve.optimize.time.monotonic", lambda: float(next(clock)))
+    outcome = optimize(bench, 0.05, 20 / 60, profile=fake_profile())  # twenty looks at the clock
+    assert not outcome.finished and outcome.untried and outcome.best is not outcome.base
+    assert len(outcome.best.timings) >= bench.workload.rounds
+    assert len(outcome.best.quality) == bench.workload.documents
+
+
+def test_a_small_cache_is_no_gain_where_the_answer_takes_longer():
+    base, slow, fast = measured(0.0, 4.0, 1.0, 0.1), measured(0.0, 0.1, 9.0, 0.1), measured(0.0, 2.0, 1.0, 0.1)
+    outcome = Outcome(base, [base, slow, fast], 1.0, "balanced", fake_profile())
+    assert outcome.best is fast
+    assert Outcome(base, [base, slow, fast], 1.0, "memory", fake_profile()).best is slow
 
 
 def test_recipes_of_one_label_are_measured_each():

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from tiny import ARCHITECTURES, random_ids, tiny_model
-from transformers import AutoModelForCausalLM, DynamicCache, Lfm2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, DynamicCache, Lfm2Config, LlamaConfig, MambaConfig, MistralConfig
 
 import lissom
 from lissom.errors import UserError
@@ -329,6 +329,35 @@ def test_a_layer_of_another_kind_is_rolled_back_and_not_saved(tmp_path):
         torch.testing.assert_close(model(QUESTION, past_key_values=cache.copy()).logits, wanted, atol=1e-4, rtol=0)
     with pytest.raises(UserError, match="cannot be saved"):
         file.save(cache, tmp_path / "c.safetensors", model)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model: lissom.compact(model, DOCUMENT),
+        lambda model: lissom.AttentionMatching()(model).__enter__(),
+        lambda model: lissom.KVBudget("1MB")(model).__enter__(),
+    ],
+    ids=["compact", "method", "budget"],
+)
+def test_a_model_whose_layers_all_slide_is_refused(use):
+    config = MistralConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=128, sliding_window=8,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="nothing to compact"):
+        use(AutoModelForCausalLM.from_config(config).eval())
+
+
+def test_a_model_without_attention_is_refused():
+    config = MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=128, state_size=4)
+    with pytest.raises(UserError, match="no attention layers"):
+        lissom.compact(AutoModelForCausalLM.from_config(config).eval(), DOCUMENT)
+
+
+def test_a_text_instead_of_ids_is_refused():
+    with pytest.raises(UserError, match="document_ids"):
+        lissom.compact(tiny_model("llama"), "A text.")
 
 
 def test_two_methods_on_one_prompt_each_get_their_queries():

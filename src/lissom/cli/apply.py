@@ -23,7 +23,7 @@ def apply(
     from rich.console import Console
 
     from lissom.errors import UserError
-    from lissom.files import atomic_path
+    from lissom.files import atomic_path, require_writable
     from lissom.recipes import Recipe
     from lissom.recipes.recipe import FILE_NAME
 
@@ -32,6 +32,7 @@ def apply(
         chosen = chosen.model_copy(update={"model": model})
     if output.exists() and not (output / FILE_NAME).exists() and (output.is_file() or any(output.iterdir())):
         raise UserError(f"{output} exists and was not written by `lissom apply`; give another folder.")
+    require_writable(output)
     with Console(stderr=True).status(f"loading {chosen.model}"):
         network, tokenizer = chosen.load_model()
     with atomic_path(output) as temporary:

@@ -31,12 +31,15 @@ def check(
     import lissom.models
     from lissom.errors import UserError
     from lissom.evals.checks import attention_matching as study
+    from lissom.files import require_writable
     from lissom.report.checks import attention_matching_result, attention_matching_tables
 
     if method != "attention-matching":
         raise UserError(f"There is no check for {method!r}. Known: attention-matching.")
     if small and paper:
         raise UserError("Give either --small or --paper.")
+    if json_file and json_file != "-":
+        require_writable(json_file)
     size = study.SMALL if small else study.PAPER if paper else study.DEFAULT
     errors, out = Console(stderr=True), Console()
     with errors.status(f"loading {model}"):

@@ -28,6 +28,7 @@ def compact(
     from rich.progress import Progress
 
     import lissom.models
+    from lissom.files import require_writable
     from lissom.kv import AttentionMatching, file
     from lissom.kv import compact as make_compact
     from lissom.kv.document import document_ids
@@ -38,6 +39,7 @@ def compact(
         settings["budgets"] = head_budgets
     method = AttentionMatching(**settings)  # type: ignore[arg-type]
     text = read_text(document)
+    require_writable(output)
     console = Console(stderr=True)
     with console.status(f"loading {model}"):
         network, tokenizer = lissom.models.load(model, dtype)

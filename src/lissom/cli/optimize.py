@@ -42,6 +42,7 @@ def optimize(
 
     A second run goes on with what was measured; Ctrl-C keeps it and still writes the report.
     """
+    from filelock import FileLock, Timeout
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -60,8 +61,14 @@ def optimize(
     if prefer not in ("balanced", "speed", "memory"):
         raise UserError(f"--prefer {prefer}: expected speed, memory or balanced.")
     output.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output / ".lock")
+    try:
+        lock.acquire(timeout=0)  # held until this process ends
+    except Timeout as error:
+        raise UserError(f"Another lissom optimize is writing to {output}; give this one another --output.") from error
+    except OSError as error:
+        raise UserError(f"Cannot write to {output}: {error.strerror}.") from error
     journal = Journal(output / "measurements.jsonl")
-    (output / "measurements.jsonl").touch()  # an unwritable folder is known now, not after the first minutes
     console = Console(stderr=True)
     known = len(journal.records)
     with console.status(f"loading {model}"):
@@ -82,6 +89,12 @@ def optimize(
     )
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("untouched model", total=None)
+
+        def show(label: str, done: int, planned: int) -> None:
+            bar.update(task, description=label, completed=done, total=planned)
+            if not console.is_terminal:  # no bar there: a line for each measurement
+                console.print(f"{done + 1} of about {planned}: {label}", highlight=False, soft_wrap=True)
+
         outcome = search(
             bench,
             floor,
@@ -89,8 +102,9 @@ def optimize(
             prefer=prefer,  # type: ignore[arg-type]
             quick=quick,
             profile=profile,
-            progress=lambda label, done, planned: bar.update(task, description=label, completed=done, total=planned),
+            progress=show,
         )
+    from lissom.evolve.optimize import answer_seconds
     from lissom.report.page import page
     from lissom.report.results import result, table
 
@@ -110,12 +124,17 @@ def optimize(
         if best is outcome.base:
             out.print(f"Nothing measured was better than the untouched model within a loss of {floor:.1%}.")
         else:
+            whole = answer_seconds(base, profile) / answer_seconds(best, profile)
             speed, small = base.decode / best.decode, base.cache_bytes / best.cache_bytes
             out.print(
                 f"Best within a loss of {floor:.1%}: [bold]{best.label}[/bold] "
-                f"(decode {speed:.2f}x, cache ÷ {small:.1f})",
+                f"(whole answer {whole:.2f}x, decode {speed:.2f}x, cache ÷ {small:.1f})",
                 highlight=False,
             )
+        for label, reason in outcome.failed.items():
+            out.print(f"Not measurable here: {label}: {reason}", highlight=False, markup=False)
+        if outcome.untried:
+            out.print(f"Not tried yet: {', '.join(outcome.untried)}.", highlight=False, markup=False)
         out.print(f"Report: {html}   Results: {results}   Recipe: {recipe}", highlight=False, soft_wrap=True)
         out.print(f"Use it:\n  {command}", highlight=False, markup=False, soft_wrap=True)
     if not outcome.finished:

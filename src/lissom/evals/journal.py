@@ -38,8 +38,11 @@ class Journal:
     def add(self, identity: str, record: dict[str, Any]) -> dict[str, Any]:
         """Keep a record on disk, and return it as a later run will read it."""
         text = json.dumps({"identity": identity, **record})
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write("\n" + text)  # the line feed first: it ends a line that a killed run left half written
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:
+                file.write("\n" + text)  # the line feed first: it ends a line that a killed run left half written
+        except OSError as error:
+            raise UserError(f"Cannot write {self.path}: {error.strerror}.") from error
         self.records[identity] = json.loads(text)
         return self.records[identity]

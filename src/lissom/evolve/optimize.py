@@ -12,12 +12,14 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from itertools import zip_longest
+from typing import Literal
 
 import torch
 
 from lissom.devices.meters import interleaved
 from lissom.devices.profiles import Profile
+from lissom.errors import UserError
 from lissom.evolve.measure import Bench, Measured
 from lissom.models.method import SearchContext
 from lissom.recipes import Dtype, Recipe, method_class, method_names
@@ -42,6 +44,8 @@ class Outcome:
         front: what nothing else beats in loss, time to the first token, time per token and cache bytes together.
         best: the preferred recipe within the quality floor; `base` where none is.
         max_loss: the quality floor, as a share.
+        failed: why a recipe could not be measured, by label.
+        untried: labels of recipes that the search did not come to.
         finished: false where the time or a key press ended the search early.
         interrupted: true where it was a key press.
         profile: the device for which it is.
@@ -54,6 +58,8 @@ class Outcome:
     profile: Profile
     finished: bool = True
     interrupted: bool = False
+    failed: dict[str, str] = field(default_factory=dict)
+    untried: list[str] = field(default_factory=list)
     front: list[Measured] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -62,6 +68,9 @@ class Outcome:
     @property
     def best(self) -> Measured:
         within = [m for m in self.front if m.loss.estimate <= self.max_loss]
+        if self.prefer == "balanced":  # a smaller cache is no gain where the whole answer takes longer for it
+            limit = answer_seconds(self.base, self.profile)
+            within = [m for m in within if answer_seconds(m, self.profile) <= limit]
         return max([self.base, *within], key=lambda m: gain(m, self.base, self.prefer, self.profile))
 
 
@@ -99,6 +108,8 @@ class _Search:
     def __init__(self, bench: Bench, max_loss: float, deadline: float, progress: Progress) -> None:
         self.bench, self.max_loss, self.deadline, self.progress = bench, max_loss, deadline, progress
         self.measured: dict[str, Measured] = {}
+        self.failed: dict[str, str] = {}
+        self.wanted: dict[str, str] = {}
         self.done, self.planned = 0, 0
 
     def run(self, recipes: Sequence[Recipe], drop: bool = True) -> None:
@@ -107,27 +118,55 @@ class _Search:
         new = {recipe.identity: recipe for recipe in recipes if recipe.identity not in self.measured}
         whole = workload.documents + workload.rounds
         self.planned += len(new) * whole
+        self.wanted |= {identity: recipe.label for identity, recipe in new.items()}
         begun = []
         for recipe in sorted(new.values(), key=lambda r: r.dtype):  # models are exchanged as seldom as possible
             m = Measured(recipe)
-            self._quality(m)
-            self._time(m)
+            try:
+                self._quality(m)
+                self._time(m)
+            except (UserError, RuntimeError, MemoryError) as error:
+                if not self.measured:  # without the untouched model there is nothing to compare with
+                    raise
+                logger.warning("%s could not be measured: %s", recipe.label, error)
+                self.failed[recipe.identity] = str(error)
+                continue
             begun.append(m)
             self.measured[recipe.identity] = m
             self._judge()
-        base = next(iter(self.measured.values()))
         alive = [m for m in begun if not (drop and self._hopeless(m))]
         self.planned -= (len(begun) - len(alive)) * (whole - 2)
+        self.complete(alive)
+
+    def complete(self, alive: Sequence[Measured]) -> None:
+        """Measure what is missing of these: the other documents, and the timed runs."""
+        workload, base = self.bench.workload, next(iter(self.measured.values()))
         for _ in range(1, workload.documents):
             for m in alive:
-                self._quality(m)
+                if len(m.quality) < workload.documents:
+                    self._quality(m)
         self._judge()
         # The untouched model is timed again beside every group, so that a drifting machine hurts it as much.
         group = {id(m): m for m in (base, *alive)}.values()
         arms = {m.recipe.identity: (lambda m=m: self._time(m)) for m in group}  # type: ignore[misc]
-        self.planned += (workload.rounds - 1) * (len(arms) - len(alive))
-        for _ in interleaved(arms, workload.rounds - 1):
+        missing = workload.rounds - min((len(m.timings) for m in alive), default=workload.rounds)
+        self.planned += missing * (len(arms) - len(alive))
+        for _ in interleaved(arms, missing):
             pass
+
+    def confirm(self, outcome: Outcome) -> Outcome:
+        """Measure the recommended recipe fully, in turns with the untouched model, until it stays the recommended one.
+
+        A search that ended early may have put it first for one lucky run.
+        """
+        self.deadline = float("inf")
+        for _ in range(3):
+            best, workload = outcome.best, self.bench.workload
+            if len(best.timings) >= workload.rounds and len(best.quality) >= workload.documents:
+                break
+            self.complete([best])
+            outcome = self.outcome(outcome.max_loss, outcome.prefer, outcome.profile, outcome.finished)
+        return outcome
 
     def _quality(self, measured: Measured) -> None:
         self._begin(measured.label)
@@ -145,9 +184,22 @@ class _Search:
             raise _OutOfTime
         self.progress(label, self.done, self.planned)
 
-    def outcome(self, *facts: Any) -> Outcome:
+    def outcome(
+        self, max_loss: float, prefer: Prefer, profile: Profile, finished: bool = True, interrupted: bool = False
+    ) -> Outcome:
         measured = list(self.measured.values())
-        return Outcome(measured[0], measured, *facts)
+        known = self.measured.keys() | self.failed.keys()
+        return Outcome(
+            measured[0],
+            measured,
+            max_loss,
+            prefer,
+            profile,
+            finished,
+            interrupted,
+            {self.wanted[identity]: reason for identity, reason in self.failed.items()},
+            [label for identity, label in self.wanted.items() if identity not in known],
+        )
 
     def _judge(self) -> None:
         base = next(iter(self.measured.values()))
@@ -168,7 +220,7 @@ def other_dtype(bench: Bench) -> Dtype:
 def runtimes(model: str, other: Dtype) -> list[Recipe]:
     """The untouched model first, then other numbers of threads and the other dtype."""
     cores = os.cpu_count() or 1
-    counts = sorted({1, max(1, cores // 2)} - {cores})
+    counts = sorted({1, max(1, cores // 2)} - {cores, torch.get_num_threads()})
     recipes = [Recipe(model=model), *(Recipe(model=model, threads=count) for count in counts)]
     return [*recipes, Recipe(model=model, dtype=other)]
 
@@ -202,7 +254,9 @@ def optimize(
         fastest = min(good, key=lambda m: answer_seconds(m, profile))
         context = SearchContext(bench.tokens, int(fastest.cache_bytes), quick)
         runtime = {"model": model, "dtype": fastest.recipe.dtype, "threads": fastest.recipe.threads}
-        candidates = [c for key in method_names() for c in method_class(key).candidates(context)]
+        # In turns, so that a search that ends early has seen something of every method.
+        groups = [method_class(key).candidates(context) for key in method_names()]
+        candidates = [c for turn in zip_longest(*groups) for c in turn if c is not None]
         search.run([Recipe.of(candidate, **runtime) for candidate in candidates])
         outcome = search.outcome(max_loss, prefer, profile)
         ranked = sorted(outcome.front, key=lambda m: gain(m, base, prefer, profile), reverse=True)
@@ -220,6 +274,7 @@ def optimize(
     outcome = search.outcome(max_loss, prefer, profile, finished, interrupted)
     if not interrupted:
         try:
+            outcome = search.confirm(outcome)
             _measure_memory(search, outcome, everything=finished and not quick)
         except KeyboardInterrupt:
             outcome.finished, outcome.interrupted = False, True

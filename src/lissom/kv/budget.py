@@ -19,7 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from lissom.errors import UserError
 from lissom.kv.attention_matching import AttentionMatching
-from lissom.kv.cache import CompactCache, CompactLayer, compacting
+from lissom.kv.cache import CompactCache, CompactLayer, compacting, require_full_attention
 from lissom.kv.compact import compact_layer
 from lissom.kv.compactor import Compactor
 from lissom.kv.eviction import SCORES, Eviction
@@ -131,6 +131,7 @@ class KVBudget:
                 raise UserError(f"{type(cache).__name__} has no budget: generate with the default (dynamic) cache.")
             self._adopt(cache, model)
 
+        require_full_attention(model)
         with installed(model):
             hook = model.register_forward_pre_hook(before, with_kwargs=True)
             try:

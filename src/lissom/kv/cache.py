@@ -14,6 +14,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from lissom.errors import UserError
 from lissom.kernels import ragged_attention
 from lissom.kv.storage import Block, RaggedStore
+from lissom.models import describe_decoder
 from lissom.models.attention import AttentionHandle, install
 
 Observer = Callable[["CompactLayer", torch.Tensor, float], None]
@@ -208,6 +209,7 @@ class CompactCache(DynamicCache):
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        require_full_attention(model)
         install(model)
         super().__init__(config=model.config)
         self.layers: list[CacheLayerMixin] = [compacting(layer) for layer in self.layers]
@@ -248,6 +250,20 @@ class CompactCache(DynamicCache):
     def stored_bytes(self) -> int:
         """Bytes of the entries of the full-attention layers, without spare capacity."""
         return sum(layer.stored_bytes for _, layer in self.compact_layers())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the full-attention layers have allocated, spare capacity included."""
+        return sum(layer.nbytes for _, layer in self.compact_layers())
+
+
+def require_full_attention(model: PreTrainedModel) -> None:
+    """Raise a `UserError` where every layer has a sliding window, so that nothing of the cache can be compacted."""
+    if all(describe_decoder(model).sliding):
+        raise UserError(
+            f"Every layer of {type(model).__name__} has a sliding window, which bounds its cache already: there is "
+            "nothing to compact."
+        )
 
 
 def compact_layers(cache: Cache) -> list[tuple[int, CompactLayer]]:

@@ -294,6 +294,8 @@ def _store(layer: CompactLayer) -> RaggedStore:
 def _document(
     model: PreTrainedModel, inputs: torch.Tensor | Mapping[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    if isinstance(inputs, str):
+        raise UserError("Pass token ids: lissom.kv.document.document_ids(tokenizer, text) makes them of a text.")
     if isinstance(inputs, torch.Tensor):
         ids, mask = inputs, None
     else:

@@ -112,7 +112,12 @@ class Eviction(Compactor):
         """See `lissom.models.method.Method`. The scores that were best in the comparison of all."""
         scores = ("h2o", "streaming-llm") if context.quick else ("h2o", "snapkv", "kvzip", "streaming-llm")
         ratios = (0.5,) if context.quick else (0.5, 0.25)
-        return [cls(ratio=ratio, score=score) for score in scores for ratio in ratios]
+        # KVzip's own rule shares out over all heads.
+        return [
+            cls(ratio=ratio, score=score, budgets="global" if score == "kvzip" else "uniform")
+            for score in scores
+            for ratio in ratios
+        ]
 
     def __str__(self) -> str:
         return described(self, f"{self.score} {100 * self.ratio:.4g}%", "ratio", "score", "queries")

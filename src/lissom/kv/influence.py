@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lissom.errors import UserError
-from lissom.files import atomic_path
+from lissom.files import atomic_path, require_writable
 from lissom.kv.attention_matching import AttentionMatching
 from lissom.kv.cache import CompactCache
 from lissom.kv.compact import Reading, compact_layer
@@ -74,6 +74,7 @@ def measure_shares(
     Returns:
         `[layers, heads]`, sum 1.
     """
+    require_writable(path_of(model))
     part = path_of(model).with_suffix(".part.json")
     texts = hashlib.sha256(repr([lesson.document.tolist() for lesson in lessons]).encode()).hexdigest()[:16]
     curves = _partial(part, ratios, texts)

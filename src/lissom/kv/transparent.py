@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from lissom.errors import UserError
-from lissom.kv.cache import CompactLayer, Observer, compact_layers, compacting
+from lissom.kv.cache import CompactLayer, Observer, compact_layers, compacting, require_full_attention
 from lissom.kv.compact import fit, recorder_for, study
 from lissom.kv.compactor import Compactor
 from lissom.models.attention import installed
@@ -36,6 +36,7 @@ def compacted_after_prefill(model: PreTrainedModel, method: Compactor) -> Iterat
     """
     if "self-study" in method.queries:
         raise UserError("Self-study needs the tokenizer: call lissom.compact, or use queries='repeat' or 'context'.")
+    require_full_attention(model)
     states = threading.local()  # several threads may generate at once
 
     def before(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from platformdirs import user_cache_dir
 
 from lissom.errors import UserError
@@ -166,10 +166,16 @@ def path(name: str, say: Say = lambda text: None, thorough: bool = False) -> Pat
     target = cache_dir() / asset.name
     if is_whole(target, thorough):
         return target
+    if target.exists():
+        say(f"{target} is damaged; it is made anew")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(target.parent / f".{asset.name}.lock")
-        lock.acquire()
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            say(f"waiting for another process that makes {asset.name}")
+            lock.acquire()
     except OSError as error:
         raise UserError(
             f"Cannot write to {target.parent}: {error.strerror}. Set LISSOM_CACHE to another folder."

@@ -8,6 +8,10 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from lissom.errors import UserError
+
+_NO_LIMIT = 2**31 - 1
+
 
 @dataclass(frozen=True)
 class DecoderInfo:
@@ -23,17 +27,25 @@ class DecoderInfo:
 
 
 def describe_decoder(model: PreTrainedModel) -> DecoderInfo:
-    """Sizes of `model`, whatever its architecture calls them."""
+    """Sizes of `model`, whatever its architecture calls them.
+
+    Raises:
+        UserError: it has no attention layers as decoders have them.
+    """
     config = model.config.get_text_config(decoder=True)
-    heads = config.num_attention_heads
-    layers = config.num_hidden_layers
-    types = getattr(config, "layer_types", None) or ["full_attention"] * layers
+    heads, layers = getattr(config, "num_attention_heads", None), getattr(config, "num_hidden_layers", None)
+    if not heads or not layers:
+        raise UserError(f"{type(model).__name__} has no attention layers with a KV cache, which lissom works on.")
+    # As transformers' own cache decides it.
+    window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
+    types = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * layers
     return DecoderInfo(
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        max_position_embeddings=config.max_position_embeddings,
+        # A model with relative positions has no limit of its own.
+        max_position_embeddings=getattr(config, "max_position_embeddings", None) or _NO_LIMIT,
         vocab_size=config.vocab_size,
         sliding=tuple(kind != "full_attention" for kind in types),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import struct
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +61,16 @@ def load(
     return model, tokenizer
 
 
+def _say(text: str) -> None:
+    print(f"lissom: {text}", file=sys.stderr)
+
+
 def _locate(name: str) -> tuple[str, str | None]:
     """What `from_pretrained` takes: (folder or Hub id, GGUF file name or None)."""
     path = Path(name)
     models = [asset.name for asset in assets.ASSETS.values() if asset.kind == "model"]
     if name in models:
-        return str(assets.path(name)), None
+        return str(assets.path(name, _say)), None
     if path.is_file():
         if path.suffix != ".gguf":
             raise UserError(f"{name} is a file, but no .gguf file. Give a model folder, a .gguf file or a Hub id.")

@@ -60,4 +60,5 @@ def explained(error: ValidationError) -> str:
     """The first complaint of pydantic as one sentence: where, what was given, what was expected."""
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"])
-    return f"{place + '=' if place else ''}{first['input']!r}: {first['msg'].removeprefix('Value error, ')}."
+    complaint = first["msg"].removeprefix("Value error, ").removesuffix(".")
+    return f"{place + '=' if place else ''}{first['input']!r}: {complaint}."

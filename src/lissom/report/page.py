@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 import plotly.io
 
 from lissom.evolve.measure import Measured
-from lissom.evolve.optimize import Outcome, costs
+from lissom.evolve.optimize import Outcome, answer_seconds, costs
 from lissom.report.results import cells
 
 _COLOURS = ("#3b6ef5", "#e0701b", "#169b72", "#a34bd6", "#c9a400", "#d03d6c")
@@ -132,7 +132,8 @@ def memory_plot(outcome: Outcome) -> go.Figure:
     x = {id(m): m.cache_bytes / 1e6 for m in outcome.measured}
     y = {id(m): 100 * m.loss.estimate for m in outcome.measured}
     _scatter(outcome, figure, x, y)
-    figure.update_xaxes(type="log", dtick="D2")
+    ticks = [step * 10.0**power for power in range(-6, 7) for step in (1, 2, 5)]
+    figure.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
     figure.add_hline(
         y=100 * outcome.max_loss, line={"dash": "dot", "color": "#b04040"}, annotation_text="accepted loss"
     )
@@ -154,16 +155,19 @@ def stage_plot(outcome: Outcome) -> go.Figure:
         figure.add_bar(y=names, x=seconds, name=stage, orientation="h", marker={"color": colour},
                        hovertemplate="%{y}<br>" + stage + ": %{x:.2f} s<extra></extra>")  # fmt: skip
     figure.update_layout(barmode="stack", height=140 + 34 * len(rows), margin={"l": 10})
+    figure.update_layout(legend={"traceorder": "normal"})
     figure.update_yaxes(automargin=True)
     return figure
 
 
 def _cards(outcome: Outcome) -> str:
     base, best, device = outcome.base, outcome.best, outcome.profile
+    whole, before = answer_seconds(best, device), answer_seconds(base, device)
     speed = device.decode(base) / device.decode(best)
     first = device.first_token(base) / device.first_token(best)
     small = base.cache_bytes / best.cache_bytes
     facts = [
+        (f"{before / whole:.2f}×", "speed of a whole answer", f"{whole:.1f} s: document and 64 tokens"),
         (f"{speed:.2f}×", "decode speed", f"{1 / device.decode(best):.1f} tokens/s"),
         (f"{first:.2f}×", "speed to the first token", f"{device.first_token(best):.2f} s"),
         (f"÷ {small:.1f}", "KV cache", f"{best.cache_bytes / 1e6:.1f} of {base.cache_bytes / 1e6:.1f} MB"),
@@ -177,6 +181,10 @@ def _cards(outcome: Outcome) -> str:
 
 def _verdict(outcome: Outcome) -> str:
     ending = "" if outcome.finished else " The search was stopped early: a second run goes on where it was."
+    if outcome.untried:
+        ending += f" Not tried yet: {escape(', '.join(outcome.untried))}."
+    if outcome.failed:
+        ending += f" Not measurable here: {escape(', '.join(outcome.failed))}."
     times = (
         "" if outcome.profile.measured else " Times are predicted from the device's measured rates, not measured on it."
     )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
+
 from rich.box import SIMPLE
 from rich.table import Table
 
 from lissom.devices.machine import describe
 from lissom.evolve.measure import Measured
-from lissom.evolve.optimize import Outcome
+from lissom.evolve.optimize import Outcome, answer_seconds
 from lissom.report.rows import Result, Row
 
 
@@ -23,8 +25,9 @@ def result(outcome: Outcome) -> Result:
             Row(f"{m.label}/KL", m.over_questions("kl"), "nats", 0.0, n=n),
             Row(f"{m.label}/top-1 agreement", m.over_questions("top1"), "share", 1.0, n=n),
             Row(f"{m.label}/facts recalled", m.recall, "share", base.recall, n=n),
-            _row(m, "first token", profile.first_token(m), "s", profile.first_token(base), **speed),
-            _row(m, "decode", profile.decode(m), "s/token", profile.decode(base), **speed),
+            _row(m, "whole answer", answer_seconds(m, profile), "s", answer_seconds(base, profile), **speed),
+            _timed(m, "first token", [profile.first_token(t) for t in m.timings], "s", profile.first_token(base)),
+            _timed(m, "decode", [profile.decode(t) for t in m.timings], "s/token", profile.decode(base)),
             _row(m, "KV cache", m.cache_bytes, "bytes", base.cache_bytes, n=len(m.quality)),
         ]
         if m.peak_bytes is not None and base.peak_bytes is not None:
@@ -38,12 +41,20 @@ def result(outcome: Outcome) -> Result:
         "max_quality_loss": outcome.max_loss,
         "prefer": outcome.prefer,
         "finished": outcome.finished,
+        "failed": outcome.failed,
+        "untried": outcome.untried,
     }
     return Result("optimize", rows, facts=describe() | facts | profile.facts())
 
 
 def _row(m: Measured, name: str, value: float, unit: str, baseline: float, n: int) -> Row:
     return Row(f"{m.label}/{name}", value, unit, baseline, baseline / value if value else None, n=n)
+
+
+def _timed(m: Measured, name: str, seconds: list[float], unit: str, baseline: float) -> Row:
+    """Median of the timed runs, with the least and the greatest."""
+    value = statistics.median(seconds)
+    return Row(f"{m.label}/{name}", value, unit, baseline, baseline / value, min(seconds), max(seconds), len(seconds))
 
 
 def cells(m: Measured, outcome: Outcome) -> dict[str, str]:
@@ -57,6 +68,7 @@ def cells(m: Measured, outcome: Outcome) -> dict[str, str]:
         "facts": f"{m.recall:.0%}",
         "first token": f"{first:.2f} s ({profile.first_token(base) / first:.2f}x)",
         "decode": f"{1 / decode:.1f} tok/s ({profile.decode(base) / decode:.2f}x)",
+        "runs": str(len(m.timings)),
         "KV cache": f"{m.cache_bytes / 1e6:.1f} MB ({m.cache_bytes / base.cache_bytes:.0%})",
         "peak memory": "" if m.peak_bytes is None else f"{m.peak_bytes / 1e6:.0f} MB",
         "energy": "n/a" if m.energy is None else f"{m.energy:.1f} J",
@@ -69,7 +81,7 @@ def table(outcome: Outcome, everything: bool = False) -> Table:
     shown = sorted({id(m): m for m in wanted}.values(), key=lambda m: m.loss.estimate)
     title = f"{'Recipes' if everything else 'Pareto front'} ({len(outcome.measured)} measured)"
     view = Table(title=title, box=SIMPLE, padding=(0, 1, 0, 0))  # narrow: eighty columns show everything
-    view.add_column("recipe", min_width=24)
+    view.add_column("recipe", min_width=18)
     for heading in ("loss", "facts", "first", "decode", "cache", "memory", "energy"):
         view.add_column(heading, justify="right", no_wrap=True)
     device = outcome.profile

@@ -220,7 +220,8 @@ def measure_needles(
     lengths = [length for length in size.needle_lengths if length <= room]
     known, key = Journal(journal), fingerprint(model)
     methods: dict[str, Compactor] = {OURS: AttentionMatching(ratio=NEEDLE_RATIO)}
-    methods |= {name: Eviction(ratio=NEEDLE_RATIO, score=name) for name in ("h2o", "snapkv", "kvzip", "streaming-llm")}
+    methods |= {name: Eviction(ratio=NEEDLE_RATIO, score=name) for name in ("h2o", "snapkv", "streaming-llm")}
+    methods["kvzip global"] = Eviction(ratio=NEEDLE_RATIO, score="kvzip", budgets="global")
     total = len(lengths) * len(NEEDLE_DEPTHS)
     records = []
     for number, needle in enumerate(needles(tokenizer, lengths, NEEDLE_DEPTHS, size.seed)):
