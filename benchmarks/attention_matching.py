@@ -35,7 +35,6 @@ def times(model, tokenizer, tokens: int, repeats: int) -> list[Row]:
     methods["fit 10% (2048 queries)"] = AttentionMatching(ratio=0.1, max_queries=2048)
     methods["select 10% (h2o)"] = Eviction(ratio=0.1, score="h2o")
     methods["fit 10% (uniform)"] = AttentionMatching(ratio=0.1, budgets="uniform")
-    methods["fit 10% (uniform, OMP-fast)"] = AttentionMatching(ratio=0.1, budgets="uniform", select="omp-fast")
 
     def timed(work):
         start = time.perf_counter()
