@@ -39,6 +39,12 @@ def test_highest_attention_scores(reduce):
     values = torch.randn(*s.shape[::2], 5)
     swept = m.sweep([part.clone() for part in s.split(4, dim=1)], values, reduce)
     np.testing.assert_allclose(swept.scores.numpy(), wanted, rtol=1e-4)
+    np.testing.assert_allclose(swept.largest.numpy(), weights.max(1), rtol=1e-4)
+    own = torch.randn(s.shape[:2], generator=torch.Generator().manual_seed(9))
+    swept = m.sweep([part.clone() for part in s.split(4, dim=1)], values, reduce, own)
+    share = np.exp(s.double().numpy())
+    share /= share.sum(-1, keepdims=True) + np.exp(own.double().numpy())[..., None]
+    np.testing.assert_allclose(swept.largest.numpy(), share.max(1), rtol=1e-4)
     np.testing.assert_allclose(swept.outputs.numpy(), weights @ values.double().numpy(), rtol=1e-3, atol=1e-5)
     mass = np.exp(s.double().numpy()).sum(-1)
     np.testing.assert_allclose(swept.mass * swept.top[..., 0].exp(), mass, rtol=1e-4)

@@ -220,18 +220,23 @@ def fit(cache: Cache, method: Compactor, source: QuerySource, report: Progress |
     layers = [layer for _, layer in compact_layers(cache)]
     plan = allocate(method, layers, source)
     for number, layer in enumerate(layers):
-        compact_layer(layer, method, source, plan[number] if plan else None)
+        compact_layer(layer, method, source, *(plan[number] if plan else ()))
         if report is not None:
             report("fit", number + 1, len(layers))
 
 
 def compact_layer(
-    layer: CompactLayer, method: Compactor, source: QuerySource, counts: Sequence[Sequence[int]] | None = None
+    layer: CompactLayer,
+    method: Compactor,
+    source: QuerySource,
+    counts: Sequence[Sequence[int]] | None = None,
+    known: Sequence[Any] | None = None,
 ) -> None:
     """Replace what `layer` holds before its tail by what `method` makes of it.
 
     Args:
         counts: entries to keep, `[rows][KV heads]`; None = the method's ratio of what each head holds now.
+        known: of each row, what the method's scores gave for `fit`.
     """
     store, tail = layer.store, layer.tail
     assert store is not None
@@ -239,7 +244,8 @@ def compact_layer(
     for row in range(store.rows):
         problem, stored = problem_of(layer, row, method, source)
         wanted = counts[row] if counts else [method.budget(len(block.keys)) for block in stored]
-        fitted = method.fit(problem, [min(count, len(block.keys)) for count, block in zip(wanted, stored, strict=True)])
+        budget = [min(count, len(block.keys)) for count, block in zip(wanted, stored, strict=True)]
+        fitted = method.fit(problem, budget, known[row] if known else None)
         for head, block in enumerate(fitted):
             original = store.block(row * store.heads + head)
             blocks.append(_joined(block, _part(original, len(original.keys) - tail, len(original.keys))))
@@ -255,22 +261,33 @@ def problem_of(layer: CompactLayer, row: int, method: Compactor, source: QuerySo
     return _problem(stored, source.of(layer, row, store.heads), method, row), stored
 
 
-def allocate(method: Compactor, layers: Sequence[CompactLayer], source: QuerySource) -> list[list[list[int]]] | None:
-    """Entries `[layers][rows][KV heads]` under the method's `budgets`; None where every head gets the same."""
+def allocate(
+    method: Compactor, layers: Sequence[CompactLayer], source: QuerySource
+) -> list[tuple[list[list[int]], list[Any]]] | None:
+    """Of each layer the entries `[rows][KV heads]` under the method's `budgets`, and what its scores gave for `fit`;
+    None where every head gets the same."""
     if method.sharing == "uniform":
         return None
     rows = [_allocate_row(method, layers, source, row) for row in range(_store(layers[0]).rows)]
-    return torch.stack(rows, 1).tolist()
+    return [
+        ([counts[index].tolist() for counts, _ in rows], [known[index] for _, known in rows])
+        for index in range(len(layers))
+    ]
 
 
-def _allocate_row(method: Compactor, layers: Sequence[CompactLayer], source: QuerySource, row: int) -> torch.Tensor:
+def _allocate_row(
+    method: Compactor, layers: Sequence[CompactLayer], source: QuerySource, row: int
+) -> tuple[torch.Tensor, Sequence[Any]]:
+    """Entries `[layers, KV heads]` of one row, and of each layer what the scores gave."""
     heads = _store(layers[0]).heads
     lengths = [_store(layer).lengths[row * heads : (row + 1) * heads] - layer.tail for layer in layers]
     tokens = round(float(torch.stack(lengths).double().mean()))  # of a cache that was compacted before, on average
     least = min(tokens, method.sinks + method.recent + 1)
     total = method.budget(tokens) * heads * len(layers)
+    known: Sequence[Any] = [None] * len(layers)
     if method.sharing == "global":
-        scores = [method.scores(problem_of(layer, row, method, source)[0]) for layer in layers]
+        scored = [method.scores(problem_of(layer, row, method, source)[0]) for layer in layers]
+        scores, known = zip(*scored, strict=True)
         longest = max(part.shape[1] for part in scores)
         padded = [F.pad(part, (0, longest - part.shape[1]), value=-torch.inf) for part in scores]
         counts = global_counts(torch.cat(padded), total, least)
@@ -283,7 +300,7 @@ def _allocate_row(method: Compactor, layers: Sequence[CompactLayer], source: Que
             )
         most = max(least, int(0.75 * tokens), -(-total // len(shares)))
         counts = apportion(shares, total, least, most)
-    return counts.view(len(layers), heads)
+    return counts.view(len(layers), heads), known
 
 
 def _store(layer: CompactLayer) -> RaggedStore:

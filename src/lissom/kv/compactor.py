@@ -164,12 +164,17 @@ class Compactor(ABC):
         return False
 
     @abstractmethod
-    def scores(self, problem: Problem) -> torch.Tensor:
-        """How much each entry counts, `[heads, entries]`, comparable between heads; for budgets='global'."""
+    def scores(self, problem: Problem) -> tuple[torch.Tensor, Any]:
+        """How much each entry counts, `[heads, entries]`, comparable between heads, for budgets='global'; and what
+        `fit` can use again."""
 
     @abstractmethod
-    def fit(self, problem: Problem, budget: Sequence[int]) -> list[Block]:
-        """Entries that replace those of `problem`: for each head at most `budget[head]`."""
+    def fit(self, problem: Problem, budget: Sequence[int], known: Any = None) -> list[Block]:
+        """Entries that replace those of `problem`: for each head at most `budget[head]`.
+
+        Args:
+            known: what `scores` gave for this problem, where it was asked.
+        """
 
     def budget(self, tokens: int) -> int:
         """Entries to keep per head out of `tokens`: at least one beyond what is protected."""

@@ -127,12 +127,13 @@ class Eviction(Compactor):
         """See `Compactor.wants_own_mass`."""
         return self.score == "kvzip"
 
-    def scores(self, problem: Problem) -> torch.Tensor:
+    def scores(self, problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Compactor.scores`. Entries that must be kept or do not exist count most and least."""
         scores = SCORES[self.score][0](problem)
-        return scores.masked_fill(problem.protected, torch.inf).masked_fill(~problem.exists, -torch.inf)
+        scores = scores.masked_fill(problem.protected, torch.inf).masked_fill(~problem.exists, -torch.inf)
+        return scores, scores
 
-    def fit(self, problem: Problem, budget: Sequence[int]) -> list[Block]:
+    def fit(self, problem: Problem, budget: Sequence[int], known: torch.Tensor | None = None) -> list[Block]:
         """See `Compactor.fit`."""
-        chosen = top_entries(self.scores(problem), problem, budget)
+        chosen = top_entries(self.scores(problem)[0] if known is None else known, problem, budget)
         return [problem.block(head, indices) for head, indices in enumerate(chosen)]

@@ -107,18 +107,22 @@ class AttentionMatching(Compactor):
         """See `Compactor.wants_own_mass`. A first reading has no pass of its own beside the document."""
         return self.sharing == "global" and self.queries != "context"
 
-    def scores(self, problem: Problem) -> torch.Tensor:
+    def scores(self, problem: Problem) -> tuple[torch.Tensor, Sweep]:
         """See `Compactor.scores`: each entry's largest attention, by which KVzip's own budgets go."""
-        scores = problem.largest_attention()
-        return scores.masked_fill(problem.protected, torch.inf).masked_fill(~problem.exists, -torch.inf)
+        swept = self._sweep(problem)
+        scores = swept.largest.masked_fill(problem.protected, torch.inf).masked_fill(~problem.exists, -torch.inf)
+        return scores, swept
 
-    def fit(self, problem: Problem, budget: Sequence[int]) -> list[Block]:
+    def _sweep(self, problem: Problem) -> Sweep:
+        return sweep(problem.logits_by_parts(), problem.values, self.reduce, problem.own_mass)
+
+    def fit(self, problem: Problem, budget: Sequence[int], known: Sweep | None = None) -> list[Block]:
         """See `Compactor.fit`. Heads whose budget covers all their entries keep them exactly."""
         available = problem.exists.sum(-1).tolist()
         whole = [count >= have for count, have in zip(budget, available, strict=True)]
         if all(whole):
             return [problem.block(h, problem.exists[h].nonzero().flatten()) for h in range(len(budget))]
-        swept = sweep(problem.logits_by_parts(), problem.values, self.reduce)
+        swept = known or self._sweep(problem)
         chosen = self._select(problem, swept.scores, budget)
         return [
             problem.block(h, indices) if whole[h] else self._fit_head(problem.head(h), swept.head(h), indices)

@@ -52,27 +52,33 @@ class Sweep:
         mass: `[heads, queries]`, relative to them.
         outputs: softmax(S)V `[heads, queries, head_dim]`.
         scores: of each key `[heads, keys]`: its attention weight, reduced over the queries (HAK, section 3.3).
+        largest: of each key `[heads, keys]`: the largest weight that any query gives it.
     """
 
     top: torch.Tensor
     mass: torch.Tensor
     outputs: torch.Tensor
     scores: torch.Tensor
+    largest: torch.Tensor
 
     def head(self, index: int) -> Sweep:
         """What belongs to one head."""
         one = slice(index, index + 1)
-        return Sweep(self.top[one], self.mass[one], self.outputs[one], self.scores[one])
+        return Sweep(self.top[one], self.mass[one], self.outputs[one], self.scores[one], self.largest[one])
 
 
-def sweep(parts: Iterable[torch.Tensor], values: torch.Tensor, reduce: str = "rms") -> Sweep:
+def sweep(
+    parts: Iterable[torch.Tensor], values: torch.Tensor, reduce: str = "rms", own_mass: torch.Tensor | None = None
+) -> Sweep:
     """One pass over the logits in parts of some queries, so that the whole matrix never exists.
 
     Args:
         parts: logits `[heads, some queries, keys]`; each is overwritten before the next is taken.
         values: `[heads, keys, head_dim]`.
         reduce: `rms` (the paper's), `mean` or `max`.
+        own_mass: `[heads, queries]`, log mass that each query finds elsewhere; it counts in `largest` alone.
     """
+    largest, start = torch.zeros(values.shape[:2], device=values.device), 0
     tops, masses, outputs, scores = [], [], [], torch.zeros(values.shape[:2], device=values.device)
     for logits in parts:
         top = row_maximum(logits)
@@ -81,6 +87,12 @@ def sweep(parts: Iterable[torch.Tensor], values: torch.Tensor, reduce: str = "rm
         # What is divided by the mass are the small results, not the features.
         share = 1.0 / mass.clamp(min=torch.finfo(features.dtype).tiny)
         outputs.append(matmul(features, values).mul_(share))
+        weight = share
+        if own_mass is not None:
+            elsewhere = own_mass[:, start : start + mass.shape[1], None]
+            weight = 1.0 / (mass + torch.exp(elsewhere - top)).clamp(min=torch.finfo(features.dtype).tiny)
+        start += mass.shape[1]
+        largest = torch.maximum(largest, (features * weight).amax(1))
         tops.append(top)
         masses.append(mass[..., 0])
         if reduce == "max":
@@ -92,7 +104,8 @@ def sweep(parts: Iterable[torch.Tensor], values: torch.Tensor, reduce: str = "rm
     mass = torch.cat(masses, 1)
     if reduce != "max":
         scores = scores / mass.shape[1]
-    return Sweep(torch.cat(tops, 1), mass, torch.cat(outputs, 1), scores.sqrt() if reduce == "rms" else scores)
+    scores = scores.sqrt() if reduce == "rms" else scores
+    return Sweep(torch.cat(tops, 1), mass, torch.cat(outputs, 1), scores, largest)
 
 
 def pooled(scores: torch.Tensor, width: int) -> torch.Tensor:
