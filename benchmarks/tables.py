@@ -85,7 +85,8 @@ def attention_matching() -> str:
         headings = ["method", "output error", "abs. Δ log Z", "NLL", "NLL above ours [95 %]", "KL", "top-1", "recall",
                     "off-context", "bytes"]  # fmt: skip
         parts.append(f"**{float(ratio):.0%} of the entries**\n\n{markdown(headings, lines)}")
-    return "\n\n".join([*parts, stamp(facts)])
+    verdicts = "\n".join(f"- **{claim['verdict']}**: {claim['claim']}" for claim in facts["claims"])
+    return "\n\n".join([verdicts, *parts, stamp(facts)])
 
 
 def attention_matching_ablations() -> str:

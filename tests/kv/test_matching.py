@@ -37,11 +37,11 @@ def test_highest_attention_scores(reduce):
     weights /= weights.sum(-1, keepdims=True)
     wanted = {"rms": np.sqrt((weights**2).mean(1)), "mean": weights.mean(1), "max": weights.max(1)}[reduce]
     values = torch.randn(*s.shape[::2], 5)
-    swept = m.sweep([part.clone() for part in s.split(4, dim=1)], values, reduce)
+    swept = m.sweep([part.clone() for part in s.split(4, dim=1)], values, reduce, with_largest=True)
     np.testing.assert_allclose(swept.scores.numpy(), wanted, rtol=1e-4)
     np.testing.assert_allclose(swept.largest.numpy(), weights.max(1), rtol=1e-4)
     own = torch.randn(s.shape[:2], generator=torch.Generator().manual_seed(9))
-    swept = m.sweep([part.clone() for part in s.split(4, dim=1)], values, reduce, own)
+    swept = m.sweep([part.clone() for part in s.split(4, dim=1)], values, reduce, True, own)
     share = np.exp(s.double().numpy())
     share /= share.sum(-1, keepdims=True) + np.exp(own.double().numpy())[..., None]
     np.testing.assert_allclose(swept.largest.numpy(), share.max(1), rtol=1e-4)

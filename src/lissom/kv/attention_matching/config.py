@@ -109,12 +109,12 @@ class AttentionMatching(Compactor):
 
     def scores(self, problem: Problem) -> tuple[torch.Tensor, Sweep]:
         """See `Compactor.scores`: each entry's largest attention, by which KVzip's own budgets go."""
-        swept = self._sweep(problem)
+        swept = self._sweep(problem, with_largest=True)
         scores = swept.largest.masked_fill(problem.protected, torch.inf).masked_fill(~problem.exists, -torch.inf)
         return scores, swept
 
-    def _sweep(self, problem: Problem) -> Sweep:
-        return sweep(problem.logits_by_parts(), problem.values, self.reduce, problem.own_mass)
+    def _sweep(self, problem: Problem, with_largest: bool = False) -> Sweep:
+        return sweep(problem.logits_by_parts(), problem.values, self.reduce, with_largest, problem.own_mass)
 
     def fit(self, problem: Problem, budget: Sequence[int], known: Sweep | None = None) -> list[Block]:
         """See `Compactor.fit`. Heads whose budget covers all their entries keep them exactly."""

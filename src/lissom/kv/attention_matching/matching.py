@@ -52,7 +52,7 @@ class Sweep:
         mass: `[heads, queries]`, relative to them.
         outputs: softmax(S)V `[heads, queries, head_dim]`.
         scores: of each key `[heads, keys]`: its attention weight, reduced over the queries (HAK, section 3.3).
-        largest: of each key `[heads, keys]`: the largest weight that any query gives it.
+        largest: of each key `[heads, keys]`: the largest weight that any query gives it; zeros where not asked for.
     """
 
     top: torch.Tensor
@@ -68,7 +68,11 @@ class Sweep:
 
 
 def sweep(
-    parts: Iterable[torch.Tensor], values: torch.Tensor, reduce: str = "rms", own_mass: torch.Tensor | None = None
+    parts: Iterable[torch.Tensor],
+    values: torch.Tensor,
+    reduce: str = "rms",
+    with_largest: bool = False,
+    own_mass: torch.Tensor | None = None,
 ) -> Sweep:
     """One pass over the logits in parts of some queries, so that the whole matrix never exists.
 
@@ -76,6 +80,7 @@ def sweep(
         parts: logits `[heads, some queries, keys]`; each is overwritten before the next is taken.
         values: `[heads, keys, head_dim]`.
         reduce: `rms` (the paper's), `mean` or `max`.
+        with_largest: whether `Sweep.largest` is wanted.
         own_mass: `[heads, queries]`, log mass that each query finds elsewhere; it counts in `largest` alone.
     """
     largest, start = torch.zeros(values.shape[:2], device=values.device), 0
@@ -87,12 +92,13 @@ def sweep(
         # What is divided by the mass are the small results, not the features.
         share = 1.0 / mass.clamp(min=torch.finfo(features.dtype).tiny)
         outputs.append(matmul(features, values).mul_(share))
-        weight = share
-        if own_mass is not None:
-            elsewhere = own_mass[:, start : start + mass.shape[1], None]
-            weight = 1.0 / (mass + torch.exp(elsewhere - top)).clamp(min=torch.finfo(features.dtype).tiny)
-        start += mass.shape[1]
-        largest = torch.maximum(largest, (features * weight).amax(1))
+        if with_largest:
+            weight = share
+            if own_mass is not None:
+                elsewhere = own_mass[:, start : start + mass.shape[1], None]
+                weight = 1.0 / (mass + torch.exp(elsewhere - top)).clamp(min=torch.finfo(features.dtype).tiny)
+            start += mass.shape[1]
+            largest = torch.maximum(largest, (features * weight).amax(1))
         tops.append(top)
         masses.append(mass[..., 0])
         if reduce == "max":
