@@ -130,8 +130,25 @@ def attention_matching_times() -> str:
     return markdown(["stage", "time", "of the prefill's"], lines) + "\n\n" + stamp(facts)
 
 
+def attention_matching_options() -> str:
+    """What the defaults were chosen from."""
+    facts, rows = load("attention-matching-options")
+    ratios = list(dict.fromkeys(name.split("/")[0] for name in rows))
+    lines = []
+    for arm in arms_of(rows, ratios[0]):
+        line = ["**the default**" if arm == "attention matching" else arm]
+        for ratio in ratios:
+            row = rows[f"{ratio}/{arm}/NLL"]
+            gap = f"{row['value'] - row['baseline']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
+            line += [number(row), "" if arm == "published fit" else gap]
+        lines.append(line)
+    headings = ["", *(f"{float(ratio):.0%}: {what}" for ratio in ratios for what in ("NLL", "to the published [95 %]"))]
+    return markdown(headings, lines) + "\n\n" + stamp(facts)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "attention-matching": attention_matching,
+    "attention-matching-options": attention_matching_options,
     "attention-matching-ablations": attention_matching_ablations,
     "attention-matching-needles": attention_matching_needles,
     "attention-matching-times": attention_matching_times,
