@@ -40,7 +40,7 @@ _PURSUITS: dict[str, tuple[int | None, int]] = {
 class AttentionMatching(Compactor):
     """Compaction by attention matching.
 
-    `mass_ridge`, `ridge`, `prior` and `budgets` were chosen by held-out measurement (see the method's page); with
+    `mass_ridge`, `ridge`, `prior` and `budgets` depart from the paper (what each is worth: the method's page); with
     `mass_ridge=0, ridge=0, budgets="uniform"` it is the published method without measured head budgets.
 
     Attributes:
