@@ -153,7 +153,7 @@ class KVBudget:
     def _layer(self, layer: Any, share: int) -> Any:
         if type(layer) is CompactLayer:  # of another method: it keeps its entries and its observer
             budgeted = BudgetLayer(self, share)
-            budgeted.__dict__.update({**layer.__dict__, "settings": self, "share": share})
+            budgeted.__dict__.update(layer.__dict__)
             return budgeted
         return compacting(layer, lambda: BudgetLayer(self, share))
 
@@ -164,6 +164,7 @@ class BudgetLayer(CompactLayer):
     Attributes:
         settings: the budget.
         share: bytes of this layer.
+        method: what shrinks the layer.
         paused: true while a pass is read that will be forgotten.
         recent: queries `[rows, query heads, tokens, head_dim]` of the last tokens, with their `places` `[tokens]` and
             whether they are real, `[rows, tokens]`.
@@ -172,6 +173,7 @@ class BudgetLayer(CompactLayer):
     def __init__(self, settings: KVBudget, share: int) -> None:
         super().__init__()
         self.settings, self.share, self.paused = settings, share, False
+        self.method = settings.compactor()  # once: it is asked for at every token
         self.recent: torch.Tensor | None = None
         self.places = torch.empty(0, dtype=torch.int64)
         self.real = torch.empty(0, 0, dtype=torch.bool)
@@ -185,7 +187,7 @@ class BudgetLayer(CompactLayer):
         visible = torch.ones(query.shape[0], self.tail, dtype=torch.bool)
         if mask is not None:  # what the last query may see is what is no padding
             visible = mask[:, 0, -1, -self.tail :].expand(query.shape[0], -1).cpu()
-        if self.settings.compactor().queries != "none":
+        if self.method.queries != "none":
             self._remember(query, visible, scaling)
         assert self.store is not None
         if not self.paused and self.store.stored_entries * self._entry_bytes() > self.share:
@@ -212,7 +214,7 @@ class BudgetLayer(CompactLayer):
     def _shrink(self, visible: torch.Tensor) -> None:
         store, settings = self.store, self.settings
         assert store is not None
-        method, entry = settings.compactor(), self._entry_bytes() * store.rows * store.heads
+        method, entry = self.method, self._entry_bytes() * store.rows * store.heads
         keep = min(settings.protect, self.tail)
         wanted = int(settings.target * self.share) // entry - keep
         least = method.sinks + method.recent + 1

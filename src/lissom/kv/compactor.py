@@ -91,6 +91,10 @@ class Problem:
         parts = {name: tensor[one] for name in names if (tensor := getattr(self, name)) is not None}
         return replace(self, **parts)
 
+    def ranked(self, scores: torch.Tensor) -> torch.Tensor:
+        """`scores` `[heads, entries]`, with +inf for what must be kept and -inf for what does not exist."""
+        return scores.masked_fill(self.protected, torch.inf).masked_fill(~self.exists, -torch.inf)
+
     @property
     def exists(self) -> torch.Tensor:
         """bool `[heads, entries]`."""
@@ -202,7 +206,7 @@ def check_choice(name: str, given: Any, choices: Any) -> None:
 
 def top_entries(scores: torch.Tensor, problem: Problem, budget: Sequence[int]) -> list[torch.Tensor]:
     """Per head the indices of the best `budget[head]` entries in their original order, protected ones first."""
-    ranked = scores.masked_fill(problem.protected, torch.inf).masked_fill(~problem.exists, -torch.inf)
+    ranked = problem.ranked(scores)
     chosen = []
     for head, count in enumerate(budget):
         available = int(problem.exists[head].sum())

@@ -128,9 +128,8 @@ class Eviction(Compactor):
         return self.score == "kvzip"
 
     def scores(self, problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Compactor.scores`. Entries that must be kept or do not exist count most and least."""
-        scores = SCORES[self.score][0](problem)
-        scores = scores.masked_fill(problem.protected, torch.inf).masked_fill(~problem.exists, -torch.inf)
+        """See `Compactor.scores`."""
+        scores = problem.ranked(SCORES[self.score][0](problem))
         return scores, scores
 
     def fit(self, problem: Problem, budget: Sequence[int], known: torch.Tensor | None = None) -> list[Block]:

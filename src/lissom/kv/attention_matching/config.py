@@ -110,8 +110,7 @@ class AttentionMatching(Compactor):
     def scores(self, problem: Problem) -> tuple[torch.Tensor, Sweep]:
         """See `Compactor.scores`: each entry's largest attention, by which KVzip's own budgets go."""
         swept = self._sweep(problem, with_largest=True)
-        scores = swept.largest.masked_fill(problem.protected, torch.inf).masked_fill(~problem.exists, -torch.inf)
-        return scores, swept
+        return problem.ranked(swept.largest), swept
 
     def _sweep(self, problem: Problem, with_largest: bool = False) -> Sweep:
         return sweep(problem.logits_by_parts(), problem.values, self.reduce, with_largest, problem.own_mass)
