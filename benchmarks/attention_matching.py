@@ -20,7 +20,7 @@ from lissom.evals.texts import planted_documents
 from lissom.kv import AttentionMatching, Eviction
 from lissom.kv.compact import Reading
 from lissom.kv.document import document_ids
-from lissom.report.checks import attention_matching_result, attention_matching_tables
+from lissom.report.checks import attention_matching as report
 from lissom.report.rows import Row
 
 
@@ -80,12 +80,12 @@ def main() -> None:
             given.journal,
             lambda stage, done, total: bar.update(tasks[stage], completed=done, total=total, visible=True),
         )
-    result = attention_matching_result(run)
+    result = report.result(run)
     result.rows.extend(times(model, tokenizer, 200 if given.quick else 1400, 2 if given.quick else 5))
     if given.json:
         result.write(given.json)
     if given.json != "-":
-        for table in attention_matching_tables(run):
+        for table in report.tables(run):
             Console().print(table)
         for row in result.rows:
             if row.name.startswith("time/"):

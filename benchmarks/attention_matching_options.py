@@ -18,7 +18,7 @@ from lissom.kv import AttentionMatching
 from lissom.kv.compactor import Compactor
 from lissom.report.rows import Result, Row
 
-SIZE = study.Size(documents=2, tokens=1000, ratios=(0.1,), seed=1, recall=False)
+SIZE = study.Size(documents=4, tokens=1200, ratios=(0.2, 0.1, 0.05), seed=1, recall=False)
 REFERENCE = "published fit"
 
 
@@ -26,8 +26,12 @@ def arms(ratio: float, size: study.Size) -> dict[str, Compactor]:
     """The default, the options that it was chosen from, and other ways of selecting keys."""
     return {
         study.OURS: AttentionMatching(ratio=ratio),
-        REFERENCE: AttentionMatching(ratio=ratio, mass_ridge=0.0, ridge=0.0),
-        "published, uniform": AttentionMatching(ratio=ratio, mass_ridge=0.0, ridge=0.0, budgets="uniform"),
+        REFERENCE: AttentionMatching(ratio=ratio, mass_ridge=0.0, ridge=0.0, fit_below=1.0),
+        "published, uniform": AttentionMatching(
+            ratio=ratio, mass_ridge=0.0, ridge=0.0, fit_below=1.0, budgets="uniform"
+        ),
+        "every head fitted": AttentionMatching(ratio=ratio, fit_below=1.0),
+        "fit below 0.25": AttentionMatching(ratio=ratio, fit_below=0.25),
         "no mass ridge": AttentionMatching(ratio=ratio, mass_ridge=0.0),
         "ridge to zero": AttentionMatching(ratio=ratio, prior="zero"),
         "exact mass fit": AttentionMatching(ratio=ratio, mass_ridge=0.0, exact=True),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -61,6 +64,16 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         raise UserError(f"Cannot write {target}: {reason}.") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_json(facts: Any, target: str) -> None:
+    """JSON to a file, atomically, or to standard output where `target` is '-'."""
+    text = json.dumps(facts, indent=1) + "\n"
+    if target == "-":
+        sys.stdout.write(text)
+        return
+    with atomic_path(target) as temporary:
+        temporary.write_text(text)
 
 
 def _umask() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -23,9 +24,11 @@ def document(tmp_path_factory):
 @pytest.fixture(scope="module")
 def cache_file(lissom_cli, document, smollm2):
     path = document.parent / "cache.safetensors"
-    result = lissom_cli("compact", "--document", document, "-o", path, "--ratio", "0.2", "--queries", "context")
+    given = ("--document", document, "-o", path, "--ratio", "0.2", "--queries", "context", "--json", "-")
+    result = lissom_cli("compact", *given)
     assert result.returncode == 0, result.stderr
-    assert "20.0%" in result.stdout
+    facts = json.loads(result.stdout)
+    assert facts["stored_entries"] / facts["full_entries"] == pytest.approx(0.2, rel=0.01)
     return path
 
 
@@ -85,6 +88,7 @@ def test_real_model_ratio_one_equals_the_full_cache(smollm2, document):
         (["generate", "smollm2-135m", ""], "prompt is empty"),
         (["generate", "smollm2-135m", "--cache", LICENCE, "a"], "no readable cache file"),
         (["assets", "fetch", "gpt-5"], "no asset 'gpt-5'"),
+        (["check", "attention"], "no check of 'attention'. Did you mean 'attention-matching'"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_2(lissom_cli, arguments, words, smollm2):

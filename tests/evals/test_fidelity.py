@@ -10,7 +10,7 @@ from lissom.evals.checks import attention_matching as study
 from lissom.evals.fidelity import answer_ids, score, teach
 from lissom.evals.texts import planted_documents
 from lissom.kv.document import document_ids, question_ids
-from lissom.report.checks import attention_matching_result, attention_matching_tables
+from lissom.report.checks import attention_matching as report
 
 
 def test_documents_hold_their_facts_and_differ(smollm2):
@@ -57,9 +57,9 @@ def test_the_paper_s_size_runs_at_a_tiny_setting(smollm2, tmp_path, monkeypatch)
     run = study.run(*smollm2, size, tmp_path / "journal.jsonl")
     assert {record["arm"] for record in run.records} == {study.OURS, *study.BASELINES}
     assert [needle["length"] for needle in run.needles] == [100] * 3
-    result = attention_matching_result(run)
+    result = report.result(run)
     assert len(result.claims) == 2 and all(row.value == row.value for row in result.rows)
-    assert [table.row_count for table in attention_matching_tables(run)] == [len(study.BASELINES) + 1, 6]
+    assert [table.row_count for table in report.tables(run)] == [len(study.BASELINES) + 1, 6]
 
 
 def test_a_stopped_check_goes_on_where_it_was(smollm2, tmp_path):

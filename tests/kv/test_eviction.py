@@ -136,12 +136,22 @@ def published(p: Problem, head: int, count: int) -> tuple[np.ndarray, np.ndarray
 @pytest.mark.parametrize("count", [1, 7, 30])
 def test_the_published_fit_end_to_end(count):
     p = problem()
-    fitted = AttentionMatching(mass_ridge=0.0, ridge=0.0, sinks=0, budgets="uniform").fit(p, [count] * HEADS)
+    method = AttentionMatching(mass_ridge=0.0, ridge=0.0, fit_below=1.0, sinks=0, budgets="uniform")
+    fitted = method.fit(p, [count] * HEADS)
     for head, block in enumerate(fitted):
         kept, weights, values = published(p, head, count)
         assert block.positions.tolist() == kept.tolist() and block.keys.equal(p.keys[head, kept])
         np.testing.assert_allclose(block.bias.exp(), weights, rtol=2e-2, atol=1e-2)
         np.testing.assert_allclose(block.values, values, atol=2e-2 * np.abs(values).max())
+
+
+def test_heads_that_keep_much_keep_it_as_it_is():
+    p, counts = problem(), [TOKENS // 2] + [TOKENS // 2 - 1] * (HEADS - 1)
+    whole, *others = AttentionMatching(sinks=0).fit(p, counts)
+    assert whole.values.equal(p.values[0, whole.positions]) and not whole.bias.any()
+    assert all(not block.values.equal(p.values[h, block.positions]) for h, block in enumerate(others, 1))
+    fitted = AttentionMatching(sinks=0, fit_below=1.0).fit(p, counts)[0]
+    assert fitted.positions.equal(whole.positions) and not fitted.values.equal(whole.values)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import typer
 
+from lissom.cli.common import JSON, MODEL
+
 
 def register(app: typer.Typer) -> None:
     app.command()(apply)
@@ -13,8 +15,9 @@ def register(app: typer.Typer) -> None:
 
 def apply(
     recipe: Path = typer.Argument(..., help="Recipe file (YAML)."),
-    model: str = typer.Argument(None, help="Asset, model folder, .gguf file or Hub id. [default: the recipe's]"),
+    model: str = typer.Argument(None, help=f"{MODEL} [default: the recipe's]"),
     output: Path = typer.Option(..., "--output", "-o", help="Folder to write."),
+    json_file: str = JSON,
 ) -> None:
     """Write the model with the recipe applied: a folder of transformers with the recipe in it.
 
@@ -23,7 +26,7 @@ def apply(
     from rich.console import Console
 
     from lissom.errors import UserError
-    from lissom.files import atomic_path, require_writable
+    from lissom.files import atomic_path, require_writable, write_json
     from lissom.recipes import Recipe
     from lissom.recipes.recipe import FILE_NAME
 
@@ -42,4 +45,7 @@ def apply(
         chosen.model_copy(update={"model": str(output), "methods": tuple(running), "dtype": "auto"}).save(
             temporary / FILE_NAME
         )
-    typer.echo(f'{output}: {chosen.label}. Use it:\n  lissom generate {output} "your question"')
+    if json_file:
+        write_json({"folder": str(output), "recipe": chosen.label}, json_file)
+    if json_file != "-":
+        typer.echo(f'{output}: {chosen.label}. Use it:\n  lissom generate {output} "your question"')

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import Any
 
 import typer
 
+from lissom.cli.common import JSON
+from lissom.files import write_json
+
 app = typer.Typer(help="List, fetch, locate, verify and remove models and texts.", no_args_is_help=True)
-JSON = typer.Option(None, "--json", metavar="FILE", help="Write the result as JSON ('-': standard output).")
 
 
 def register(root: typer.Typer) -> None:
@@ -19,19 +20,6 @@ def register(root: typer.Typer) -> None:
 def say(text: str) -> None:
     """Progress for a person, apart from results."""
     print(f"lissom: {text}", file=sys.stderr)
-
-
-def write(facts: Any, target: str) -> None:
-    """JSON to a file, atomically, or to standard output where `target` is '-'."""
-    from pathlib import Path
-
-    from lissom.files import atomic_path
-
-    if target == "-":
-        typer.echo(json.dumps(facts, indent=1))
-        return
-    with atomic_path(Path(target)) as temporary:
-        temporary.write_text(json.dumps(facts, indent=1))
 
 
 @app.command("list")
@@ -52,7 +40,7 @@ def list_assets(json_file: str = JSON) -> None:
              "about": asset.about, "cached_bytes": size}
         )  # fmt: skip
     if json_file:
-        write(facts, json_file)
+        write_json(facts, json_file)
     if json_file != "-":
         table = Table("name", "kind", "source", "licence", "in the cache", "what it is", box=SIMPLE)
         for row in facts:
@@ -93,7 +81,7 @@ def verify(
     chosen = names or [name for name in assets.ASSETS if (assets.cache_dir() / name).exists()]
     whole = {name: assets.is_whole(assets.cache_dir() / assets.find(name).name, thorough=True) for name in chosen}
     if json_file:
-        write(whole, json_file)
+        write_json(whole, json_file)
     if json_file != "-":
         for name, good in whole.items():
             typer.echo(f"{assets.cache_dir() / name}: {'whole' if good else 'missing or damaged'}")

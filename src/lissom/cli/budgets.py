@@ -4,31 +4,34 @@ from __future__ import annotations
 
 import typer
 
+from lissom.cli.common import JSON, MODEL, bars
+
 
 def register(app: typer.Typer) -> None:
     app.command()(budgets)
 
 
 def budgets(
-    model: str = typer.Argument("smollm2-135m", help="Asset, model folder, .gguf file or Hub id."),
+    model: str = typer.Argument("smollm2-135m", help=MODEL),
     documents: int = typer.Option(1, min=1, help="Documents that the heads are measured on."),
     tokens: int = typer.Option(700, min=64, help="Tokens of each."),
+    json_file: str = JSON,
 ) -> None:
     """Measure each KV head's influence and keep the head budgets in the cache, for `--head-budgets measured`.
 
     A stopped run goes on where it was.
     """
     from rich.console import Console
-    from rich.progress import Progress
 
     import lissom.models
     from lissom.evals.head_budgets import measure_head_budgets
+    from lissom.files import write_json
     from lissom.kv.influence import path_of
 
     console = Console(stderr=True)
     with console.status(f"loading {model}"):
         network, tokenizer = lissom.models.load(model)
-    with Progress(console=console) as bar:
+    with bars(console) as bar:
         task = bar.add_task("heads", total=None)
         shares = measure_head_budgets(
             network,
@@ -38,7 +41,10 @@ def budgets(
             lambda done, total: bar.update(task, completed=done, total=total),
         )
     heads = shares.size
-    typer.echo(
-        f"{path_of(network)}: {heads} heads, {shares.min() * heads:.2f} to {shares.max() * heads:.2f} times the mean. "
-        "Use them with `lissom compact --head-budgets measured`."
-    )
+    if json_file:
+        write_json({"model": model, "file": str(path_of(network)), "shares": shares.tolist()}, json_file)
+    if json_file != "-":
+        typer.echo(
+            f"{path_of(network)}: {heads} heads, {shares.min() * heads:.2f} to {shares.max() * heads:.2f} times the "
+            "mean. Use them with `lissom compact --head-budgets measured`."
+        )

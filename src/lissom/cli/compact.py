@@ -7,13 +7,15 @@ from pathlib import Path
 
 import typer
 
+from lissom.cli.common import JSON, MODEL, bars, read_text
+
 
 def register(app: typer.Typer) -> None:
     app.command()(compact)
 
 
 def compact(
-    model: str = typer.Argument("smollm2-135m", help="Asset, model folder, .gguf file or Hub id."),
+    model: str = typer.Argument("smollm2-135m", help=MODEL),
     document: Path = typer.Option(..., "--document", "-d", help="Text file to read."),
     output: Path = typer.Option(..., "--output", "-o", help="Cache file to write (safetensors)."),
     ratio: float = typer.Option(0.1, help="Share of the cache to keep, in (0, 1]."),
@@ -22,13 +24,13 @@ def compact(
     head_budgets: str = typer.Option("auto", help="auto, uniform, global, or measured (by `lissom budgets`)."),
     dtype: str = typer.Option("auto", help="float32, bfloat16, float16 or auto, the checkpoint's own."),
     seed: int = typer.Option(0, help="Seed of the query sample."),
+    json_file: str = JSON,
 ) -> None:
     """Read a document once and keep a small KV cache of it, by attention matching."""
     from rich.console import Console
-    from rich.progress import Progress
 
     import lissom.models
-    from lissom.files import require_writable
+    from lissom.files import require_writable, write_json
     from lissom.kv import AttentionMatching, file
     from lissom.kv import compact as make_compact
     from lissom.kv.document import document_ids
@@ -46,7 +48,7 @@ def compact(
     if head_budgets == "measured":
         method = replace(method, budgets="measured", shares=load_shares(network))
     ids = document_ids(tokenizer, text)
-    with Progress(console=console) as bar:
+    with bars(console) as bar:
         tasks = {stage: bar.add_task(stage, total=None) for stage in ("read", "queries", "fit")}
         cache = make_compact(
             network,
@@ -57,25 +59,13 @@ def compact(
         )
     file.save(cache, output, network, tokens=ids, settings=method.settings())
     entries = ids.shape[1] * len(cache.compact_layers()) * cache.heads
-    typer.echo(
-        f"{output}: {ids.shape[1]} tokens in {cache.stored_bytes / 1e6:.2f} MB "
-        f"({cache.stored_entries / entries:.1%} of the entries kept). Ask with:\n"
-        f'  lissom generate {model} --cache {output} "your question"'
-    )
-
-
-def read_text(path: Path) -> str:
-    """A document from a text file.
-
-    Raises:
-        UserError: it is empty or no text.
-    """
-    from lissom.errors import UserError
-
-    try:
-        text = path.read_text()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no text file in UTF-8.") from error
-    if not text.strip():
-        raise UserError(f"{path} is empty: there is nothing to read.")
-    return text
+    if json_file:
+        facts = {"tokens": ids.shape[1], "stored_entries": cache.stored_entries, "full_entries": entries,
+                 "stored_bytes": cache.stored_bytes}  # fmt: skip
+        write_json({"cache": str(output), "model": model, **facts, "settings": method.settings()}, json_file)
+    if json_file != "-":
+        typer.echo(
+            f"{output}: {ids.shape[1]} tokens in {cache.stored_bytes / 1e6:.2f} MB "
+            f"({cache.stored_entries / entries:.1%} of the entries kept). Ask with:\n"
+            f'  lissom generate {model} --cache {output} "your question"'
+        )

@@ -6,21 +6,22 @@ from pathlib import Path
 
 import typer
 
+from lissom.cli.common import JSON, MODEL, bars
+
 
 def register(app: typer.Typer) -> None:
     app.command()(compare)
 
 
 def compare(
-    model: str = typer.Argument(..., help="Asset, model folder, .gguf file or Hub id."),
+    model: str = typer.Argument(..., help=MODEL),
     recipes: list[Path] = typer.Argument(..., help="Recipe files."),
     quick: bool = typer.Option(False, "--quick", help="One document and fewer questions."),
     journal: Path = typer.Option(Path("lissom-compare/measurements.jsonl"), help="Where each measurement is kept."),
-    json_file: str = typer.Option(None, "--json", metavar="FILE", help="Write them as JSON ('-': standard output)."),
+    json_file: str = JSON,
 ) -> None:
     """Measure recipes against each other and against the untouched model, interleaved."""
     from rich.console import Console
-    from rich.progress import Progress
 
     from lissom.evals.journal import Journal
     from lissom.recipes import Recipe
@@ -33,7 +34,7 @@ def compare(
         from lissom.report.results import result, table
 
         bench = Bench(model, QUICK if quick else Workload(), Journal(journal))
-    with Progress(console=console) as bar:
+    with bars(console) as bar:
         task = bar.add_task("measuring", total=None)
         outcome = measure(
             bench,

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import shutil
-from pathlib import Path
 
 import typer
+
+from lissom.cli.common import JSON
 
 
 def register(app: typer.Typer) -> None:
     app.command()(doctor)
 
 
-def doctor(
-    json_file: str = typer.Option(
-        None, "--json", metavar="FILE", help="Write the result as JSON ('-': standard output)."
-    ),
-) -> None:
+def doctor(json_file: str = JSON) -> None:
     """Show CPU, memory, measured rates, the kernels that run here, and the optional parts that are missing."""
     import torch
 
     from lissom.devices.machine import describe, measure_bandwidth, measure_gemm
-    from lissom.files import atomic_path
+    from lissom.files import write_json
     from lissom.kernels import native
 
     facts = describe()
@@ -35,12 +31,10 @@ def doctor(
     status = native.status()
     facts["kernels"] = {"ragged_attention": {"path": status.isa or "pytorch", "why": status.reason}}
     facts["missing"] = missing_parts()
-    if json_file == "-":
-        typer.echo(json.dumps(facts, indent=1))
-        return
     if json_file:
-        with atomic_path(Path(json_file)) as temporary:
-            temporary.write_text(json.dumps(facts, indent=1))
+        write_json(facts, json_file)
+    if json_file == "-":
+        return
     from rich.console import Console
     from rich.table import Table
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from lissom.cli.common import MODEL, read_text
+
 if TYPE_CHECKING:
     from lissom.recipes import Recipe
 
@@ -16,7 +18,7 @@ def register(app: typer.Typer) -> None:
 
 
 def generate(
-    model: str = typer.Argument(..., help="Asset (smollm2-135m), model folder, .gguf file or Hub id."),
+    model: str = typer.Argument(..., help=MODEL),
     prompt: str = typer.Argument(..., help="The question."),
     cache: Path = typer.Option(None, "--cache", help="Cache file of `lissom compact` for this model."),
     recipe: Path = typer.Option(None, "--recipe", help="Recipe file: dtype, threads and methods to run with."),
@@ -32,7 +34,6 @@ def generate(
     from rich.console import Console
     from transformers import TextStreamer
 
-    from lissom.cli.compact import read_text
     from lissom.errors import UserError
     from lissom.kv import KVBudget, file
     from lissom.kv.document import document_ids, question_ids

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import typer
 
+from lissom.cli.common import JSON, MODEL, bars
+
 
 def register(app: typer.Typer) -> None:
     app.command()(optimize)
@@ -25,7 +27,7 @@ def share(text: str) -> float:
 
 
 def optimize(
-    model: str = typer.Argument("smollm2-135m", help="Asset, model folder, .gguf file or Hub id."),
+    model: str = typer.Argument("smollm2-135m", help=MODEL),
     device: str = typer.Option("this", help="'this', or the file that `lissom doctor --json FILE` wrote elsewhere."),
     max_quality_loss: str = typer.Option("5%", metavar="PCT", help="Loss that the recommended recipe may have."),
     budget: float = typer.Option(
@@ -34,9 +36,7 @@ def optimize(
     prefer: str = typer.Option("balanced", help="speed, memory, or balanced (the geometric mean of both gains)."),
     quick: bool = typer.Option(False, "--quick", help="Fewer candidates and questions: under three minutes."),
     output: Path = typer.Option(Path("lissom-report"), "--output", "-o", help="Folder of the report."),
-    json_file: str = typer.Option(
-        None, "--json", metavar="FILE", help="Also write the results there ('-': standard output)."
-    ),
+    json_file: str = JSON,
 ) -> None:
     """Find the recipe that makes MODEL small and fast on this machine within a quality floor, by measuring.
 
@@ -44,14 +44,6 @@ def optimize(
     """
     from filelock import FileLock, Timeout
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
     from lissom.errors import UserError
     from lissom.evals.journal import Journal
@@ -80,14 +72,7 @@ def optimize(
         bench = Bench(model, QUICK if quick else Workload(), journal)
     if known:
         console.print(f"{known} measurements are in {output} already; what they cover is not measured again.")
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as bar:
+    with bars(console) as bar:
         task = bar.add_task("untouched model", total=None)
 
         def show(label: str, done: int, planned: int) -> None:

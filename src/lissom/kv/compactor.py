@@ -54,7 +54,7 @@ class Problem:
             return logits
         return logits.masked_fill_(self.positions[:, None] > self.query_positions[:, None], -torch.inf)
 
-    def logits_by_parts(self, queries: int = 512) -> Iterator[torch.Tensor]:
+    def logits_by_parts(self, queries: int = 256) -> Iterator[torch.Tensor]:
         """The rows of `logits` in parts, one after the other in the same memory."""
         heads, total, _ = self.queries.shape
         memory = self.keys.new_empty(heads, min(queries, total), self.keys.shape[1])

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from lissom.errors import UserError
+from lissom.kernels.matmul import matmul
 from lissom.kv.cache import CompactLayer, compact_layers
 from lissom.kv.document import question_ids
 
@@ -27,6 +28,7 @@ SELF_STUDY_PROMPTS = (
     "Write three questions about the text above and answer them.",
 )
 
+_QUERY_CHUNK = 256
 _LAST = 64  # tokens at the end of a pass that are always recorded: SnapKV's window
 
 
@@ -139,13 +141,16 @@ def _own_mass(
     """Log mass `[rows, query heads, picked]` of the layer's tail up to each picked query, without padding."""
     store = layer.store
     assert store is not None
-    keys = torch.stack([block.keys[len(block.keys) - layer.tail :] for block in store.blocks()])
-    keys = keys.unflatten(0, (store.rows, store.heads))[:, :, None].float()
-    queries = query[:, :, picked.to(query.device)].unflatten(1, (store.heads, -1)).float()
-    logits = queries @ keys.mT * scaling
-    hidden = (torch.arange(layer.tail) > picked[:, None]) | ~shown[:, None].cpu()
-    logits.masked_fill_(hidden[:, None, None].to(logits.device), -torch.inf)
-    return logits.logsumexp(-1).flatten(1, 2)
+    keys = torch.stack([block.keys[len(block.keys) - layer.tail :] for block in store.blocks()]).float()
+    masses = []
+    for some in picked.split(_QUERY_CHUNK):  # ascending
+        seen = int(some[-1]) + 1
+        queries = query[:, :, some.to(query.device)].float() * scaling
+        logits = matmul(queries.reshape(len(keys), -1, queries.shape[-1]), keys[:, :seen].mT)
+        logits = logits.view(*queries.shape[:-1], seen)
+        hidden = (torch.arange(seen) > some[:, None]) | ~shown[:, None, :seen].cpu()
+        masses.append(logits.masked_fill_(hidden[:, None].to(logits.device), -torch.inf).logsumexp(-1))
+    return torch.cat(masses, -1)
 
 
 def forward(model: PreTrainedModel, ids: torch.Tensor, visible: torch.Tensor, cache: Cache) -> torch.Tensor:

@@ -26,10 +26,19 @@ def method_class(key: str) -> Any:
     Raises:
         UserError: there is none.
     """
-    found = [entry for entry in entry_points(group=GROUP) if entry.name == key]
-    if not found:
-        raise UserError(f"There is no method {key!r}.{_nearest(key, method_names())}")
-    return found[0].load()
+    return registered(GROUP, key, "method")
+
+
+def registered(group: str, key: str, what: str) -> Any:
+    """What is installed as the entry point `key` of `group`; `what` names it in the error.
+
+    Raises:
+        UserError: there is none.
+    """
+    entries = entry_points(group=group)
+    if key not in entries.names:
+        raise UserError(f"There is no {what} {key!r}.{_nearest(key, sorted(entries.names))}")
+    return entries[key].load()
 
 
 def build(key: str, settings: Mapping[str, Any]) -> Any:

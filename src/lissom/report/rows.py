@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from lissom.devices.machine import describe
-from lissom.files import atomic_path
+from lissom.files import write_json
 
 
 @dataclass(frozen=True)
@@ -50,9 +47,4 @@ class Result:
 
     def write(self, target: str) -> None:
         """Write JSON to a file, atomically, or to standard output where `target` is '-'."""
-        text = json.dumps(self.to_dict(), indent=1)
-        if target == "-":
-            sys.stdout.write(text + "\n")
-            return
-        with atomic_path(Path(target)) as temporary:
-            temporary.write_text(text + "\n")
+        write_json(self.to_dict(), target)

@@ -79,8 +79,10 @@ def arms(ratio: float, size: Size, shares: Shares = ()) -> dict[str, Compactor]:
             "uniform budgets": AttentionMatching(ratio=ratio, budgets="uniform"),
             "uniform, OMP-fast": AttentionMatching(ratio=ratio, budgets="uniform", select="omp-fast"),
             "uniform, on-policy": AttentionMatching(ratio=ratio, budgets="uniform", on_policy=True),
-            "published fit": AttentionMatching(ratio=ratio, mass_ridge=0.0, ridge=0.0),
-            "published, uniform": AttentionMatching(ratio=ratio, mass_ridge=0.0, ridge=0.0, budgets="uniform"),
+            "published fit": AttentionMatching(ratio=ratio, mass_ridge=0.0, ridge=0.0, fit_below=1.0),
+            "published, uniform": AttentionMatching(
+                ratio=ratio, mass_ridge=0.0, ridge=0.0, fit_below=1.0, budgets="uniform"
+            ),
         }
         if shares:
             methods["measured budgets"] = AttentionMatching(ratio=ratio, budgets="measured", shares=shares)

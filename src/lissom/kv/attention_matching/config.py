@@ -40,8 +40,9 @@ _PURSUITS: dict[str, tuple[int | None, int]] = {
 class AttentionMatching(Compactor):
     """Compaction by attention matching.
 
-    `mass_ridge`, `ridge`, `prior` and `budgets` depart from the paper (what each is worth: the method's page); with
-    `mass_ridge=0, ridge=0, budgets="uniform"` it is the published method without measured head budgets.
+    `mass_ridge`, `ridge`, `prior`, `fit_below` and `budgets` depart from the paper (what each is worth: the method's
+    page); with `mass_ridge=0, ridge=0, fit_below=1, budgets="uniform"` it is the published method without measured head
+    budgets.
 
     Attributes:
         select: how keys are chosen: `hak` (highest attention keys), the OMP variants, or `random` (a control).
@@ -52,6 +53,8 @@ class AttentionMatching(Compactor):
         mass_ridge: draws e^β towards 1, an entry that stands for itself, where the queries say nothing (paper: 0).
         ridge: λ/(‖X‖²_F/t) of the value fit (paper: 0).
         prior: what that ridge draws the values towards: `original` or `zero` (the code's).
+        fit_below: a head that keeps at least this share of its entries keeps them as they are: there is little to fit,
+            and the fit's time grows with the square of the entries (paper: 1, every head is fitted).
         refinements: of OMP: how often keys of next to no weight (β < -7) are replaced (the code: up to 3); what is left
             with such a weight is dropped, so fewer entries may be stored.
         reduce, pool: how HAK reduces attention over queries (paper: rms), and the width of its max-pool (0 = none).
@@ -69,6 +72,7 @@ class AttentionMatching(Compactor):
     mass_ridge: float = 1e-2
     ridge: float = 1e-3
     prior: Prior = "original"
+    fit_below: float = 0.5
     refinements: int = 3
     reduce: Reduction = "rms"
     pool: int = 0
@@ -84,6 +88,8 @@ class AttentionMatching(Compactor):
                 raise UserError(f"{name}={getattr(self, name)} must be a finite number of at least 0.")
         if self.pool < 0 or (self.pool > 0 and self.pool % 2 == 0):
             raise UserError(f"pool={self.pool}: expected an odd width, or 0 for none.")
+        if not 0 <= self.fit_below <= 1:
+            raise UserError(f"fit_below={self.fit_below} is not in [0, 1]: it is a share of a head's entries.")
         if self.refinements < 0:
             raise UserError(f"refinements={self.refinements} is negative.")
 
@@ -116,15 +122,16 @@ class AttentionMatching(Compactor):
         return sweep(problem.logits_by_parts(), problem.values, self.reduce, with_largest, problem.own_mass)
 
     def fit(self, problem: Problem, budget: Sequence[int], known: Sweep | None = None) -> list[Block]:
-        """See `Compactor.fit`. Heads whose budget covers all their entries keep them exactly."""
+        """See `Compactor.fit`."""
         available = problem.exists.sum(-1).tolist()
-        whole = [count >= have for count, have in zip(budget, available, strict=True)]
-        if all(whole):
+        if all(count >= have for count, have in zip(budget, available, strict=True)):
             return [problem.block(h, problem.exists[h].nonzero().flatten()) for h in range(len(budget))]
         swept = known or self._sweep(problem)
         chosen = self._select(problem, swept.scores, budget)
         return [
-            problem.block(h, indices) if whole[h] else self._fit_head(problem.head(h), swept.head(h), indices)
+            problem.block(h, indices)
+            if len(indices) >= self.fit_below * available[h]
+            else self._fit_head(problem.head(h), swept.head(h), indices)
             for h, indices in enumerate(chosen)
         ]
 

@@ -84,6 +84,7 @@ def sweep(
         own_mass: `[heads, queries]`, log mass that each query finds elsewhere; it counts in `largest` alone.
     """
     largest, start = torch.zeros(values.shape[:2], device=values.device), 0
+    scratch = values.new_empty(0)
     tops, masses, outputs, scores = [], [], [], torch.zeros(values.shape[:2], device=values.device)
     for logits in parts:
         top = row_maximum(logits)
@@ -98,7 +99,9 @@ def sweep(
                 elsewhere = own_mass[:, start : start + mass.shape[1], None]
                 weight = 1.0 / (mass + torch.exp(elsewhere - top)).clamp(min=torch.finfo(features.dtype).tiny)
             start += mass.shape[1]
-            largest = torch.maximum(largest, (features * weight).amax(1))
+            if scratch.shape != features.shape:
+                scratch = torch.empty_like(features)
+            largest = torch.maximum(largest, torch.mul(features, weight, out=scratch).amax(1))
         tops.append(top)
         masses.append(mass[..., 0])
         if reduce == "max":

@@ -1,16 +1,19 @@
-"""The check of attention matching as rows and tables."""
+"""The check of attention matching: measured, as rows and as tables."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.box import SIMPLE
 from rich.table import Table
 
+import lissom.models
 from lissom.evals.checks import attention_matching as study
 from lissom.evals.stats import paired_bootstrap
+from lissom.report.checks import Outcome, Progress, SizeName
 from lissom.report.rows import Claim, Result, Row
 
 Records = Sequence[dict[str, Any]]
@@ -37,7 +40,7 @@ def _mean(own: Records, *keys: str) -> float:
     return float(np.mean([sum(r[key] for key in keys) for r in own]))
 
 
-def attention_matching_result(run: study.Run) -> Result:
+def result(run: study.Run) -> Result:
     """Every arm at every ratio; `baseline` is the best eviction method's figure at that ratio."""
     records, needles, size = run.records, run.needles, run.size
     rows = []
@@ -76,7 +79,7 @@ def attention_matching_result(run: study.Run) -> Result:
     return Result("attention-matching", rows, claims)
 
 
-def attention_matching_tables(run: study.Run) -> Iterator[Table]:
+def tables(run: study.Run) -> Iterator[Table]:
     """One table per ratio, then the needles."""
     records, needles, size = run.records, run.needles, run.size
     for ratio in size.ratios:
@@ -115,3 +118,19 @@ def attention_matching_tables(run: study.Run) -> Iterator[Table]:
             found = [[r["found"][name] for r in needles if r["length"] == length] for length in lengths]
             table.add_row(name, *(f"{sum(hits)}/{len(hits)}" for hits in found))
         yield table
+
+
+class AttentionMatchingCheck:
+    """See `lissom.report.checks.Check`."""
+
+    stages = study.STAGES
+    sizes = {"small": study.SMALL, "default": study.DEFAULT, "paper": study.PAPER}  # noqa: RUF012
+
+    def __call__(self, size: SizeName, model: str, journal: Path, progress: Progress) -> Outcome:
+        """See `lissom.report.checks.Check`."""
+        network, tokenizer = lissom.models.load(model)
+        run = study.run(network, tokenizer, self.sizes[size], journal, progress)
+        return Outcome(result(run), list(tables(run)))
+
+
+CHECK = AttentionMatchingCheck()
