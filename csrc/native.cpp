@@ -1,9 +1,10 @@
 // The plain C ABI of lissom's kernels: which instruction sets there are, which one is used, and one entry per kernel.
+#include <algorithm>
 #include <atomic>
 #include <vector>
 
+#include "kernels.h"
 #include "pool.h"
-#include "problem.h"
 
 namespace {
 
@@ -20,12 +21,22 @@ int best_isa() {
 
 int chosen = best_isa();
 
-void attend(const Problem& p, int64_t block, float* scratch) {
+const Kernels& kernels() {
 #if defined(__x86_64__)
-  if (chosen == 2) return avx512::attend(p, block, scratch);
-  if (chosen == 1) return avx2::attend(p, block, scratch);
+  if (chosen == 2) return avx512::kernels;
+  if (chosen == 1) return avx2::kernels;
 #endif
-  portable::attend(p, block, scratch);
+  return portable::kernels;
+}
+
+// Runs `work(unit, scratch)` for all units below `units` on at most `workers` threads, each with `floats` of scratch.
+template <typename Work>
+void share_out(int64_t units, int64_t workers, int64_t floats, const Work& work) {
+  std::atomic<int64_t> next{0};
+  Pool::run(std::min(workers, units) - 1, [&] {
+    std::vector<float> scratch(floats);
+    for (int64_t unit; (unit = next.fetch_add(1)) < units;) work(unit, scratch.data());
+  });
 }
 
 }  // namespace
@@ -45,8 +56,8 @@ int lissom_set_isa(int isa) {
 }
 
 // Returns 0, or -1 where a block lies outside the buffers: then nothing is read.
-int lissom_ragged_attention(const Problem* problem, int threads) {
-  const Problem& p = *problem;
+int lissom_ragged_attention(const RaggedAttention* arguments, int threads) {
+  const RaggedAttention& p = *arguments;
   const int64_t blocks = p.rows * p.kv_heads;
   for (int64_t i = 0; i < blocks; ++i)
     if (p.starts[i] < 0 || p.lengths[i] < 0 || p.starts[i] > p.capacity - p.lengths[i]) return -1;
@@ -55,15 +66,25 @@ int lissom_ragged_attention(const Problem* problem, int threads) {
   int64_t work = 0;
   for (int64_t i = 0; i < blocks; ++i) work += p.lengths[i] * vectors * p.head_dim;
   // Waking a thread costs about as much as some hundred thousand multiply-adds.
-  int64_t workers = work / 300000 + 1;
-  if (workers > threads) workers = threads;
-  if (workers > blocks) workers = blocks;
-  std::atomic<int64_t> next{0};
-  Pool::run(workers - 1, [&] {
-    std::vector<float> scratch(floats);
-    for (int64_t block; (block = next.fetch_add(1)) < blocks;) attend(p, block, scratch.data());
-  });
+  const int64_t workers = std::min<int64_t>(work / 300000 + 1, threads);
+  const Kernels& isa = kernels();
+  share_out(blocks, workers, floats, [&](int64_t block, float* scratch) { isa.attend(p, block, scratch); });
   return 0;
+}
+
+void lissom_attention_statistics(const AttentionStatistics* arguments, int threads) {
+  const AttentionStatistics& s = *arguments;
+  const Kernels& isa = kernels();
+  const auto padded = [&](int64_t columns) { return (columns + isa.panel - 1) / isa.panel * isa.panel; };
+  const int64_t keys = padded(s.entries) * s.head_dim, values = s.values ? padded(s.head_dim) * s.entries : 0;
+  std::vector<float> packed(s.heads * (keys + values));
+  const auto keys_of = [&](int64_t head) { return packed.data() + head * (keys + values); };
+  share_out(s.heads, threads, 0, [&](int64_t head, float*) { isa.pack(s, head, keys_of(head), keys_of(head) + keys); });
+  const int64_t chunks = (s.queries + s.chunk - 1) / s.chunk;
+  share_out(s.heads * chunks, threads, isa.scratch(s), [&](int64_t unit, float* scratch) {
+    const int64_t head = unit / chunks;
+    isa.summarise(s, head, unit % chunks, keys_of(head), keys_of(head) + keys, scratch);
+  });
 }
 
 }  // extern "C"

@@ -165,7 +165,7 @@ def test_the_library_compiles_for_arm(tmp_path):
     command = ["aarch64-linux-gnu-g++", "-std=c++17", "-O3", "-Wall", "-Werror", "-shared", "-fPIC"]
     command += [
         str(sources / "native.cpp"),
-        str(sources / "ragged_attention_portable.cpp"),
+        str(sources / "portable.cpp"),
         "-o",
         str(tmp_path / "x.so"),
     ]

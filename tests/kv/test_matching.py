@@ -30,26 +30,6 @@ def test_huge_logits_and_empty_rows_stay_finite():
     assert m.attention(s)[0, 0].abs().sum() == 0
 
 
-@pytest.mark.parametrize("reduce", ["rms", "mean", "max"])
-def test_highest_attention_scores(reduce):
-    s = logits()
-    weights = np.exp(s.double().numpy())
-    weights /= weights.sum(-1, keepdims=True)
-    wanted = {"rms": np.sqrt((weights**2).mean(1)), "mean": weights.mean(1), "max": weights.max(1)}[reduce]
-    values = torch.randn(*s.shape[::2], 5)
-    swept = m.sweep([part.clone() for part in s.split(4, dim=1)], values, reduce, with_largest=True)
-    np.testing.assert_allclose(swept.scores.numpy(), wanted, rtol=1e-4)
-    np.testing.assert_allclose(swept.largest.numpy(), weights.max(1), rtol=1e-4)
-    own = torch.randn(s.shape[:2], generator=torch.Generator().manual_seed(9))
-    swept = m.sweep([part.clone() for part in s.split(4, dim=1)], values, reduce, True, own)
-    share = np.exp(s.double().numpy())
-    share /= share.sum(-1, keepdims=True) + np.exp(own.double().numpy())[..., None]
-    np.testing.assert_allclose(swept.largest.numpy(), share.max(1), rtol=1e-4)
-    np.testing.assert_allclose(swept.outputs.numpy(), weights @ values.double().numpy(), rtol=1e-3, atol=1e-5)
-    mass = np.exp(s.double().numpy()).sum(-1)
-    np.testing.assert_allclose(swept.mass * swept.top[..., 0].exp(), mass, rtol=1e-4)
-
-
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10**6), size=st.integers(1, 12))
 def test_exact_mass_fit_is_scipys_nnls(seed, size):

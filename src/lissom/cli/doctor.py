@@ -29,7 +29,8 @@ def doctor(json_file: str = JSON) -> None:
         "gemm_bf16_gflop_s": round(measure_gemm(torch.bfloat16)),
     }
     status = native.status()
-    facts["kernels"] = {"ragged_attention": {"path": status.isa or "pytorch", "why": status.reason}}
+    path = {"path": status.isa or "pytorch", "why": status.reason}
+    facts["kernels"] = {kernel: path for kernel in ("attention_statistics", "ragged_attention")}
     facts["missing"] = missing_parts()
     if json_file:
         write_json(facts, json_file)

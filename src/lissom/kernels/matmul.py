@@ -9,16 +9,15 @@ from functools import cache
 import torch
 
 
-def matmul(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """`a @ b` for `a` `[heads, m, k]` and `b` `[heads, k, n]`, written to `out` where it is given.
+def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`a @ b` for `a` `[heads, m, k]` and `b` `[heads, k, n]`.
 
     On a CPU one product after the other, each on all threads: the batched product shares the matrices out over the
     threads, and with the few KV heads of a layer some of them stand idle.
     """
     if a.device.type != "cpu":
-        return torch.bmm(a, b, out=out)
-    if out is None:
-        out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
+        return torch.bmm(a, b)
+    out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
     with _onednn() if a.dtype == torch.float32 and _onednn_is_exact() else _as_it_is():
         for left, right, target in zip(a, b, out, strict=True):
             torch.mm(left, right, out=target)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lissom.errors import UserError
+from lissom.kernels.attention_statistics import Statistics, attention_statistics
 from lissom.kernels.matmul import matmul
 from lissom.kv.storage import Block
 from lissom.models.method import described
@@ -47,33 +48,33 @@ class Problem:
     seed: int = 0
     own_mass: torch.Tensor | None = None
 
-    def logits(self, out: torch.Tensor | None = None) -> torch.Tensor:
+    def logits(self) -> torch.Tensor:
         """`[heads, queries, entries]`: scaled, biased, -inf where the entry is absent or later than the query."""
-        logits = matmul(self.queries * self.scaling, self.keys.mT, out).add_(self.bias[:, None])
-        if int(self.query_positions.min()) >= int(self.positions.max()):
+        logits = matmul(self.queries * self.scaling, self.keys.mT).add_(self.bias[:, None])
+        if self._all_are_seen:
             return logits
         return logits.masked_fill_(self.positions[:, None] > self.query_positions[:, None], -torch.inf)
 
-    def logits_by_parts(self, queries: int = 256) -> Iterator[torch.Tensor]:
-        """The rows of `logits` in parts, one after the other in the same memory."""
-        heads, total, _ = self.queries.shape
-        memory = self.keys.new_empty(heads, min(queries, total), self.keys.shape[1])
-        for start in range(0, total, queries):
-            span = slice(start, start + queries)
-            part = replace(self, queries=self.queries[:, span], query_positions=self.query_positions[span])
-            yield part.logits(memory[:, : part.queries.shape[1]])
+    @property
+    def _all_are_seen(self) -> bool:
+        """Whether no query comes before an entry."""
+        return int(self.query_positions.min()) >= int(self.positions.max())
 
-    def largest_attention(self) -> torch.Tensor:
-        """Of each entry `[heads, entries]` the largest weight that any query gives it, in a softmax that covers the
-        query's own pass, too, where `own_mass` is known."""
-        largest, start = torch.zeros_like(self.bias), 0
-        for logits in self.logits_by_parts():
-            mass = logits.logsumexp(-1)
-            if self.own_mass is not None:
-                mass = torch.logaddexp(mass, self.own_mass[:, start : start + mass.shape[1]])
-            largest = torch.maximum(largest, (logits - mass[..., None]).exp_().nan_to_num_(0.0).amax(1))
-            start += mass.shape[1]
-        return largest
+    def statistics(self, reduction: str = "rms", with_outputs: bool = True) -> Statistics:
+        """Mass and output of every query, and the weights of every entry; the largest weight is that in a softmax that
+        covers the query's own pass, too, where `own_mass` is known."""
+        causal = not self._all_are_seen
+        return attention_statistics(
+            self.queries,
+            self.keys,
+            self.values if with_outputs else None,
+            self.bias,
+            self.scaling,
+            reduction,
+            positions=self.positions if causal else None,
+            query_positions=self.query_positions if causal else None,
+            elsewhere=self.own_mass,
+        )
 
     def part(self, index: torch.Tensor) -> Problem:
         """The problem of the entries `index` `[heads, t]` alone."""

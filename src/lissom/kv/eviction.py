@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
 
 import torch
@@ -28,7 +28,7 @@ def streaming_llm_scores(problem: Problem) -> torch.Tensor:
 
 def h2o_scores(problem: Problem) -> torch.Tensor:
     """Attention accumulated over the document's own causal queries, per query (H2O, arXiv 2306.14048)."""
-    return _weights(problem).mean(1)
+    return problem.statistics("mean", with_outputs=False).scores
 
 
 def snapkv_scores(problem: Problem, window: int = 64, pool: int = 7) -> torch.Tensor:
@@ -54,7 +54,7 @@ def kvzip_scores(problem: Problem) -> torch.Tensor:
     The softmax is over the document and the repeated tokens, as KVzip's own is for a document of one chunk (2048
     tokens); a longer one is repeated in one piece here, chunk by chunk there.
     """
-    return problem.largest_attention()
+    return problem.statistics(with_outputs=False).largest
 
 
 def expected_attention_scores(problem: Problem) -> torch.Tensor:
@@ -72,9 +72,9 @@ def expected_attention_scores(problem: Problem) -> torch.Tensor:
     return exponent.exp() * problem.values.norm(dim=-1)
 
 
-def _weights(problem: Problem, rows: torch.Tensor | None = None) -> torch.Tensor:
-    logits = problem.logits()
-    return torch.softmax(logits if rows is None else logits[:, rows], dim=-1).nan_to_num(0.0)
+def _weights(problem: Problem, rows: torch.Tensor) -> torch.Tensor:
+    last = replace(problem, queries=problem.queries[:, rows], query_positions=problem.query_positions[rows])
+    return torch.softmax(last.logits(), dim=-1).nan_to_num(0.0)
 
 
 SCORES: dict[str, tuple[Callable[[Problem], torch.Tensor], Queries]] = {

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from lissom.errors import UserError
-from lissom.kernels.matmul import matmul
+from lissom.kernels.attention_statistics import attention_statistics
 from lissom.kv.cache import CompactLayer, compact_layers
 from lissom.kv.document import question_ids
 
@@ -28,7 +28,6 @@ SELF_STUDY_PROMPTS = (
     "Write three questions about the text above and answer them.",
 )
 
-_QUERY_CHUNK = 256
 _LAST = 64  # tokens at the end of a pass that are always recorded: SnapKV's window
 
 
@@ -142,15 +141,18 @@ def _own_mass(
     store = layer.store
     assert store is not None
     keys = torch.stack([block.keys[len(block.keys) - layer.tail :] for block in store.blocks()]).float()
-    masses = []
-    for some in picked.split(_QUERY_CHUNK):  # ascending
-        seen = int(some[-1]) + 1
-        queries = query[:, :, some.to(query.device)].float() * scaling
-        logits = matmul(queries.reshape(len(keys), -1, queries.shape[-1]), keys[:, :seen].mT)
-        logits = logits.view(*queries.shape[:-1], seen)
-        hidden = (torch.arange(seen) > some[:, None]) | ~shown[:, None, :seen].cpu()
-        masses.append(logits.masked_fill_(hidden[:, None].to(logits.device), -torch.inf).logsumexp(-1))
-    return torch.cat(masses, -1)
+    queries = query[:, :, picked.to(query.device)].float()
+    bias = torch.zeros(shown.shape, device=keys.device).masked_fill_(~shown.to(keys.device), -torch.inf)
+    found = attention_statistics(
+        queries.reshape(len(keys), -1, queries.shape[-1]),
+        keys,
+        None,
+        bias.repeat_interleave(store.heads, 0),
+        scaling,
+        positions=torch.arange(layer.tail, device=keys.device).expand(len(keys), -1),
+        query_positions=picked.to(keys.device).repeat(query.shape[1] // store.heads),
+    )
+    return (found.top + found.mass.log()).view(queries.shape[:-1])
 
 
 def forward(model: PreTrainedModel, ids: torch.Tensor, visible: torch.Tensor, cache: Cache) -> torch.Tensor:

@@ -10,15 +10,14 @@ from typing import ClassVar, Literal, Self
 import torch
 
 from lissom.errors import UserError
+from lissom.kernels.attention_statistics import Statistics
 from lissom.kv.attention_matching.matching import (
-    Sweep,
     attention,
     fit_mass,
     fit_values,
     mass_features,
     pooled,
     refined_pursuit,
-    sweep,
 )
 from lissom.kv.compactor import Budgets, Compactor, Problem, Queries, check_choice, top_entries
 from lissom.kv.storage import Block
@@ -113,42 +112,39 @@ class AttentionMatching(Compactor):
         """See `Compactor.wants_own_mass`. A first reading has no pass of its own beside the document."""
         return self.sharing == "global" and self.queries != "context"
 
-    def scores(self, problem: Problem) -> tuple[torch.Tensor, Sweep]:
+    def scores(self, problem: Problem) -> tuple[torch.Tensor, Statistics]:
         """See `Compactor.scores`: each entry's largest attention, by which KVzip's own budgets go."""
-        swept = self._sweep(problem, with_largest=True)
-        return problem.ranked(swept.largest), swept
+        known = problem.statistics(self.reduce)
+        return problem.ranked(known.largest), known
 
-    def _sweep(self, problem: Problem, with_largest: bool = False) -> Sweep:
-        return sweep(problem.logits_by_parts(), problem.values, self.reduce, with_largest, problem.own_mass)
-
-    def fit(self, problem: Problem, budget: Sequence[int], known: Sweep | None = None) -> list[Block]:
+    def fit(self, problem: Problem, budget: Sequence[int], known: Statistics | None = None) -> list[Block]:
         """See `Compactor.fit`."""
         available = problem.exists.sum(-1).tolist()
         if all(count >= have for count, have in zip(budget, available, strict=True)):
             return [problem.block(h, problem.exists[h].nonzero().flatten()) for h in range(len(budget))]
-        swept = known or self._sweep(problem)
-        chosen = self._select(problem, swept.scores, budget)
+        known = known or problem.statistics(self.reduce)
+        chosen = self._select(problem, known.scores, budget)
         return [
             problem.block(h, indices)
             if len(indices) >= self.fit_below * available[h]
-            else self._fit_head(problem.head(h), swept.head(h), indices)
+            else self._fit_head(problem.head(h), known.head(h), indices)
             for h, indices in enumerate(chosen)
         ]
 
-    def _fit_head(self, problem: Problem, swept: Sweep, indices: torch.Tensor) -> Block:
+    def _fit_head(self, problem: Problem, known: Statistics, indices: torch.Tensor) -> Block:
         """Biases and values of the kept entries `indices` of a problem of one head."""
         kept = problem.part(indices[None])
         logits = kept.logits()
         bias = torch.zeros_like(kept.bias)
         if self.bias:
             lower, upper, steps = self._bounds()
-            features = torch.exp(logits - swept.top)
-            bias = fit_mass(features, swept.mass, lower, upper, steps, self.exact, self.mass_ridge).log().to(bias.dtype)
+            features = torch.exp(logits - known.top[..., None])
+            bias = fit_mass(features, known.mass, lower, upper, steps, self.exact, self.mass_ridge).log().to(bias.dtype)
         values = kept.values
         if self.fit_values:
             prior = values if self.prior == "original" else None
             weights = attention(logits.add_(bias[:, None]))
-            values = fit_values(weights, swept.outputs, self.ridge, prior).to(values.dtype)
+            values = fit_values(weights, known.outputs, self.ridge, prior).to(values.dtype)
         return Block(kept.keys[0], values[0], kept.positions[0], (kept.bias + bias)[0])
 
     def _bounds(self) -> tuple[float, float, int]:

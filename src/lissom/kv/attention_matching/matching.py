@@ -10,8 +10,6 @@ their condition.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
 import scipy.optimize
@@ -41,80 +39,6 @@ def attention(logits: torch.Tensor) -> torch.Tensor:
     """Row softmax of `logits` `[..., keys]`; a row without any key gives zeros instead of NaN."""
     features, mass = mass_features(logits)
     return features / mass.clamp(min=torch.finfo(features.dtype).tiny)[..., None]
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """What one pass over all queries and keys gives.
-
-    Attributes:
-        top: `[heads, queries, 1]`, the row maxima.
-        mass: `[heads, queries]`, relative to them.
-        outputs: softmax(S)V `[heads, queries, head_dim]`.
-        scores: of each key `[heads, keys]`: its attention weight, reduced over the queries (HAK, section 3.3).
-        largest: of each key `[heads, keys]`: the largest weight that any query gives it; zeros where not asked for.
-    """
-
-    top: torch.Tensor
-    mass: torch.Tensor
-    outputs: torch.Tensor
-    scores: torch.Tensor
-    largest: torch.Tensor
-
-    def head(self, index: int) -> Sweep:
-        """What belongs to one head."""
-        one = slice(index, index + 1)
-        return Sweep(self.top[one], self.mass[one], self.outputs[one], self.scores[one], self.largest[one])
-
-
-def sweep(
-    parts: Iterable[torch.Tensor],
-    values: torch.Tensor,
-    reduce: str = "rms",
-    with_largest: bool = False,
-    own_mass: torch.Tensor | None = None,
-) -> Sweep:
-    """One pass over the logits in parts of some queries, so that the whole matrix never exists.
-
-    Args:
-        parts: logits `[heads, some queries, keys]`; each is overwritten before the next is taken.
-        values: `[heads, keys, head_dim]`.
-        reduce: `rms` (the paper's), `mean` or `max`.
-        with_largest: whether `Sweep.largest` is wanted.
-        own_mass: `[heads, queries]`, log mass that each query finds elsewhere; it counts in `largest` alone.
-    """
-    largest, start = torch.zeros(values.shape[:2], device=values.device), 0
-    scratch = values.new_empty(0)
-    tops, masses, outputs, scores = [], [], [], torch.zeros(values.shape[:2], device=values.device)
-    for logits in parts:
-        top = row_maximum(logits)
-        features = logits.sub_(top).exp_()
-        mass = features.sum(-1, keepdim=True)
-        # What is divided by the mass are the small results, not the features.
-        share = 1.0 / mass.clamp(min=torch.finfo(features.dtype).tiny)
-        outputs.append(matmul(features, values).mul_(share))
-        if with_largest:
-            weight = share
-            if own_mass is not None:
-                elsewhere = own_mass[:, start : start + mass.shape[1], None]
-                weight = 1.0 / (mass + torch.exp(elsewhere - top)).clamp(min=torch.finfo(features.dtype).tiny)
-            start += mass.shape[1]
-            if scratch.shape != features.shape:
-                scratch = torch.empty_like(features)
-            largest = torch.maximum(largest, torch.mul(features, weight, out=scratch).amax(1))
-        tops.append(top)
-        masses.append(mass[..., 0])
-        if reduce == "max":
-            scores = torch.maximum(scores, features.mul_(share).amax(1))
-        elif reduce == "mean":
-            scores += (share.mT @ features)[:, 0]
-        else:
-            scores += (share.square().mT @ features.square_())[:, 0]
-    mass = torch.cat(masses, 1)
-    if reduce != "max":
-        scores = scores / mass.shape[1]
-    scores = scores.sqrt() if reduce == "rms" else scores
-    return Sweep(torch.cat(tops, 1), mass, torch.cat(outputs, 1), scores, largest)
 
 
 def pooled(scores: torch.Tensor, width: int) -> torch.Tensor:

@@ -1,3 +1,0 @@
-#include "problem.h"
-#define LISSOM_ISA avx512
-#include "ragged_attention.inc"

@@ -1,3 +1,0 @@
-#include "problem.h"
-#define LISSOM_ISA portable
-#include "ragged_attention.inc"
