@@ -24,7 +24,7 @@ def document(tmp_path_factory):
 @pytest.fixture(scope="module")
 def cache_file(lissom_cli, document, smollm2):
     path = document.parent / "cache.safetensors"
-    given = ("--document", document, "-o", path, "--ratio", "0.2", "--queries", "context", "--json", "-")
+    given = ("--document", document, "-o", path, "--ratio", "20%", "--queries", "context", "--json", "-")
     result = lissom_cli("compact", *given)
     assert result.returncode == 0, result.stderr
     facts = json.loads(result.stdout)
@@ -83,6 +83,7 @@ def test_real_model_ratio_one_equals_the_full_cache(smollm2, document):
         (["compact", "smollm", "-d", LICENCE, "-o", "x"], "Did you mean 'smollm2-135m'"),
         (["compact", "-d", "missing.txt", "-o", "x"], "missing.txt"),
         (["compact", "-d", LICENCE, "-o", "x", "--ratio", "1.5"], "not in (0, 1]"),
+        (["compact", "-d", LICENCE, "-o", "x", "--ratio", "a tenth"], "is no share"),
         (["compact", "-d", LICENCE, "-o", "x", "--select", "best"], "expected one of"),
         (["compact", "-d", LICENCE, "-o", "/proc/x/y"], "Cannot write"),
         (["generate", "smollm2-135m", ""], "prompt is empty"),

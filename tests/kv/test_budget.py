@@ -163,6 +163,18 @@ def test_turns_of_generate_share_one_cache():
     assert cache.get_seq_length() == ids.shape[1] - 16
 
 
+def test_a_cache_without_layers_has_them_from_the_first_pass_on():
+    model = tiny_model("gemma3")
+    ids, cache = random_ids(100), DynamicCache()
+    size = size_of(model, 60)
+    with AttentionMatching(ratio=0.5, queries="context")(model), KVBudget(size)(model):
+        read(model, ids, cache)
+    assert sum(layer.stored_bytes for layer in cache.layers if isinstance(layer, BudgetLayer)) <= size
+    assert [isinstance(layer, BudgetLayer) for layer in cache.layers] == [
+        not s for s in describe_decoder(model).sliding
+    ]
+
+
 def test_it_composes_with_compaction_of_the_prompt():
     model = tiny_model("llama")
     seen = []

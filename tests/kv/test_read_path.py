@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from lissom import AttentionMatching, KVBudget, compact
+from lissom.kv.cache import CompactLayer
 from lissom.kv.storage import Block, RaggedStore
 
 TOKENS = 90
@@ -144,6 +145,23 @@ def test_a_short_row_beside_a_long_one():
     mask[1, :380] = 0
     cache = compact(model, {"input_ids": ids, "attention_mask": mask}, ratio=0.2)
     assert model(random_ids(7, rows=2), past_key_values=cache).logits.isfinite().all()
+
+
+def test_biases_stay_exact_in_a_16_bit_model():
+    count = 64
+    zeros, values = torch.zeros(count, 8, dtype=torch.bfloat16), torch.zeros(count, 8, dtype=torch.bfloat16)
+    values[:32] = 1.0
+    bias = torch.full((count,), 5.0)
+    bias[:32] += 0.012  # bfloat16 has 5.0 and 5.03
+    layer = CompactLayer()
+    layer.store = RaggedStore([Block(zeros, values, torch.arange(count, dtype=torch.int32), bias)], 1)
+    layer.logical = count
+    layer.update(*(torch.full((1, 1, 20, 8), -1e4, dtype=torch.bfloat16) for _ in range(2)))
+    share = float(torch.sigmoid(torch.tensor(0.012)))
+    out = layer.attend(torch.ones(1, 1, 20, 8, dtype=torch.bfloat16), None, 1.0, None)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, torch.full_like(out, share), atol=1e-3, rtol=0)
+    assert abs(share - 0.5) > 2.5e-3
 
 
 def test_rows_take_their_biases_along():

@@ -15,6 +15,19 @@ MODEL = "Asset, model folder, .gguf file or Hub id."
 JSON = typer.Option(None, "--json", metavar="FILE", help="Write the result as JSON ('-': standard output).")
 
 
+def share(text: str | float) -> float:
+    """A share from '0.1' or '10%'.
+
+    Raises:
+        typer.BadParameter: it is no number.
+    """
+    try:
+        number = str(text).strip()
+        return float(number.removesuffix("%")) / 100 if number.endswith("%") else float(number)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is no share: expected a number such as 0.1 or 10%.") from error
+
+
 def bars(console: Console) -> Progress:
     """Progress bars with counts and the time that is left."""
     from rich.progress import (

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from lissom.cli.common import JSON, MODEL, bars, read_text
+from lissom.cli.common import JSON, MODEL, bars, read_text, share
 
 
 def register(app: typer.Typer) -> None:
@@ -18,7 +18,7 @@ def compact(
     model: str = typer.Argument("smollm2-135m", help=MODEL),
     document: Path = typer.Option(..., "--document", "-d", help="Text file to read."),
     output: Path = typer.Option(..., "--output", "-o", help="Cache file to write (safetensors)."),
-    ratio: float = typer.Option(0.1, help="Share of the cache to keep, in (0, 1]."),
+    ratio: float = typer.Option("0.1", parser=share, metavar="SHARE", help="Of the cache to keep: 0.1 or 10%."),
     select: str = typer.Option("hak", help="Key selection: hak, omp, omp-fast, omp-progressive, random."),
     queries: str = typer.Option("repeat", help="Reference queries: context, repeat, self-study, repeat+self-study."),
     head_budgets: str = typer.Option("auto", help="auto, uniform, global, or measured (by `lissom budgets`)."),

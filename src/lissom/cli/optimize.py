@@ -6,20 +6,20 @@ from pathlib import Path
 
 import typer
 
-from lissom.cli.common import JSON, MODEL, bars
+from lissom.cli.common import JSON, MODEL, bars, share
 
 
 def register(app: typer.Typer) -> None:
     app.command()(optimize)
 
 
-def share(text: str) -> float:
-    """A share from '2%' or '2' (per cent both)."""
+def floor_of(text: str) -> float:
+    """A share from a percentage: '2%' or '2'."""
     from lissom.errors import UserError
 
     try:
-        value = float(text.strip().removesuffix("%")) / 100
-    except ValueError:
+        value = share(text.strip().removesuffix("%") + "%")
+    except typer.BadParameter:
         value = -1.0
     if not 0 <= value < float("inf"):
         raise UserError(f"--max-quality-loss {text}: expected a percentage such as 5%.")
@@ -49,7 +49,7 @@ def optimize(
     from lissom.evals.journal import Journal
     from lissom.files import atomic_path
 
-    floor = share(max_quality_loss)
+    floor = floor_of(max_quality_loss)
     if prefer not in ("balanced", "speed", "memory"):
         raise UserError(f"--prefer {prefer}: expected speed, memory or balanced.")
     output.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from lissom.errors import UserError
 from lissom.kv.attention_matching import AttentionMatching
-from lissom.kv.cache import CompactCache, CompactLayer, compacting, require_full_attention
+from lissom.kv.cache import CompactCache, CompactLayer, exchange_layers, require_full_attention
 from lissom.kv.compact import compact_layer
 from lissom.kv.compactor import Compactor
 from lissom.kv.eviction import SCORES, Eviction
@@ -148,14 +148,7 @@ class KVBudget:
             return
         full = describe_decoder(model).sliding.count(False)
         share = max(1, self.bytes // max(1, full))
-        cache.layers = [self._layer(layer, share) for layer in cache.layers]
-
-    def _layer(self, layer: Any, share: int) -> Any:
-        if type(layer) is CompactLayer:  # of another method: it keeps its entries and its observer
-            budgeted = BudgetLayer(self, share)
-            budgeted.__dict__.update(layer.__dict__)
-            return budgeted
-        return compacting(layer, lambda: BudgetLayer(self, share))
+        exchange_layers(cache, model, lambda: BudgetLayer(self, share))
 
 
 class BudgetLayer(CompactLayer):

@@ -34,6 +34,7 @@ class CompactLayer(CacheLayerMixin):
     Attributes:
         store: the entries, or None before the first update.
         logical: tokens read so far, padding included.
+        index: of the layer in the model.
         tail: entries at the end of every block that stand for the last `tail` tokens, one for one.
         observer: called with (layer, query, scaling) before each attention, where a compaction wants the queries.
     """
@@ -45,6 +46,7 @@ class CompactLayer(CacheLayerMixin):
     def __init__(self) -> None:
         self.store: RaggedStore | None = None
         self.keys = self.values = None  # what other cache layers have; here `store` holds both
+        self.index = 0
         self.logical = 0
         self.tail = 0
         self.observer: Observer | None = None
@@ -181,8 +183,11 @@ def _attend_dense(
     keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
     if bias is None and mask is None and longest == queries:
         return F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scaling)
+    dtype = query.dtype
     if bias is not None:
-        bias = bias.repeat_interleave(groups, 1)[:, :, None].to(query.dtype)
+        # SDPA takes it in the queries' dtype only, where 16 bits make e^β wrong by up to a per cent.
+        query, keys, values = query.float(), keys.float(), values.float()
+        bias = bias.repeat_interleave(groups, 1)[:, :, None]
     column = torch.arange(longest, device=query.device)
     outputs = []
     for start in range(0, queries, _QUERY_CHUNK):
@@ -198,7 +203,7 @@ def _attend_dense(
             lowest = torch.finfo(query.dtype).min
             allowed = torch.where(visible, bias, lowest).clamp(min=lowest)
         outputs.append(F.scaled_dot_product_attention(chunk, keys, values, attn_mask=allowed, scale=scaling))
-    return torch.cat(outputs, dim=2)
+    return torch.cat(outputs, dim=2).to(dtype)
 
 
 class CompactCache(DynamicCache):
@@ -212,8 +217,7 @@ class CompactCache(DynamicCache):
         require_full_attention(model)
         install(model)
         super().__init__(config=model.config)
-        self.layers: list[CacheLayerMixin] = [compacting(layer) for layer in self.layers]
-        self.layer_class_to_replicate = None
+        exchange_layers(self, model)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -271,8 +275,26 @@ def compact_layers(cache: Cache) -> list[tuple[int, CompactLayer]]:
     return [(i, layer) for i, layer in enumerate(cache.layers) if isinstance(layer, CompactLayer)]
 
 
-def compacting(layer: CacheLayerMixin, make: Callable[[], CompactLayer] = CompactLayer) -> CacheLayerMixin:
-    """A layer of `make` in place of a plain growing layer, with what it holds; any other layer unchanged."""
+def exchange_layers(
+    cache: DynamicCache, model: PreTrainedModel, make: Callable[[], CompactLayer] = CompactLayer
+) -> None:
+    """Put layers of `make` in place of the growing layers of any cache, with what they hold.
+
+    A cache that would make its layers as they come gets those that the model's config asks for.
+    """
+    if not cache.layers:
+        cache.layers = DynamicCache(config=model.config).layers
+    cache.layers = [_compacting(layer, make) for layer in cache.layers]
+    cache.layer_class_to_replicate = None
+    for index, layer in compact_layers(cache):
+        layer.index = index
+
+
+def _compacting(layer: CacheLayerMixin, make: Callable[[], CompactLayer]) -> CacheLayerMixin:
+    if type(layer) is CompactLayer:  # of another method: it keeps its entries and its observer
+        other = make()
+        other.__dict__.update(layer.__dict__)
+        return other
     if type(layer) is not DynamicLayer:
         return layer
     compact = make()

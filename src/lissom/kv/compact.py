@@ -138,24 +138,8 @@ class Reading:
         """A small cache by `method`, on the queries that were recorded; the reading stays as it is."""
         cache = CompactCache(self.model)
         cache.layers = [copy.copy(layer) for layer in self.cache.layers]
-        pairs = zip(cache.compact_layers(), self.cache.compact_layers(), strict=True)
-        fit(cache, method, self.source({layer: original for (_, layer), (_, original) in pairs}), progress)
+        fit(cache, method, self.recorder, progress)
         return cache
-
-    def source(self, originals: Mapping[CompactLayer, CompactLayer]) -> QuerySource:
-        """The recorded queries, for copies of the layers that they were recorded of."""
-        return _Original(originals, self.recorder)
-
-
-@dataclass(frozen=True)
-class _Original:
-    """The queries of a copied layer are those of the layer that was recorded."""
-
-    originals: Mapping[CompactLayer, CompactLayer]
-    source: QuerySource
-
-    def of(self, layer: CompactLayer, row: int, heads: int) -> Evidence | None:
-        return self.source.of(self.originals[layer], row, heads)
 
 
 def _silent(stage: str, done: int, total: int) -> None:

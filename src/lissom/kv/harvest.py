@@ -74,20 +74,20 @@ class QueryRecorder:
 
     Attributes:
         own_mass: also keep the log mass of the pass's own tokens (see `Evidence`).
-        queries: per CompactLayer `[rows, query heads, tokens, head_dim]`.
+        queries: per index of a layer `[rows, query heads, tokens, head_dim]`.
         positions: `[tokens]`, logical positions of the tokens.
         visible: bool `[rows, tokens]`, false for padding.
-        scaling: per CompactLayer, the factor on its logits.
+        scaling: per index of a layer, the factor on its logits.
     """
 
     def __init__(self, limit: int, seed: int, own_mass: bool = False) -> None:
         self.limit, self.own_mass = limit, own_mass
         self.generator = torch.Generator().manual_seed(seed)
-        self.queries: dict[CompactLayer, list[torch.Tensor]] = {}
-        self.scaling: dict[CompactLayer, float] = {}
+        self.queries: dict[int, list[torch.Tensor]] = {}
+        self.scaling: dict[int, float] = {}
         self._positions: list[torch.Tensor] = []
         self._visible: list[torch.Tensor] = []
-        self._masses: dict[CompactLayer, list[torch.Tensor]] = {}
+        self._masses: dict[int, list[torch.Tensor]] = {}
         self._pick: torch.Tensor | None = None
         self._shown = torch.empty(0, 0, dtype=torch.bool)
 
@@ -119,19 +119,19 @@ class QueryRecorder:
     def observe(self, layer: CompactLayer, query: torch.Tensor, scaling: float) -> None:
         """Keep the announced tokens' queries; the observer of a `CompactLayer`."""
         assert self._pick is not None, "expect() comes before the forward pass"
-        self.queries.setdefault(layer, []).append(query[:, :, self._pick.to(query.device)].detach())
-        self.scaling[layer] = scaling
+        self.queries.setdefault(layer.index, []).append(query[:, :, self._pick.to(query.device)].detach())
+        self.scaling[layer.index] = scaling
         if self.own_mass:
-            self._masses.setdefault(layer, []).append(_own_mass(layer, query, scaling, self._pick, self._shown))
+            self._masses.setdefault(layer.index, []).append(_own_mass(layer, query, scaling, self._pick, self._shown))
 
     def of(self, layer: CompactLayer, row: int, heads: int) -> Evidence | None:
         """See `QuerySource`."""
-        if layer not in self.queries:
+        if layer.index not in self.queries:
             return None
-        recorded = torch.cat(self.queries[layer], dim=2)[row]
+        recorded = torch.cat(self.queries[layer.index], dim=2)[row]
         visible = torch.cat(self._visible, dim=1)[row]
-        mass = torch.cat(self._masses[layer], dim=2)[row] if self.own_mass else None
-        return Evidence.of(recorded, torch.cat(self._positions), visible, heads, self.scaling[layer], mass)
+        mass = torch.cat(self._masses[layer.index], dim=2)[row] if self.own_mass else None
+        return Evidence.of(recorded, torch.cat(self._positions), visible, heads, self.scaling[layer.index], mass)
 
 
 def _own_mass(

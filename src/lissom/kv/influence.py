@@ -126,7 +126,7 @@ def _moved(
     counts = [method.budget(tokens)] * original.store.heads
     counts[head] = max(method.sinks + 1, round(ratio * tokens))
     changed = copy.copy(original)
-    compact_layer(changed, method, reading.source({changed: original}), [counts])
+    compact_layer(changed, method, reading.recorder, [counts])
     cache = CompactCache(model)
     cache.layers = [*base.layers[:index], changed, *base.layers[index + 1 :]]
     return _nll(model, cache, lesson)

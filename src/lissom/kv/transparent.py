@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from lissom.errors import UserError
-from lissom.kv.cache import CompactLayer, Observer, compact_layers, compacting, require_full_attention
+from lissom.kv.cache import CompactLayer, Observer, compact_layers, exchange_layers, require_full_attention
 from lissom.kv.compact import fit, recorder_for, study
 from lissom.kv.compactor import Compactor
 from lissom.models.attention import installed
@@ -49,8 +49,7 @@ def compacted_after_prefill(model: PreTrainedModel, method: Compactor) -> Iterat
             return
         if not isinstance(cache, DynamicCache):
             raise UserError(f"{type(cache).__name__} cannot be compacted: generate with the default (dynamic) cache.")
-        cache.layers = [compacting(layer) for layer in cache.layers]
-        cache.layer_class_to_replicate = CompactLayer if not cache.layers else None
+        exchange_layers(cache, model)
         mask = kwargs.get("attention_mask")
         visible = torch.ones_like(ids, dtype=torch.bool)
         if isinstance(mask, torch.Tensor) and mask.ndim == 2:
