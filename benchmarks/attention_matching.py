@@ -24,8 +24,9 @@ from lissom.report.checks import attention_matching as report
 from lissom.report.rows import Row
 
 
-def times(model, tokenizer, tokens: int, repeats: int) -> list[Row]:
-    """Seconds of each stage on one document, interleaved with the plain prefill."""
+def times(tokens: int, repeats: int, dtype: str) -> list[Row]:
+    """Seconds of each stage on one document, interleaved with the plain prefill of the same model."""
+    model, tokenizer = lissom.load(dtype=dtype)
     ids = document_ids(tokenizer, planted_documents(tokenizer, 1, tokens)[0].text)
     readings = {
         queries: Reading.of(model, ids, AttentionMatching(max_queries=queries), tokenizer=tokenizer)
@@ -59,7 +60,9 @@ def times(model, tokenizer, tokens: int, repeats: int) -> list[Row]:
     rows = []
     for name, seconds in measured.items():
         value = statistics.median(seconds)
-        rows.append(Row(f"time/{name}", value, "s", base, base / value, min(seconds), max(seconds), len(seconds)))
+        rows.append(
+            Row(f"time/{dtype}/{name}", value, "s", base, base / value, min(seconds), max(seconds), len(seconds))
+        )
     return rows
 
 
@@ -81,7 +84,8 @@ def main() -> None:
             lambda stage, done, total: bar.update(tasks[stage], completed=done, total=total, visible=True),
         )
     result = report.result(run)
-    result.rows.extend(times(model, tokenizer, 200 if given.quick else 1400, 2 if given.quick else 5))
+    for dtype in ("float32", "bfloat16"):
+        result.rows.extend(times(200 if given.quick else 1400, 2 if given.quick else 5, dtype))
     if given.json:
         result.write(given.json)
     if given.json != "-":
@@ -89,7 +93,7 @@ def main() -> None:
             Console().print(table)
         for row in result.rows:
             if row.name.startswith("time/"):
-                print(f"{row.name[5:]:22s} {row.value:7.2f} s   {row.value / row.baseline:5.2f} of the prefill's time")
+                print(f"{row.name[5:]:32s} {row.value:7.2f} s   {row.value / row.baseline:5.2f} of the prefill's time")
 
 
 if __name__ == "__main__":

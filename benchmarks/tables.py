@@ -122,12 +122,15 @@ def attention_matching_needles() -> str:
 def attention_matching_times() -> str:
     """Seconds of each stage beside the prefill."""
     facts, rows = load("attention-matching")
-    lines = [
-        [name.removeprefix("time/"), f"{row['value']:.2f} s", f"{row['value'] / row['baseline']:.2f}"]
-        for name, row in rows.items()
-        if name.startswith("time/")
-    ]
-    return markdown(["stage", "time", "of the prefill's"], lines) + "\n\n" + stamp(facts)
+    lines = []
+    for name in [name.removeprefix("time/float32/") for name in rows if name.startswith("time/float32/")]:
+        line = [name]
+        for dtype in ("float32", "bfloat16"):
+            row = rows[f"time/{dtype}/{name}"]
+            line += [f"{row['value']:.2f} s", f"{row['value'] / row['baseline']:.2f}"]
+        lines.append(line)
+    headings = ["stage", "float32", "of the prefill's", "bfloat16", "of the prefill's"]
+    return markdown(headings, lines) + "\n\n" + stamp(facts)
 
 
 def attention_matching_options() -> str:
@@ -146,12 +149,38 @@ def attention_matching_options() -> str:
     return markdown(headings, lines) + "\n\n" + stamp(facts)
 
 
+def kv_budget() -> str:
+    """Attention matching and eviction within a number of bytes."""
+    facts, rows = load("kv-budget")
+    lines = []
+    for share in dict.fromkeys(name.split("/")[0] for name in rows if not name.startswith("full/")):
+        for method in arms_of(rows, share):
+            row = {name.removeprefix(f"{share}/{method}/"): row for name, row in rows.items()}
+            gap = row["answers NLL above ours"]
+            above = f"{gap['value']:+.2f} [{gap['low']:+.2f}, {gap['high']:+.2f}]"
+            ours = method == "attention-matching"
+            lines.append(
+                [
+                    f"{float(share):.0%}, {f'**{method}**' if ours else method}",
+                    f"{row['text NLL above full']['value']:+.3f}",
+                    number(row["answers NLL"]),
+                    "" if ours else above,
+                    number(row["KL"]),
+                    f"{row['bytes']['value']:.1%}",
+                ]
+            )
+    headings = ["budget, method", "text: ΔNLL", "answers: NLL", "above ours [95 %]", "KL", "bytes at the end"]
+    whole = f"The full cache's own answers have an NLL of {number(rows['full/answers NLL'])}."
+    return f"{markdown(headings, lines)}\n\n{whole} {stamp(facts)}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "attention-matching": attention_matching,
     "attention-matching-options": attention_matching_options,
     "attention-matching-ablations": attention_matching_ablations,
     "attention-matching-needles": attention_matching_needles,
     "attention-matching-times": attention_matching_times,
+    "kv-budget": kv_budget,
 }
 
 
