@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -153,6 +154,9 @@ def test_influence_is_measured_kept_and_taken_up_again(tmp_path, monkeypatch):
     shares = influence.measure_shares(model, None, lessons(model), (0.05, 0.2), lambda done, total: seen.append(done))
     assert seen == [3, 4, 5, 6]  # the first layer's two heads were kept
     assert shares.shape == (3, 2) and shares.sum() == pytest.approx(1)
+    curves = np.array(json.loads(influence.path_of(model).read_text())["curves"])
+    assert influence.BASELINE == 0.05 and np.abs(curves[..., 0]).max() < 1e-6  # nothing is changed there
+    assert np.abs(curves[..., 1]).min() > 0
     loaded = influence.load_shares(model)
     np.testing.assert_allclose(loaded, shares)
     cache = compact(model, random_ids(100), AttentionMatching(ratio=0.2, budgets="measured", shares=loaded))
@@ -176,3 +180,5 @@ def test_one_reading_serves_several_methods():
     assert reading.cache.stored_bytes == full
     with pytest.raises(UserError, match="cannot be shared"):
         Reading.of(model, ids, AttentionMatching(on_policy=True))
+    with pytest.raises(UserError, match="read it for this method"):
+        reading.compact(Eviction(score="h2o"))

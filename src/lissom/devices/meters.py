@@ -148,11 +148,14 @@ def peak_memory(target: str, *arguments: Any, timeout: float = 1800) -> int:
     """Peak resident bytes of a fresh Python process that calls `target` ("module:function") with JSON arguments.
 
     Raises:
-        RuntimeError: the process failed; with the last line it wrote.
+        RuntimeError: the process failed, with the last line it wrote, or took too long.
     """
     code = "from lissom.devices.meters import _report_peak; _report_peak()"
-    command = [sys.executable, "-c", code, target, json.dumps(arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    command = [sys.executable, "-c", code, target]
+    try:
+        done = subprocess.run(command, input=json.dumps(arguments), capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"it took more than {timeout:.0f} s") from error
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or ["it was killed"])[-1])
     return int(done.stdout.splitlines()[-1])
@@ -162,7 +165,7 @@ def _report_peak() -> None:
     from importlib import import_module
 
     module, _, function = sys.argv[1].partition(":")
-    getattr(import_module(module), function)(*json.loads(sys.argv[2]))
+    getattr(import_module(module), function)(*json.load(sys.stdin))
     print(_peak_bytes())
 
 

@@ -101,11 +101,14 @@ def score(
     planted = [teacher for teacher in teachers if teacher.question.answer is not None]
     asked = [teacher.ids[:, : teacher.start] for teacher in planted]
     own = answer_ids(model, document, asked, cache, _RECALL_TOKENS) if planted else []
-    recalled: dict[int, bool] = {}
-    for teacher, ids in zip(planted, own, strict=True):
-        text = tokenizer.decode(ids[0, teacher.start :], skip_special_tokens=True)
-        recalled[id(teacher)] = str(teacher.question.answer).lower() in text.lower()
-    return [_score(model, cache, teacher, recalled.get(id(teacher))) for teacher in teachers]
+    found = {id(t): recalled(tokenizer, t, ids) for t, ids in zip(planted, own, strict=True)}
+    return [_score(model, cache, teacher, found.get(id(teacher))) for teacher in teachers]
+
+
+def recalled(tokenizer: PreTrainedTokenizerBase, teacher: Teacher, ids: torch.Tensor) -> bool:
+    """Whether the start of the answer in `ids` `[1, question + answer]` holds the string that the question asks for."""
+    text = tokenizer.decode(ids[0, teacher.start : teacher.start + _RECALL_TOKENS], skip_special_tokens=True)
+    return str(teacher.question.answer).lower() in text.lower()
 
 
 def _score(model: PreTrainedModel, cache: Cache, teacher: Teacher, recalled: bool | None) -> Score:

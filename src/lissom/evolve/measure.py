@@ -156,7 +156,9 @@ class Bench:
 
     def identity(self, kind: str, number: int, recipe: Recipe) -> str:
         """Key of one measurement in the journal. Threads do not change what a model says, only how fast."""
-        facts = recipe.model_dump(exclude={"model", "threads"})
+        facts = recipe.model_dump(exclude={"model", "threads", "methods"})
+        # Every setting, so that a default that changes is measured again.
+        facts["methods"] = [[method.name, asdict(method)] for method in recipe.build()]
         if kind != "quality":
             facts["threads"] = recipe.threads or torch.get_num_threads()
         return f"{kind}/{number}/{self._key}/{_digest(facts)}"

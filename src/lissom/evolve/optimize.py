@@ -159,13 +159,16 @@ class _Search:
 
         A search that ended early may have put it first for one lucky run.
         """
-        self.deadline = float("inf")
-        for _ in range(3):
-            best, workload = outcome.best, self.bench.workload
-            if len(best.timings) >= workload.rounds and len(best.quality) >= workload.documents:
-                break
-            self.complete([best])
-            outcome = self.outcome(outcome.max_loss, outcome.prefer, outcome.profile, outcome.finished)
+        deadline, self.deadline = self.deadline, float("inf")
+        try:
+            for _ in range(3):
+                best, workload = outcome.best, self.bench.workload
+                if len(best.timings) >= workload.rounds and len(best.quality) >= workload.documents:
+                    break
+                self.complete([best])
+                outcome = self.outcome(outcome.max_loss, outcome.prefer, outcome.profile, outcome.finished)
+        finally:
+            self.deadline = deadline
         return outcome
 
     def _quality(self, measured: Measured) -> None:

@@ -92,8 +92,8 @@ def _operator(
     elsewhere: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     _check(query, keys, values, bias, positions, query_positions, elsewhere)
-    library = native.library()
-    if library is None or query.device.type != "cpu" or query.dtype != torch.float32:
+    if native.library() is None or query.device.type != "cpu" or query.dtype != torch.float32:
+        native.say_reference("attention_statistics", query)
         return attention_statistics_reference(
             query, keys, values, bias, scale, reduction, positions, query_positions, elsewhere
         )
@@ -111,7 +111,7 @@ def _operator(
         *(part.data_ptr() for part in (top, mass, outputs, scores, largest)),
         heads, queries, entries, size, _CHUNK, reduction, scale,
     )  # fmt: skip
-    library.lissom_attention_statistics(ctypes.byref(arguments), torch.get_num_threads())
+    native.call("attention_statistics", arguments)
     return top, mass, outputs, _reduced(scores, reduction, queries), largest.amax(1)
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import torch
+
 from lissom.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -42,6 +44,31 @@ def library() -> ctypes.CDLL | None:
     if wanted:
         native.lissom_set_isa(ISA_NAMES.index(wanted))
     return native
+
+
+def call(kernel: str, arguments: ctypes.Structure) -> None:
+    """Run `lissom_<kernel>` of the library on as many threads as PyTorch uses.
+
+    Raises:
+        ValueError: the arguments do not fit together.
+        MemoryError: there is not enough memory.
+    """
+    code = getattr(library(), f"lissom_{kernel}")(ctypes.byref(arguments), torch.get_num_threads())
+    if code == -2:
+        raise MemoryError(f"There is not enough memory for {kernel}.")
+    if code:
+        raise ValueError(f"The arguments of {kernel} do not fit together.")
+
+
+def say_reference(kernel: str, like: torch.Tensor) -> None:
+    """Log, once for each reason, that `kernel` runs as its PyTorch reference for a tensor such as `like`."""
+    reason = f"{like.dtype} on {like.device.type}" if library() else "native kernels are not available"
+    _say_once(f"{kernel} runs as its PyTorch reference: {reason}.")
+
+
+@cache
+def _say_once(sentence: str) -> None:
+    logger.warning(sentence)
 
 
 def set_isa(name: str) -> str:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-import logging
-from functools import cache
 
 import torch
 import torch.nn.functional as F
 
 from lissom.kernels import native
 
-logger = logging.getLogger(__name__)
 
-
-class _Problem(ctypes.Structure):
-    """Mirror of `struct Problem` in csrc/problem.h."""
+class _Arguments(ctypes.Structure):
+    """Mirror of `struct RaggedAttention` in csrc/kernels.h."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("query", "keys", "values", "out", "bias", "mask", "starts", "lengths")),
@@ -89,10 +85,9 @@ def ragged_attention(
         ValueError: shapes that do not fit together, or a block outside the buffers.
     """
     _check(query, keys, values, bias, starts, lengths, mask)
-    library = native.library()
-    same = query.dtype == keys.dtype == values.dtype
-    if library is None or not same or query.dtype not in (torch.float32, torch.bfloat16) or query.device.type != "cpu":
-        _say_once("native kernels are not available" if library is None else f"{query.dtype} on {query.device.type}")
+    served = query.device.type == "cpu" and query.dtype in (torch.float32, torch.bfloat16)
+    if native.library() is None or not served or not query.dtype == keys.dtype == values.dtype:
+        native.say_reference("ragged_attention", query)
         return ragged_attention_reference(query, keys, values, bias, starts, lengths, mask, scale)
     query, keys, values = query.contiguous(), keys.contiguous(), values.contiguous()
     bias = None if bias is None else bias.float().contiguous()
@@ -100,7 +95,7 @@ def ragged_attention(
     mask = None if mask is None else mask.bool().contiguous()
     output = torch.empty_like(query)
     rows, query_heads, queries, size = query.shape
-    problem = _Problem(
+    arguments = _Arguments(
         query.data_ptr(),
         keys.data_ptr(),
         values.data_ptr(),
@@ -119,8 +114,10 @@ def ragged_attention(
         scale,
         query.dtype == torch.bfloat16,
     )
-    if library.lissom_ragged_attention(ctypes.byref(problem), torch.get_num_threads()):
-        raise ValueError(f"A block lies outside the {len(keys)} entries of the buffers.")
+    try:
+        native.call("ragged_attention", arguments)
+    except ValueError as error:
+        raise ValueError(f"A block lies outside the {len(keys)} entries of the buffers.") from error
     return output
 
 
@@ -159,8 +156,3 @@ def _(
     scale: float,
 ) -> torch.Tensor:
     return torch.empty_like(query, memory_format=torch.contiguous_format)
-
-
-@cache
-def _say_once(reason: str) -> None:
-    logger.warning("ragged_attention runs as its PyTorch reference: %s.", reason)

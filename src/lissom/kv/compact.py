@@ -14,7 +14,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from lissom.errors import UserError
 from lissom.kv.attention_matching import AttentionMatching
 from lissom.kv.cache import CompactCache, CompactLayer, compact_layers, replace_blocks
-from lissom.kv.compactor import Compactor, Problem
+from lissom.kv.compactor import Compactor, Problem, Wanted
 from lissom.kv.harvest import Evidence, QueryRecorder, QuerySource, forward, repeat_ids, rolled_back, self_study_ids
 from lissom.kv.head_budgets import apportion, global_counts
 from lissom.kv.storage import Block, RaggedStore
@@ -109,11 +109,13 @@ class Reading:
     Attributes:
         cache: the full cache.
         recorder: the queries.
+        recorded: which queries they are.
     """
 
     model: PreTrainedModel
     cache: CompactCache
     recorder: QueryRecorder
+    recorded: Wanted
 
     @classmethod
     @torch.no_grad()
@@ -131,11 +133,19 @@ class Reading:
         if method.on_policy:
             raise UserError("On-policy queries depend on the compaction, so a reading cannot be shared; call compact.")
         cache, recorder = _read(model, inputs, method, tokenizer, self_study_tokens, progress or _silent)
-        return cls(model, cache, recorder)
+        return cls(model, cache, recorder, method.evidence)
 
     @torch.no_grad()
     def compact(self, method: Compactor, progress: Progress | None = None) -> CompactCache:
-        """A small cache by `method`, on the queries that were recorded; the reading stays as it is."""
+        """A small cache by `method`, on the queries that were recorded; the reading stays as it is.
+
+        Raises:
+            UserError: the method wants other queries than those.
+        """
+        wanted, recorded = method.evidence, self.recorded
+        same = wanted[:3] == recorded[:3] and recorded.own_mass >= wanted.own_mass
+        if method.queries != "none" and not same:
+            raise UserError(f"{method} wants {wanted}, the document was read for {recorded}: read it for this method.")
         cache = CompactCache(self.model)
         cache.layers = [copy.copy(layer) for layer in self.cache.layers]
         fit(cache, method, self.recorder, progress)

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from transformers import PreTrainedModel
@@ -111,6 +111,15 @@ class Problem:
         )
 
 
+class Wanted(NamedTuple):
+    """Which reference queries a compaction wants; attributes as of `Compactor`."""
+
+    queries: Queries
+    max_queries: int
+    seed: int
+    own_mass: bool
+
+
 @dataclass(frozen=True)
 class Compactor(ABC):
     """Settings that all methods share.
@@ -167,6 +176,11 @@ class Compactor(ABC):
     def wants_own_mass(self) -> bool:
         """Whether `fit` needs `Problem.own_mass`."""
         return False
+
+    @property
+    def evidence(self) -> Wanted:
+        """The reference queries that `fit` needs."""
+        return Wanted(self.queries, self.max_queries, self.seed, self.wants_own_mass)
 
     @abstractmethod
     def scores(self, problem: Problem) -> tuple[torch.Tensor, Any]:

@@ -78,8 +78,9 @@ def measure_shares(
     part = path_of(model).with_suffix(".part.json")
     texts = hashlib.sha256(repr([lesson.document.tolist() for lesson in lessons]).encode()).hexdigest()[:16]
     curves = _partial(part, ratios, texts)
-    readings = [Reading.of(model, lesson.document, AttentionMatching(), tokenizer=tokenizer) for lesson in lessons]
-    bases = [reading.compact(AttentionMatching(ratio=BASELINE)) for reading in readings]
+    method = AttentionMatching(ratio=BASELINE, budgets="uniform")
+    readings = [Reading.of(model, lesson.document, method, tokenizer=tokenizer) for lesson in lessons]
+    bases = [reading.compact(method) for reading in readings]
     start = np.mean([_nll(model, base, lesson) for base, lesson in zip(bases, lessons, strict=True)])
     layers, heads = len(bases[0].compact_layers()), bases[0].heads
     for layer in range(len(curves), layers):
@@ -119,7 +120,7 @@ def _moved(
     model: PreTrainedModel, reading: Reading, base: CompactCache, lesson: Lesson, layer: int, head: int, ratio: float
 ) -> float:
     """NLL of the answers where one head keeps `ratio` and every other one is as in `base`."""
-    method = AttentionMatching(ratio=BASELINE)
+    method = AttentionMatching(ratio=BASELINE, budgets="uniform")
     index, original = reading.cache.compact_layers()[layer]
     assert original.store is not None
     tokens = int(original.store.lengths.max())

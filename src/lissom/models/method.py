@@ -27,7 +27,9 @@ def changed(method: Any) -> dict[str, Any]:
     different = {}
     for field in fields(method):
         value = getattr(method, field.name)
-        default = field.default if field.default is not MISSING else None
+        default = None if field.default is MISSING else field.default
+        if field.default_factory is not MISSING:
+            default = field.default_factory()
         if field.init and value != default:
             different[field.name] = value
     return different

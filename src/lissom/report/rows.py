@@ -1,4 +1,4 @@
-"""The one shape of everything measured, as JSON and as a table in the terminal."""
+"""The one shape of everything measured, as JSON."""
 
 from __future__ import annotations
 

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lissom.evals.fidelity import score, teach
+from lissom.devices.machine import describe
+from lissom.evals.fidelity import recalled, score, teach
 from lissom.evals.head_budgets import measure_head_budgets
 from lissom.evals.journal import Journal
 from lissom.evals.needle import needles, recalls
@@ -23,7 +24,7 @@ from lissom.evals.stats import Interval, paired_bootstrap
 from lissom.evals.texts import Document, planted_documents
 from lissom.kv import AttentionMatching, Eviction, compact
 from lissom.kv.compact import Reading
-from lissom.kv.compactor import Compactor
+from lissom.kv.compactor import Compactor, Wanted
 from lissom.kv.document import document_ids
 from lissom.kv.eviction import SCORES
 from lissom.kv.influence import load_shares, path_of
@@ -130,10 +131,10 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One record per document, ratio and arm, with a score per question.
 
-    A run that was stopped goes on behind the last whole record in `journal` of the same model, size and settings.
+    A run that was stopped goes on behind the last whole record in `journal` of the same model, size and settings, on
+    the same machine with the same versions.
     """
-    facts = (fingerprint(model), size.tokens, size.seed, size.questions, size.recall)
-    key = hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
+    key = scope(model, size)
     known = Journal(journal)
     plan = [(ratio, name, method) for ratio in size.ratios for name, method in arms(ratio, size).items()]
     records = []
@@ -151,6 +152,14 @@ def measure(
             records.append({**known[identity], "ratio": ratio, "arm": name})
             progress(number * len(plan) + place + 1, size.documents * len(plan))
     return records
+
+
+def scope(model: PreTrainedModel, size: Size) -> str:
+    """What a measurement depends on beside the method and the document's number: model, texts, machine, versions."""
+    here = describe()
+    texts = (size.corpus, size.documents, size.tokens, size.seed, size.questions, size.recall)
+    runtime = (str(model.dtype), here["machine"]["cpu"], here["machine"]["threads"], here["versions"])
+    return hashlib.sha256(repr((fingerprint(model), texts, runtime)).encode()).hexdigest()[:12]
 
 
 class Lesson:
@@ -173,7 +182,7 @@ class Lesson:
         if not size.recall:
             asked = tuple(replace(question, answer=None) for question in asked)
         self.teachers = teach(model, tokenizer, self.ids, self.full, asked)
-        self._readings: dict[tuple[str, int, int, bool], tuple[Reading, float]] = {}
+        self._readings: dict[Wanted, tuple[Reading, float]] = {}
 
     def record(self, method: Compactor) -> dict[str, Any]:
         """Scores, seconds (of reading with its passes, and of the fit) and bytes of one method."""
@@ -185,8 +194,6 @@ class Lesson:
             start = time.perf_counter()
             cache = reading.compact(method)
         seconds = time.perf_counter() - start
-        teachers = [t.answer.lower() for t in self.teachers]
-        wanted = [t.question.answer for t in self.teachers]
         return {
             "read_seconds": reading_seconds,
             "fit_seconds": seconds,
@@ -195,11 +202,13 @@ class Lesson:
             "off_context": float(nll_behind(self.model, cache, self.elsewhere).mean()),
             "full_off_context": float(nll_behind(self.model, self.full, self.elsewhere).mean()),
             "scores": [asdict(s) for s in score(self.model, self.tokenizer, self.ids, cache, self.teachers)],
-            "full_recalled": [None if w is None else w.lower() in t for w, t in zip(wanted, teachers, strict=True)],
+            "full_recalled": [
+                None if t.question.answer is None else recalled(self.tokenizer, t, t.ids) for t in self.teachers
+            ],
         }
 
     def _reading(self, method: Compactor) -> tuple[Reading, float]:
-        key = (method.queries, method.max_queries, method.seed, method.wants_own_mass)
+        key = method.evidence
         if key not in self._readings:
             start = time.perf_counter()
             reading = Reading.of(self.model, self.ids, method, tokenizer=self.tokenizer)
@@ -220,7 +229,7 @@ def measure_needles(
     """
     room = describe_decoder(model).max_position_embeddings - _NEEDLE_ROOM
     lengths = [length for length in size.needle_lengths if length <= room]
-    known, key = Journal(journal), fingerprint(model)
+    known, key = Journal(journal), scope(model, size)
     methods: dict[str, Compactor] = {OURS: AttentionMatching(ratio=NEEDLE_RATIO)}
     methods |= {name: Eviction(ratio=NEEDLE_RATIO, score=name) for name in ("h2o", "snapkv", "streaming-llm")}
     methods["kvzip global"] = Eviction(ratio=NEEDLE_RATIO, score="kvzip", budgets="global")
@@ -260,8 +269,8 @@ def against(records: Sequence[dict[str, Any]], ratio: float, arm: str, metric: s
 def verdicts(records: Sequence[dict[str, Any]], size: Size) -> list[tuple[str, str]]:
     """(claim, verdict) for output error, NLL and recall against the best baseline of each ratio.
 
-    `holds`: the interval of the difference to the best baseline excludes 0 at every ratio; `weaker`: the mean is
-    better at every ratio; otherwise `does not hold`.
+    `holds`: the interval of the difference to the best baseline excludes 0 at every ratio (for "at least as well": it
+    does not lie below 0); `weaker`: the mean is no worse at every ratio; otherwise `does not hold`.
     """
     claims = []
     low = tuple(ratio for ratio in size.ratios if ratio <= 0.05)
@@ -279,6 +288,7 @@ def verdicts(records: Sequence[dict[str, Any]], size: Size) -> list[tuple[str, s
         ]
         bounds = [i.high if sign == 1 else -i.low for i in worst]
         means = [sign * i.estimate for i in worst]
-        verdict = "holds" if max(bounds) < 0 else "weaker" if max(means) <= 0 else "does not hold"
+        certain = max(bounds) < 0 if sign == 1 else max(bounds) <= 0
+        verdict = "holds" if certain else "weaker" if max(means) <= 0 else "does not hold"
         claims.append((words, verdict))
     return claims
