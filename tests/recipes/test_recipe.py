@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
 from tiny import random_ids, tiny_model
 
 from lissom import AttentionMatching, Eviction, KVBudget
+from lissom.cli.apply import apply
 from lissom.errors import UserError
 from lissom.models.method import SearchContext
-from lissom.recipes import Recipe, method_class, method_names
+from lissom.recipes import Recipe, method_class, method_names, registry
 
 
 def written(tmp_path, text):
@@ -101,6 +105,41 @@ def test_running_restores_everything():
         assert torch.get_num_threads() == 1
         model.generate(ids, max_new_tokens=3)
     assert torch.get_num_threads() == threads and torch.equal(model(ids).logits, before)
+
+
+@dataclass(frozen=True)
+class Doubling:
+    """A method that changes weights."""
+
+    name: ClassVar[str] = "doubling"
+    times: int = 1
+
+    def convert(self, model):
+        with torch.no_grad():
+            model.lm_head.weight.mul_(2.0**self.times)
+        return model
+
+
+@pytest.fixture
+def doubling(monkeypatch):
+    known = registry.method_class
+    monkeypatch.setattr(registry, "method_class", lambda key: Doubling if key == "doubling" else known(key))
+
+
+def test_weights_are_changed_once_and_the_rest_runs(doubling, smollm2, tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "plain")
+    smollm2[1].save_pretrained(tmp_path / "plain")
+    steps = ({"doubling": {"times": 2}}, {"eviction": {"score": "h2o"}}, {"doubling": {}})
+    recipe = Recipe(model=str(tmp_path / "plain"), methods=steps)
+    converting, running = recipe.halves()
+    assert [type(m) for m in converting.build()] == [Doubling, Doubling] and running.build() == [Eviction(score="h2o")]
+    plain, (changed, _) = tiny_model("llama"), recipe.load_model()
+    torch.testing.assert_close(changed.lm_head.weight, 8 * plain.lm_head.weight)
+    recipe.save(tmp_path / "recipe.yaml")
+    apply(tmp_path / "recipe.yaml", None, tmp_path / "out", None)
+    again = Recipe.load(tmp_path / "out")
+    assert again.build() == [Eviction(score="h2o")]
+    torch.testing.assert_close(again.load_model()[0].lm_head.weight, 8 * plain.lm_head.weight)
 
 
 @pytest.mark.parametrize("key", method_names())

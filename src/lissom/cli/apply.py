@@ -41,10 +41,8 @@ def apply(
     with atomic_path(output) as temporary:
         network.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        running = [step for step, method in zip(chosen.methods, chosen.build(), strict=True) if callable(method)]
-        chosen.model_copy(update={"model": str(output), "methods": tuple(running), "dtype": "auto"}).save(
-            temporary / FILE_NAME
-        )
+        running = chosen.halves()[1]
+        running.model_copy(update={"model": str(output), "dtype": "auto"}).save(temporary / FILE_NAME)
     if json_file:
         write_json({"folder": str(output), "recipe": chosen.label}, json_file)
     if json_file != "-":

@@ -143,8 +143,7 @@ class Bench:
     @staticmethod
     def _weights(recipe: Recipe) -> str:
         """What decides which weights lie in memory."""
-        changing = [step for step, method in zip(recipe.methods, recipe.build(), strict=True) if not callable(method)]
-        return json.dumps([recipe.model, recipe.dtype, changing], sort_keys=True, default=str)
+        return json.dumps([recipe.model, recipe.dtype, recipe.halves()[0].methods], sort_keys=True, default=str)
 
     def model(self, recipe: Recipe) -> PreTrainedModel:
         """The model with the recipe's weights. One is held at a time, so that memory is never twice the model's."""

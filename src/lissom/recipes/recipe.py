@@ -100,12 +100,21 @@ class Recipe(BaseModel):
         """The methods as objects, in order."""
         return [build(key, settings) for step in self.methods for key, settings in step.items()]
 
+    def halves(self) -> tuple[Self, Self]:
+        """What is done once, to the weights (methods with `convert`), and what is done while the model runs."""
+        converts = [hasattr(method, "convert") for method in self.build()]
+        parts = (
+            tuple(step for step, changes in zip(self.methods, converts, strict=True) if changes == wanted)
+            for wanted in (True, False)
+        )
+        converting, running = (self.model_copy(update={"methods": part}) for part in parts)
+        return converting, running
+
     def load_model(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model in its dtype, with every method applied that changes weights."""
         model, tokenizer = lissom.models.load(self.model, self.dtype)
-        for method in self.build():
-            if hasattr(method, "convert"):
-                model = method.convert(model)
+        for method in self.halves()[0].build():
+            model = method.convert(model)
         return model, tokenizer
 
     @contextmanager
@@ -113,9 +122,8 @@ class Recipe(BaseModel):
         """Inside the block `model` runs with the recipe's threads and methods; leaving it restores everything."""
         with ExitStack() as stack:
             stack.enter_context(threads(self.threads))
-            for method in self.build():
-                if callable(method):
-                    stack.enter_context(method(model))
+            for method in self.halves()[1].build():
+                stack.enter_context(method(model))
             yield
 
     @property
