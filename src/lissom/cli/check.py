@@ -14,7 +14,7 @@ def register(app: typer.Typer) -> None:
 
 
 def check(
-    method: str = typer.Argument(..., help="attention-matching."),
+    method: str = typer.Argument(..., help="Key of the method, such as attention-matching."),
     model: str = typer.Option("smollm2-135m", help=MODEL),
     small: bool = typer.Option(False, "--small", help="Two short documents: at most 20 minutes on two cores."),
     paper: bool = typer.Option(False, "--paper", help="The size of the paper, for a GPU; unmeasured here."),

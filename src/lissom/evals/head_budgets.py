@@ -9,8 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lissom.evals.fidelity import teach
 from lissom.evals.texts import planted_documents
-from lissom.kv import Eviction
-from lissom.kv.compact import Reading
+from lissom.kv.compact import read
 from lissom.kv.document import document_ids
 from lissom.kv.influence import Lesson, measure_shares
 
@@ -32,7 +31,7 @@ def measure_head_budgets(
     lessons = []
     for document in planted_documents(tokenizer, documents, tokens, _SEED):
         ids = document_ids(tokenizer, document.text)
-        full = Reading.of(model, ids, Eviction(score="random")).cache
+        full = read(model, ids)
         answers = teach(model, tokenizer, ids, full, document.questions, 24)
         lessons.append(Lesson(ids, [answer.ids for answer in answers], [answer.start for answer in answers]))
     return measure_shares(model, tokenizer, lessons, progress=progress)

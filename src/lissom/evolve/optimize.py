@@ -31,7 +31,7 @@ Progress = Callable[[str, int, int], None]
 
 # Two timings this near to each other are called equal when one candidate is to be dropped for another.
 _SAME_TIME = 1.05
-_ANSWER_TOKENS = 64  # an answer's length in the time that recipes are ranked by
+ANSWER_TOKENS = 64  # an answer's length in the time that recipes are ranked by
 
 
 @dataclass
@@ -90,7 +90,7 @@ def dominates(one: Measured, other: Measured, same_time: float = 1.0) -> bool:
 
 def answer_seconds(measured: Measured, profile: Profile) -> float:
     """Seconds of a whole answer: reading the document and 64 tokens, on the device of `profile`."""
-    return profile.first_token(measured) + _ANSWER_TOKENS * profile.decode(measured)
+    return profile.first_token(measured) + ANSWER_TOKENS * profile.decode(measured)
 
 
 def gain(measured: Measured, base: Measured, prefer: Prefer, profile: Profile) -> float:

@@ -64,6 +64,17 @@ def compact(
 
 
 @torch.no_grad()
+def read(model: PreTrainedModel, inputs: torch.Tensor | Mapping[str, torch.Tensor]) -> CompactCache:
+    """The full cache of a document; arguments and errors as of `compact`."""
+    ids, visible = _document(model, inputs)
+    cache = CompactCache(model)
+    forward(model, ids, visible, cache)
+    for _, layer in cache.compact_layers():
+        layer.seal(visible)
+    return cache
+
+
+@torch.no_grad()
 def recompact(
     model: PreTrainedModel,
     cache: CompactCache,

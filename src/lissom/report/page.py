@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 import plotly.io
 
 from lissom.evolve.measure import Measured
-from lissom.evolve.optimize import Outcome, answer_seconds, costs
+from lissom.evolve.optimize import ANSWER_TOKENS, Outcome, answer_seconds, costs
 from lissom.report.results import cells
 
 _COLOURS = ("#3b6ef5", "#e0701b", "#169b72", "#a34bd6", "#c9a400", "#d03d6c")
@@ -142,14 +142,14 @@ def memory_plot(outcome: Outcome) -> go.Figure:
 
 def stage_plot(outcome: Outcome) -> go.Figure:
     """Where the time of an answer goes: reading, what the method does to the cache, 64 tokens."""
-    figure = go.Figure(layout=_layout("Time by stage (document and 64 tokens)", "seconds", ""))
+    figure = go.Figure(layout=_layout(f"Time by stage (document and {ANSWER_TOKENS} tokens)", "seconds", ""))
     shown = {id(m): m for m in (outcome.base, *sorted(outcome.front, key=lambda m: costs(m)[0]))}
     rows, device = list(shown.values())[::-1], outcome.profile
     names = [("★ " if m is outcome.best else "") + m.label for m in rows]
     stages = {
         "reading": [m.read / device.compute for m in rows],
         "compaction": [max(0.0, m.first_token - m.read) / device.compute for m in rows],
-        "64 tokens": [64 * device.decode(m) for m in rows],
+        f"{ANSWER_TOKENS} tokens": [ANSWER_TOKENS * device.decode(m) for m in rows],
     }
     for colour, (stage, seconds) in zip(("#9db7f9", "#e0701b", "#3b6ef5"), stages.items(), strict=True):
         figure.add_bar(y=names, x=seconds, name=stage, orientation="h", marker={"color": colour},
@@ -167,7 +167,7 @@ def _cards(outcome: Outcome) -> str:
     first = device.first_token(base) / device.first_token(best)
     small = base.cache_bytes / best.cache_bytes
     facts = [
-        (f"{before / whole:.2f}×", "speed of a whole answer", f"{whole:.1f} s: document and 64 tokens"),
+        (f"{before / whole:.2f}×", "speed of a whole answer", f"{whole:.1f} s: document and {ANSWER_TOKENS} tokens"),
         (f"{speed:.2f}×", "decode speed", f"{1 / device.decode(best):.1f} tokens/s"),
         (f"{first:.2f}×", "speed to the first token", f"{device.first_token(best):.2f} s"),
         (f"÷ {small:.1f}", "KV cache", f"{best.cache_bytes / 1e6:.1f} of {base.cache_bytes / 1e6:.1f} MB"),

@@ -23,7 +23,7 @@ from lissom.evals.perplexity import nll_behind
 from lissom.evals.stats import Interval, paired_bootstrap
 from lissom.evals.texts import Document, planted_documents
 from lissom.kv import AttentionMatching, Eviction, compact
-from lissom.kv.compact import Reading
+from lissom.kv.compact import Reading, read
 from lissom.kv.compactor import Compactor, Wanted
 from lissom.kv.document import document_ids
 from lissom.kv.eviction import SCORES
@@ -176,7 +176,7 @@ class Lesson:
         self.model, self.tokenizer = model, tokenizer
         self.ids = document_ids(tokenizer, document.text)
         self.elsewhere = tokenizer(elsewhere, return_tensors="pt", add_special_tokens=False)["input_ids"]
-        self.full = Reading.of(model, self.ids, Eviction(score="random")).cache
+        self.full = read(model, self.ids)
         facts = size.questions // 2  # they come first, the open questions last
         asked = document.questions[:facts] + document.questions[facts - size.questions :]
         if not size.recall:
@@ -239,7 +239,7 @@ def measure_needles(
         settings = json.dumps([method.settings() for method in methods.values()], sort_keys=True)
         identity = f"needle/{key}/{needle.length}/{needle.depth}/{needle.code}/{settings}"
         if identity not in known:
-            found = {"full": recalls(model, tokenizer, needle, Reading.of(model, needle.ids, methods["h2o"]).cache)}
+            found = {"full": recalls(model, tokenizer, needle, read(model, needle.ids))}
             for name, method in methods.items():
                 cache = compact(model, needle.ids, method, tokenizer=tokenizer)
                 found[name] = recalls(model, tokenizer, needle, cache)
