@@ -18,7 +18,7 @@ from lissom.kv import AttentionMatching
 from lissom.kv.compactor import Compactor
 from lissom.report.rows import Result, Row
 
-SIZE = study.Size(documents=4, tokens=1200, ratios=(0.2, 0.1, 0.05), seed=1, recall=False)
+SIZE = study.Size(documents=2, tokens=1200, ratios=(0.2, 0.1, 0.05), seed=1, recall=False)
 REFERENCE = "published fit"
 
 

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <functional>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 class Pool {
@@ -34,7 +35,11 @@ class Pool {
 
   void share(int64_t helpers, const std::function<void()>& work) {
     std::unique_lock<std::mutex> lock(mutex_);
-    for (; threads_ < helpers; ++threads_) std::thread(&Pool::serve, this, threads_, round_).detach();
+    try {
+      for (; threads_ < helpers; ++threads_) std::thread(&Pool::serve, this, threads_, round_).detach();
+    } catch (const std::system_error&) {
+      helpers = threads_;  // no more threads are to be had: those that are here do the work
+    }
     work_ = &work;
     wanted_ = pending_ = helpers;
     ++round_;

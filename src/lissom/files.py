@@ -22,6 +22,7 @@ def require_writable(path: str | Path) -> None:
     target = Path(path)
     if target.name in ("", ".", ".."):
         raise UserError(f"{target} names no file.")
+    _refuse_special(target)
     for folder in (target.parent, *target.parent.parents):
         if folder.exists():
             try:
@@ -43,6 +44,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         UserError: the folder cannot be written to, or the disk is full.
     """
     target = Path(path)
+    _refuse_special(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -64,6 +66,11 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         raise UserError(f"Cannot write {target}: {reason}.") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _refuse_special(target: Path) -> None:
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        raise UserError(f"{target} is no regular file: it is not replaced.")
 
 
 def write_json(facts: Any, target: str) -> None:

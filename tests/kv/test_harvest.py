@@ -43,7 +43,7 @@ def test_the_last_tokens_are_always_recorded():
     for limit, last in ((1, 1), (80, 10), (800, 64)):
         recorder = QueryRecorder(limit, seed=0)
         recorder.expect(100, torch.ones(1, 1000, dtype=torch.bool))
-        (positions,) = recorder._positions
+        ((positions,),) = recorder._passes
         assert positions[-last:].tolist() == list(range(1100 - last, 1100))
         assert len(set(positions.tolist())) == len(positions) == limit
         assert positions.sort().values.equal(positions)

@@ -23,13 +23,14 @@ def compact(
     queries: str = typer.Option("repeat", help="Reference queries: context, repeat, self-study, repeat+self-study."),
     head_budgets: str = typer.Option("auto", help="auto, uniform, global, or measured (by `lissom budgets`)."),
     dtype: str = typer.Option("auto", help="float32, bfloat16, float16 or auto, the checkpoint's own."),
-    seed: int = typer.Option(0, help="Seed of the query sample."),
+    seed: int = typer.Option(0, min=0, max=2**61, help="Seed of the query sample."),
     json_file: str = JSON,
 ) -> None:
     """Read a document once and keep a small KV cache of it, by attention matching."""
     from rich.console import Console
 
     import lissom.models
+    from lissom.errors import UserError
     from lissom.files import require_writable, write_json
     from lissom.kv import AttentionMatching, file
     from lissom.kv import compact as make_compact
@@ -41,6 +42,8 @@ def compact(
         settings["budgets"] = head_budgets
     method = AttentionMatching(**settings)  # type: ignore[arg-type]
     text = read_text(document)
+    if output.is_dir():
+        raise UserError(f"{output} is a folder: --output names the cache file.")
     require_writable(output)
     console = Console(stderr=True)
     with console.status(f"loading {model}"):

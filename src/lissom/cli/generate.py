@@ -27,7 +27,7 @@ def generate(
     max_new_tokens: int = typer.Option(128, min=1, help="Tokens to generate at most."),
     temperature: float = typer.Option(0.0, min=0.0, help="0 is greedy."),
     dtype: str = typer.Option(None, help="float32, bfloat16, float16 or auto. [default: the recipe's, or auto]"),
-    seed: int = typer.Option(0, help="Seed, where temperature is above 0."),
+    seed: int = typer.Option(0, min=0, max=2**61, help="Seed, where temperature is above 0."),
 ) -> None:
     """Generate an answer and print it as it comes."""
     import torch
@@ -42,6 +42,10 @@ def generate(
 
     if not prompt.strip():
         raise UserError("The prompt is empty.")
+    if not prompt.isprintable() and any(0xD800 <= ord(letter) < 0xE000 for letter in prompt):
+        raise UserError("The prompt is no text in UTF-8.")
+    if 0 < temperature < 1e-3:
+        raise UserError(f"--temperature {temperature} is next to greedy: use 0 for that, or at least 0.001.")
     if cache is not None and document is not None:
         raise UserError("Give either --cache or --document: a cache file holds its document already.")
     text = None if document is None else read_text(document)

@@ -21,8 +21,8 @@ def floor_of(text: str) -> float:
         value = share(text.strip().removesuffix("%") + "%")
     except typer.BadParameter:
         value = -1.0
-    if not 0 <= value < float("inf"):
-        raise UserError(f"--max-quality-loss {text}: expected a percentage such as 5%.")
+    if not 0 <= value < 1:
+        raise UserError(f"--max-quality-loss {text}: expected a percentage below 100, such as 5%.")
     return value
 
 

@@ -73,6 +73,8 @@ def attention_statistics(
         positions, query_positions: `[heads, entries]` and `[queries]`: a query sees no later entry. None: it sees all.
         elsewhere: `[heads, queries]`, log mass that each query finds elsewhere; it counts in `largest` alone.
     """
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction={reduction!r}: expected one of {', '.join(REDUCTIONS)}.")
     parts = torch.ops.lissom.attention_statistics(
         query, keys, values, bias, scale, REDUCTIONS.index(reduction), positions, query_positions, elsewhere
     )
@@ -193,6 +195,8 @@ def _check(
     query_positions: torch.Tensor | None,
     elsewhere: torch.Tensor | None,
 ) -> None:
+    if query.ndim != 3:
+        raise ValueError(f"query {tuple(query.shape)}: expected [heads, queries, head_dim].")
     heads, queries, size = query.shape
     if keys.ndim != 3 or keys.shape[::2] != (heads, size) or (values is not None and values.shape != keys.shape):
         raise ValueError(f"keys {tuple(keys.shape)}: expected [{heads}, entries, {size}], and values of that shape.")

@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from threading import Lock
 
 import torch
+
+# The setting is the process's: the first thread to enter a block makes it, the last to leave takes it back.
+_lock = Lock()
+_blocks, _before = 0, "none"
 
 
 def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -28,13 +33,19 @@ def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def _onednn() -> Iterator[None]:
     """Inside the block oneDNN multiplies fp32 matrices, not MKL, which runs AVX2 code on AMD's CPUs: about half the
     rate. PyTorch offers that choice only as the leave to round to bf16."""
+    global _blocks, _before
     setting = torch.backends.mkldnn.matmul
-    before = setting.fp32_precision
-    setting.fp32_precision = "bf16"
+    with _lock:
+        if not _blocks:
+            _before, setting.fp32_precision = setting.fp32_precision, "bf16"
+        _blocks += 1
     try:
         yield
     finally:
-        setting.fp32_precision = before
+        with _lock:
+            _blocks -= 1
+            if not _blocks:
+                setting.fp32_precision = _before
 
 
 @contextmanager

@@ -21,11 +21,11 @@ from lissom.errors import UserError
 from lissom.kv.attention_matching import AttentionMatching
 from lissom.kv.cache import CompactCache, CompactLayer, exchange_layers, require_full_attention
 from lissom.kv.compact import compact_layer
-from lissom.kv.compactor import Compactor
+from lissom.kv.compactor import Compactor, check_whole
 from lissom.kv.eviction import SCORES, Eviction
-from lissom.kv.harvest import Evidence
+from lissom.kv.harvest import Evidence, in_own_pass
 from lissom.models import describe_decoder
-from lissom.models.attention import installed
+from lissom.models.attention import argument, installed
 from lissom.models.method import SearchContext, described
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -39,7 +39,7 @@ def parse_bytes(text: int | str) -> int:
     """
     match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([KMG]?I?B?)", str(text).strip().upper())
     unit = _UNITS.get(match[2] if match and match[2].endswith("B") else f"{match[2]}B" if match and match[2] else "")
-    if match is None or unit is None or float(match[1]) * unit < 1:
+    if match is None or unit is None or not 1 <= float(match[1]) * unit < 2**62:
         raise UserError(f"{text!r} is no size: expected bytes or text such as '64MB' or '1.5GiB'.")
     return int(float(match[1]) * unit)
 
@@ -76,8 +76,8 @@ class KVBudget:
         self.compactor()
         if not 0.0 < self.target < 1.0:
             raise UserError(f"target={self.target} is not in (0, 1): it is the share of the budget that is left.")
-        if self.protect < 1 or self.window < 1:
-            raise UserError(f"protect={self.protect} and window={self.window} must be at least 1.")
+        check_whole("protect", self.protect, 1)
+        check_whole("window", self.window, 1)
 
     def __str__(self) -> str:
         return described(self, f"{self.name} {self.bytes / 1e6:.4g} MB", "size")
@@ -124,8 +124,8 @@ class KVBudget:
     @contextmanager
     def _within(self, model: PreTrainedModel) -> Iterator[None]:
         def before(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            cache = kwargs.get("past_key_values")
-            if cache is None:
+            cache = argument(module, "past_key_values", args, kwargs)
+            if cache is None or in_own_pass():
                 return
             if not isinstance(cache, DynamicCache):
                 raise UserError(f"{type(cache).__name__} has no budget: generate with the default (dynamic) cache.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -217,6 +218,7 @@ class CompactCache(DynamicCache):
         require_full_attention(model)
         install(model)
         super().__init__(config=model.config)
+        self.owner = weakref.ref(model)
         exchange_layers(self, model)
 
     def update(

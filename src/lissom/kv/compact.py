@@ -94,10 +94,13 @@ def recompact(
         method: its ratio counts what the cache holds now.
 
     Raises:
-        UserError: `inputs` are not what the cache has read, or the method wants the queries of the first reading.
+        UserError: the cache is another model's, `inputs` have not the shape of what it has read, or the method wants
+            the queries of the first reading.
     """
     method = method or AttentionMatching()
     ids, visible = _document(model, inputs)
+    if cache.owner() is not model:
+        raise UserError("The cache was made with another model.")
     if ids.shape[1] != cache.get_seq_length() or ids.shape[0] != cache.rows:
         raise UserError(
             f"The cache has read {cache.get_seq_length()} tokens in {cache.rows} rows, "
@@ -263,7 +266,9 @@ def problem_of(layer: CompactLayer, row: int, method: Compactor, source: QuerySo
     assert store is not None
     originals = [store.block(row * store.heads + head) for head in range(store.heads)]
     stored = [_part(block, 0, len(block.keys) - layer.tail) for block in originals]
-    return _problem(stored, source.of(layer, row, store.heads), method, row), stored
+    # Of a method that draws, every layer and row draws anew.
+    seed = method.seed + row + 7919 * layer.index
+    return _problem(stored, source.of(layer, row, store.heads), method, seed), stored
 
 
 def allocate(
@@ -321,9 +326,10 @@ def _document(
     if isinstance(inputs, torch.Tensor):
         ids, mask = inputs, None
     else:
-        given = inputs["input_ids"], inputs.get("attention_mask")
-        ids, mask = (None if part is None else torch.as_tensor(part) for part in given)
-        assert ids is not None
+        if not isinstance(inputs, Mapping) or inputs.get("input_ids") is None:
+            raise UserError("Expected token ids as a tensor, or a tokenizer's output with input_ids.")
+        ids = torch.as_tensor(inputs["input_ids"])
+        mask = None if inputs.get("attention_mask") is None else torch.as_tensor(inputs["attention_mask"])
     ids = ids[None] if ids.ndim == 1 else ids
     mask = mask[None] if mask is not None and mask.ndim == 1 else mask
     if ids.ndim != 2 or ids.numel() == 0:
@@ -331,7 +337,7 @@ def _document(
     if mask is not None and mask.shape != ids.shape:
         raise UserError(f"The attention mask {tuple(mask.shape)} is not of the shape of the ids {tuple(ids.shape)}.")
     vocabulary = describe_decoder(model).vocab_size
-    if ids.is_floating_point() or int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
+    if ids.is_floating_point() or ids.dtype == torch.bool or int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
         raise UserError(f"The ids are no tokens of this model, which has {vocabulary}.")
     ids = ids.to(model.device)
     visible = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool().to(ids.device)
@@ -387,13 +393,13 @@ def _problem(
     stored: Sequence[Block],
     evidence: Evidence | None,
     method: Compactor,
-    row: int,
+    seed: int,
 ) -> Problem:
     longest = max(len(block.keys) for block in stored)
     device, size = stored[0].keys.device, stored[0].keys.shape[-1]
-    keys = torch.zeros(len(stored), longest, size, device=device)
+    keys = torch.zeros(len(stored), longest, size, dtype=torch.float32, device=device)
     values = torch.zeros_like(keys)
-    bias = torch.full((len(stored), longest), -torch.inf, device=device)
+    bias = torch.full((len(stored), longest), -torch.inf, dtype=torch.float32, device=device)
     positions = torch.zeros(len(stored), longest, dtype=torch.int64, device=device)
     for head, block in enumerate(stored):
         count = len(block.keys)
@@ -417,7 +423,7 @@ def _problem(
         evidence.queries,
         evidence.positions,
         evidence.scaling,
-        method.seed + row,
+        seed,
         evidence.own_mass,
     )
 

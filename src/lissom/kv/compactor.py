@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -131,7 +132,7 @@ class Compactor(ABC):
         ratio: stored entries / tokens, in (0, 1]. Everything counts: protected tokens are part of the budget.
         sinks: first tokens that are always kept (attention sinks and the start of a chat template).
         recent: last tokens of the document that are always kept.
-        max_queries: reference queries per KV head at most, drawn at random (paper: 50,000).
+        max_queries: reference queries per KV head and pass at most, drawn at random (paper: 50,000 in all).
         min_tokens: shorter inputs are left as they are (context-manager use).
         seed: of the draw.
         budgets: how the entries are shared out over layers and KV heads: `uniform`; `global`, the best scores of all
@@ -156,14 +157,14 @@ class Compactor(ABC):
     def __post_init__(self) -> None:
         if not isinstance(self.ratio, int | float) or isinstance(self.ratio, bool) or not 0.0 < self.ratio <= 1.0:
             raise UserError(f"ratio={self.ratio!r} is not in (0, 1]: it is the share of the cache that is kept.")
-        for name, least in (("sinks", 0), ("recent", 0), ("min_tokens", 0), ("max_queries", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise UserError(f"{name}={value!r}: expected a whole number of at least {least}.")
+        for name, least in (("sinks", 0), ("recent", 0), ("min_tokens", 0), ("max_queries", 1), ("seed", 0)):
+            check_whole(name, getattr(self, name), least)
         for name, choices in (("budgets", Budgets), ("queries", Queries)):
             check_choice(name, getattr(self, name), choices)
         if (self.budgets == "measured") != bool(self.shares):
             raise UserError("budgets='measured' and shares=... (see `lissom budgets`) go together.")
+        if not all(math.isfinite(share) and share >= 0 for layer in self.shares for share in layer):
+            raise UserError("shares=...: expected numbers of at least 0, one per layer and KV head.")
         if self.on_policy and (self.sharing != "uniform" or self.queries in ("none", "context")):
             raise UserError("on_policy needs uniform budgets and queries of a repeat pass or self-study.")
 
@@ -210,6 +211,12 @@ class Compactor(ABC):
     def settings(self) -> dict[str, Any]:
         """Method name and settings, for recipes and saved caches."""
         return {"method": self.name, **asdict(self)}
+
+
+def check_whole(name: str, given: Any, least: int) -> None:
+    """Raise a `UserError` where `given` is no whole number of at least `least` (and of 63 bits at most)."""
+    if not isinstance(given, int) or isinstance(given, bool) or not least <= given < 2**62:
+        raise UserError(f"{name}={given!r}: expected a whole number of at least {least}.")
 
 
 def check_choice(name: str, given: Any, choices: Any) -> None:

@@ -103,7 +103,7 @@ class Eviction(Compactor):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.score not in SCORES:
+        if not isinstance(self.score, str) or self.score not in SCORES:
             raise UserError(f"score={self.score!r}: expected one of {', '.join(SCORES)}.")
         object.__setattr__(self, "queries", SCORES[self.score][1])
 

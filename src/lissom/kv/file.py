@@ -79,9 +79,9 @@ def load(path: str | Path, model: PreTrainedModel) -> tuple[CompactCache, torch.
     """
     header, tensors = _read(Path(path))
     own = fingerprint(model)
-    if header["model"] != own:
+    if header.get("model") != own:
         raise UserError(
-            f"{path} was made for another model (fingerprint {header['model']}, this one has {own}): "
+            f"{path} was made for another model (fingerprint {header.get('model')}, this one has {own}): "
             "load the model that it was compacted with."
         )
     cache = CompactCache(model)
@@ -98,7 +98,7 @@ def load(path: str | Path, model: PreTrainedModel) -> tuple[CompactCache, torch.
                 layer.cumulative_length = header["layers"][str(index)]["sliding"]
     except (KeyError, RuntimeError, ValueError, IndexError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"{path} is damaged: {error}. Compact the document again.") from error
-    return cache, tensors.get("tokens"), header["settings"]
+    return cache, tensors.get("tokens"), header.get("settings", {})
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -116,7 +116,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
             if metadata["sha256"] != _digest(metadata["lissom"], tensors):
                 raise UserError(f"{path} is damaged: it is not what was written. Compact the document again.")
             return header, tensors
-    except (SafetensorError, json.JSONDecodeError, KeyError, OSError) as error:
+    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError, OSError) as error:
         raise UserError(f"{path} is no readable cache file ({error}). Compact the document again.") from error
 
 

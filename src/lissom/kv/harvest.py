@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -70,26 +71,21 @@ class QuerySource(Protocol):
 
 
 class QueryRecorder:
-    """Collects a layer's rotated queries, a random sample of at most `limit` tokens per row (and the last ones).
+    """Collects a layer's rotated queries: of each row and pass a random sample of at most `limit` tokens, and the last.
 
     Attributes:
         own_mass: also keep the log mass of the pass's own tokens (see `Evidence`).
-        queries: per index of a layer `[rows, query heads, tokens, head_dim]`.
-        positions: `[tokens]`, logical positions of the tokens.
-        visible: bool `[rows, tokens]`, false for padding.
-        scaling: per index of a layer, the factor on its logits.
     """
 
     def __init__(self, limit: int, seed: int, own_mass: bool = False) -> None:
-        self.limit, self.own_mass = limit, own_mass
-        self.generator = torch.Generator().manual_seed(seed)
-        self.queries: dict[int, list[torch.Tensor]] = {}
-        self.scaling: dict[int, float] = {}
-        self._positions: list[torch.Tensor] = []
-        self._visible: list[torch.Tensor] = []
-        self._masses: dict[int, list[torch.Tensor]] = {}
-        self._pick: torch.Tensor | None = None
+        self.limit, self.seed, self.own_mass = limit, seed, own_mass
+        self._passes: list[list[torch.Tensor]] = []  # of each pass and row the logical positions of what is recorded
+        self._picks: list[torch.Tensor] = []  # of each row of the announced pass the columns
         self._shown = torch.empty(0, 0, dtype=torch.bool)
+        # By layer and row: of each pass `[query heads, tokens, head_dim]` and the log mass `[query heads, tokens]`.
+        self._queries: dict[tuple[int, int], list[torch.Tensor]] = {}
+        self._masses: dict[tuple[int, int], list[torch.Tensor]] = {}
+        self._scaling: dict[int, float] = {}
 
     @contextmanager
     def recording(self, cache: Cache) -> Iterator[None]:
@@ -106,53 +102,77 @@ class QueryRecorder:
 
     def expect(self, first_position: int, visible: torch.Tensor) -> None:
         """Announce a forward pass over tokens from `first_position` with padding mask `visible` `[rows, tokens]`."""
-        tokens = visible.shape[1]
-        # All heads of a group are stacked, so a limit in queries is met by fewer tokens; the caller divides.
+        self._shown = visible
+        self._picks = [self._pick(row.cpu().nonzero().flatten()) for row in visible]
+        self._passes.append([first_position + picked for picked in self._picks])
+
+    def _pick(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Which of a row's tokens are recorded, ascending; a row is sampled as it would be alone."""
+        generator = torch.Generator().manual_seed(self.seed + len(self._passes))
         # The last tokens are TOVA's and SnapKV's whole evidence, and the best guess of what comes next.
-        last = max(0, tokens - min(_LAST, max(1, self.limit // 8)))
-        others = torch.randperm(last, generator=self.generator)[: max(0, self.limit - (tokens - last))].sort().values
-        picked = torch.cat([others, torch.arange(last, tokens)])
-        self._pick, self._shown = picked, visible
-        self._positions.append(first_position + picked)
-        self._visible.append(visible[:, picked].bool().cpu())
+        last = max(0, len(tokens) - min(_LAST, max(1, self.limit // 8)))
+        others = torch.randperm(last, generator=generator)[: max(0, self.limit - (len(tokens) - last))].sort().values
+        return tokens[torch.cat([others, torch.arange(last, len(tokens))])]
 
     def observe(self, layer: CompactLayer, query: torch.Tensor, scaling: float) -> None:
         """Keep the announced tokens' queries; the observer of a `CompactLayer`."""
-        assert self._pick is not None, "expect() comes before the forward pass"
-        self.queries.setdefault(layer.index, []).append(query[:, :, self._pick.to(query.device)].detach())
-        self.scaling[layer.index] = scaling
-        if self.own_mass:
-            self._masses.setdefault(layer.index, []).append(_own_mass(layer, query, scaling, self._pick, self._shown))
+        assert self._picks, "expect() comes before the forward pass"
+        self._scaling[layer.index] = scaling
+        for row, picked in enumerate(self._picks):
+            queries = query[row, :, picked.to(query.device)].detach()
+            self._queries.setdefault((layer.index, row), []).append(queries)
+            if self.own_mass:
+                mass = _own_mass(layer, row, queries, scaling, picked, self._shown[row])
+                self._masses.setdefault((layer.index, row), []).append(mass)
 
     def of(self, layer: CompactLayer, row: int, heads: int) -> Evidence | None:
         """See `QuerySource`."""
-        if layer.index not in self.queries:
+        key = layer.index, row
+        if key not in self._queries:
             return None
-        recorded = torch.cat(self.queries[layer.index], dim=2)[row]
-        visible = torch.cat(self._visible, dim=1)[row]
-        mass = torch.cat(self._masses[layer.index], dim=2)[row] if self.own_mass else None
-        return Evidence.of(recorded, torch.cat(self._positions), visible, heads, self.scaling[layer.index], mass)
+        positions = torch.cat([rows[row] for rows in self._passes])
+        mass = torch.cat(self._masses[key], 1) if self.own_mass else None
+        every = torch.ones(len(positions), dtype=torch.bool)
+        return Evidence.of(torch.cat(self._queries[key], 1), positions, every, heads, self._scaling[layer.index], mass)
 
 
 def _own_mass(
-    layer: CompactLayer, query: torch.Tensor, scaling: float, picked: torch.Tensor, shown: torch.Tensor
+    layer: CompactLayer, row: int, query: torch.Tensor, scaling: float, picked: torch.Tensor, shown: torch.Tensor
 ) -> torch.Tensor:
-    """Log mass `[rows, query heads, picked]` of the layer's tail up to each picked query, without padding."""
+    """Log mass `[query heads, picked]` of the row's tail up to each picked query, without padding."""
     store = layer.store
     assert store is not None
-    keys = torch.stack([block.keys[len(block.keys) - layer.tail :] for block in store.blocks()]).float()
-    queries = query[:, :, picked.to(query.device)].float()
+    blocks = [store.block(row * store.heads + head) for head in range(store.heads)]
+    keys = torch.stack([block.keys[len(block.keys) - layer.tail :] for block in blocks]).float()
     bias = torch.zeros(shown.shape, device=keys.device).masked_fill_(~shown.to(keys.device), -torch.inf)
     found = attention_statistics(
-        queries.reshape(len(keys), -1, queries.shape[-1]),
+        query.float().reshape(store.heads, -1, query.shape[-1]),
         keys,
         None,
-        bias.repeat_interleave(store.heads, 0),
+        bias.expand(store.heads, -1),
         scaling,
-        positions=torch.arange(layer.tail, device=keys.device).expand(len(keys), -1),
-        query_positions=picked.to(keys.device).repeat(query.shape[1] // store.heads),
+        positions=torch.arange(layer.tail, device=keys.device).expand(store.heads, -1),
+        query_positions=picked.to(keys.device).repeat(len(query) // store.heads),
     )
-    return (found.top + found.mass.log()).view(queries.shape[:-1])
+    return (found.top + found.mass.log()).view(query.shape[:-1])
+
+
+# Whether this thread is in a pass of a compaction's own, which no other method may take for a prompt.
+_own_pass: ContextVar[bool] = ContextVar("lissom_own_pass", default=False)
+
+
+def in_own_pass() -> bool:
+    """Whether the forward pass that is running belongs to a compaction."""
+    return _own_pass.get()
+
+
+@contextmanager
+def _owning() -> Iterator[None]:
+    token = _own_pass.set(True)
+    try:
+        yield
+    finally:
+        _own_pass.reset(token)
 
 
 def forward(model: PreTrainedModel, ids: torch.Tensor, visible: torch.Tensor, cache: Cache) -> torch.Tensor:
@@ -163,14 +183,15 @@ def forward(model: PreTrainedModel, ids: torch.Tensor, visible: torch.Tensor, ca
     """
     positions = (visible.long().cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     mask = None if bool(visible.all()) else visible.long()
-    output = model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
+    with _owning():
+        output = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
     return output.logits[:, -1]
 
 
@@ -247,7 +268,7 @@ def self_study_ids(
         torch.manual_seed(seed)
         for prompt in prompts:
             start = question_ids(tokenizer, prompt).to(device)
-            with rolled_back(cache):
+            with _owning(), rolled_back(cache):
                 read = torch.cat([visible, torch.ones_like(start, dtype=torch.bool)], 1)
                 # generate() finds the new tokens by the cache's length, so the document's ids are placeholders.
                 ids = torch.cat([torch.zeros_like(visible, dtype=torch.int64), start], 1)

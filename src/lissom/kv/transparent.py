@@ -14,7 +14,10 @@ from lissom.errors import UserError
 from lissom.kv.cache import CompactLayer, Observer, compact_layers, exchange_layers, require_full_attention
 from lissom.kv.compact import fit, recorder_for, study
 from lissom.kv.compactor import Compactor
-from lissom.models.attention import installed
+from lissom.kv.harvest import in_own_pass
+from lissom.models.attention import argument, installed
+
+_ARGUMENTS = ("past_key_values", "input_ids", "attention_mask")
 
 
 def _both(first: Observer | None, second: Observer) -> Observer:
@@ -40,9 +43,10 @@ def compacted_after_prefill(model: PreTrainedModel, method: Compactor) -> Iterat
     states = threading.local()  # several threads may generate at once
 
     def before(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if in_own_pass():
+            return
         states.pending = None
-        cache = kwargs.get("past_key_values")
-        ids = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else (args[0] if args else None)
+        cache, ids, mask = (argument(module, name, args, kwargs) for name in _ARGUMENTS)
         if cache is not None and ids is None and cache.get_seq_length() == 0:
             raise UserError("A prompt of embeddings cannot be compacted: give token ids.")
         if cache is None or ids is None or cache.get_seq_length() > 0 or ids.shape[1] < method.min_tokens:
@@ -50,7 +54,6 @@ def compacted_after_prefill(model: PreTrainedModel, method: Compactor) -> Iterat
         if not isinstance(cache, DynamicCache):
             raise UserError(f"{type(cache).__name__} cannot be compacted: generate with the default (dynamic) cache.")
         exchange_layers(cache, model)
-        mask = kwargs.get("attention_mask")
         visible = torch.ones_like(ids, dtype=torch.bool)
         if isinstance(mask, torch.Tensor) and mask.ndim == 2:
             visible = mask[:, -ids.shape[1] :].bool()
@@ -62,10 +65,11 @@ def compacted_after_prefill(model: PreTrainedModel, method: Compactor) -> Iterat
         states.pending = cache, ids, visible, recorder
 
     def after(module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        if states.pending is None:
+        # A pass may have begun before this block was entered.
+        if in_own_pass() or getattr(states, "pending", None) is None:
             return
         cache, ids, visible, recorder = states.pending
-        states.pending = None  # a repeat pass comes through here again
+        states.pending = None
         for _, layer in compact_layers(cache):
             layer.observer = None
         with torch.no_grad():

@@ -8,12 +8,13 @@ handles fails on the first operation with a clear sentence, so a bias is never s
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import Lock
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -25,6 +26,8 @@ from lissom.errors import UserError
 PREFIX = "lissom_"
 # How many blocks of `installed` a model is in.
 _blocks: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()
+# Models that `install` was called for by itself, so that no block takes it back.
+_kept: WeakSet[PreTrainedModel] = WeakSet()
 _lock = Lock()
 SUPPORTED = ("sdpa", "eager")
 
@@ -92,12 +95,27 @@ for _name, _function in (("sdpa", sdpa_attention_forward), ("eager", None)):
     AttentionMaskInterface.register(PREFIX + _name, ALL_MASK_ATTENTION_FUNCTIONS[_name])
 
 
+def argument(module: torch.nn.Module, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What a forward call gives for `name`, by keyword or by place; None where it gives nothing."""
+    if name in kwargs:
+        return kwargs[name]
+    places = list(inspect.signature(module.forward).parameters)
+    return args[places.index(name)] if name in places and places.index(name) < len(args) else None
+
+
 def install(model: PreTrainedModel) -> None:
     """Let `model` read caches that compute their own attention; any other cache is handled exactly as before.
+
+    It stays so until `uninstall`, also where this is called inside a block of `installed`.
 
     Raises:
         UserError: the model's attention implementation is neither `sdpa` nor `eager`, or cannot be exchanged.
     """
+    _exchange(model)
+    _kept.add(model)
+
+
+def _exchange(model: PreTrainedModel) -> None:
     current = model.config._attn_implementation or "eager"
     if current.startswith(PREFIX):
         return
@@ -113,6 +131,7 @@ def install(model: PreTrainedModel) -> None:
 
 def uninstall(model: PreTrainedModel) -> None:
     """Give `model` back the attention implementation that `install` found."""
+    _kept.discard(model)
     current = model.config._attn_implementation or ""
     if current.startswith(PREFIX):
         model.set_attn_implementation(current.removeprefix(PREFIX))
@@ -125,7 +144,7 @@ def installed(model: PreTrainedModel) -> Iterator[None]:
         blocks = _blocks.get(model, 0)
         own = blocks > 0 or not (model.config._attn_implementation or "").startswith(PREFIX)
         if own:
-            install(model)
+            _exchange(model)
             _blocks[model] = blocks + 1
     try:
         yield
@@ -135,4 +154,5 @@ def installed(model: PreTrainedModel) -> Iterator[None]:
                 _blocks[model] -= 1
                 if not _blocks[model]:
                     del _blocks[model]
-                    uninstall(model)
+                    if model not in _kept:
+                        uninstall(model)

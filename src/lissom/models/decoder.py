@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 
 import torch
@@ -52,11 +53,16 @@ def describe_decoder(model: PreTrainedModel) -> DecoderInfo:
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """16 hex digits that tell one model from another: its sizes and a sample of every weight, rounded to bf16.
+    """16 hex digits that tell one model from another: its sizes, rotations and a sample of every weight in
+    bf16.
 
     The same weights give the same fingerprint in fp32 and in bf16.
     """
-    digest = hashlib.sha256(repr((model.config.model_type, describe_decoder(model))).encode())
+    config = model.config.get_text_config(decoder=True)
+    # Weights may be read with other rotations or another window than they had.
+    settings = [getattr(config, name, None) for name in ("rope_parameters", "sliding_window", "query_pre_attn_scalar")]
+    facts = (model.config.model_type, describe_decoder(model), json.dumps(settings, sort_keys=True, default=str))
+    digest = hashlib.sha256(repr(facts).encode())
     for name, weight in sorted(model.state_dict().items()):
         flat = weight.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 16)][:16].to(torch.bfloat16).view(torch.int16).cpu()

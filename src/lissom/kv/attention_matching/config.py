@@ -19,7 +19,7 @@ from lissom.kv.attention_matching.matching import (
     pooled,
     refined_pursuit,
 )
-from lissom.kv.compactor import Budgets, Compactor, Problem, Queries, check_choice, top_entries
+from lissom.kv.compactor import Budgets, Compactor, Problem, Queries, check_choice, check_whole, top_entries
 from lissom.kv.storage import Block
 from lissom.models.method import SearchContext
 
@@ -83,14 +83,17 @@ class AttentionMatching(Compactor):
         if self.queries == "none":
             raise UserError("Attention matching needs reference queries: queries='none' is for eviction methods.")
         for name in ("ridge", "mass_ridge", "beta_max"):
-            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
-                raise UserError(f"{name}={getattr(self, name)} must be a finite number of at least 0.")
-        if self.pool < 0 or (self.pool > 0 and self.pool % 2 == 0):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not (value >= 0 and math.isfinite(value)):
+                raise UserError(f"{name}={value!r} must be a finite number of at least 0.")
+        if self.beta_max > 80:
+            raise UserError(f"beta_max={self.beta_max}: e^β would overflow; the paper has 3.")
+        check_whole("pool", self.pool, 0)
+        check_whole("refinements", self.refinements, 0)
+        if self.pool > 0 and self.pool % 2 == 0:
             raise UserError(f"pool={self.pool}: expected an odd width, or 0 for none.")
         if not 0 <= self.fit_below <= 1:
             raise UserError(f"fit_below={self.fit_below} is not in [0, 1]: it is a share of a head's entries.")
-        if self.refinements < 0:
-            raise UserError(f"refinements={self.refinements} is negative.")
 
     @classmethod
     def candidates(cls, context: SearchContext) -> list[Self]:
