@@ -15,7 +15,9 @@ def test_self_study(smollm2, queries):
     model, tokenizer = smollm2
     ids = document_ids(tokenizer, planted_documents(tokenizer, 1, 200)[0].text)
     method = AttentionMatching(ratio=0.3, queries=queries)
+    state = torch.random.get_rng_state()
     cache = compact(model, ids, method, tokenizer=tokenizer, self_study_tokens=8)
+    assert torch.random.get_rng_state().equal(state)
     again = compact(model, ids, method, tokenizer=tokenizer, self_study_tokens=8)
     assert cache.get_seq_length() == ids.shape[1]
     assert cache.stored_entries == 90 * round(0.3 * ids.shape[1])

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import numpy as np
@@ -72,8 +74,8 @@ def oracle(query, keys, values, bias, scale, reduction, positions, query_positio
     seed=st.integers(0, 10**6),
     heads=st.integers(1, 3),
     queries=st.sampled_from([1, 5, 6, 24, 25, 300, 800, 1600]),  # a tile, a chunk, and beyond
-    entries=st.sampled_from([1, 3, 16, 64, 65, 200]),
-    size=st.sampled_from([8, 16, 24, 64, 80]),
+    entries=st.sampled_from([1, 3, 16, 64, 65, 128, 129, 257]),
+    size=st.sampled_from([1, 3, 16, 17, 64, 65, 80]),
     reduction=st.sampled_from(REDUCTIONS),
     causal=st.booleans(),
     hidden=st.booleans(),
@@ -102,6 +104,7 @@ def test_huge_logits_and_queries_that_see_nothing(isa):
     arguments = case(0, 1, 20, 40, 16, True, False, False)
     arguments["query"][:, :5] *= 1e4
     arguments["query_positions"][7] = -1
+    arguments["elsewhere"] = torch.full((1, 20), -torch.inf)
     with using(isa):
         found = attention_statistics(**arguments)
     assert all(part.isfinite().all() for part in found)
@@ -121,6 +124,21 @@ def test_the_result_does_not_depend_on_the_number_of_threads():
     finally:
         torch.set_num_threads(before)
     assert all(a.equal(b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.skipif(not native.available_isas(), reason="no native kernels here")
+def test_it_goes_on_where_no_more_threads_are_to_be_had():
+    code = (
+        "import resource, torch; from lissom.kernels import attention_statistics as f;"
+        "q, k = torch.randn(3, 2000, 32), torch.randn(3, 300, 32); b = torch.zeros(3, 300);"
+        "torch.set_num_threads(1); wanted = f(q, k, k, b, 0.3);"
+        "torch.set_num_threads(64); used = int(open('/proc/self/statm').read().split()[0]) * 4096;"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + (20 << 20),) * 2);"
+        "assert f(q, k, k, b, 0.3).outputs.equal(wanted.outputs)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode >= 0 and "Fatal" not in done.stderr, done.stderr
+    assert done.returncode == 0 or "emory" in done.stderr, done.stderr
 
 
 def test_operator_contract_and_compile():

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -12,6 +14,17 @@ def test_products_are_exact(dtype, tolerance):
     a, b = (torch.randn(shape, generator=generator, dtype=dtype) for shape in ((3, 300, 64), (3, 64, 200)))
     wanted = a.double() @ b.double()
     torch.testing.assert_close(m.matmul(a, b).double(), wanted, atol=tolerance * 10, rtol=tolerance)
+
+
+def test_the_setting_of_pytorch_outlives_several_threads():
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    matrix = torch.rand(2, 64, 64)
+    threads = [threading.Thread(target=lambda: [m.matmul(matrix, matrix) for _ in range(500)]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
 
 
 def test_the_setting_of_pytorch_is_left_as_it_was():

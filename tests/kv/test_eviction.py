@@ -154,6 +154,15 @@ def test_heads_that_keep_much_keep_it_as_it_is():
     assert fitted.positions.equal(whole.positions) and not fitted.values.equal(whole.values)
 
 
+def test_pooled_scores_choose_neighbours():
+    p = problem()
+    for head, block in enumerate(AttentionMatching(sinks=0, pool=5).fit(p, [8] * HEADS)):
+        scores = p.statistics("rms").scores[head]
+        pooled = torch.stack([scores[max(0, i - 2) : i + 3].max() for i in range(TOKENS)])
+        chosen = pooled[block.positions]
+        assert len(chosen) == 8 and chosen.sort(descending=True).values.equal(pooled.topk(8).values)
+
+
 @pytest.mark.parametrize(
     "method", [Eviction(sinks=0, score="kvzip"), AttentionMatching(sinks=0, bias=False)], ids=["eviction", "matching"]
 )

@@ -51,6 +51,8 @@ def test_what_does_not_fit_together():
     before = answer(model, once)
     with pytest.raises(UserError, match="has read 120 tokens"):
         recompact(model, once, IDS[:, :50])
+    with pytest.raises(UserError, match="another model"):
+        recompact(tiny_model("qwen3"), once, IDS)
     with pytest.raises(UserError, match="first reading"):
         recompact(model, once, IDS, Eviction(score="h2o"))
     recompact(model, once, IDS, Eviction(score="streaming-llm", ratio=0.5))

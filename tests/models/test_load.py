@@ -30,6 +30,20 @@ def test_fingerprint_tells_models_apart_and_not_dtypes():
     assert fingerprint(model) != own
 
 
+def test_fingerprint_tells_other_rotations_apart():
+    model = tiny_model("llama")
+    own = fingerprint(model)
+    model.config.rope_parameters = {"rope_type": "default", "rope_theta": 500.0}
+    assert fingerprint(model) != own
+
+
+def test_what_is_no_regular_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="no regular file"), atomic_path(tmp_path / "pipe"):
+        pass
+    assert (tmp_path / "pipe").is_fifo()
+
+
 @pytest.mark.parametrize("name,words", [("smollm2", "Did you mean"), ("./nowhere", "no model"), ("xyz", "Known names")])
 def test_unknown_models(name, words):
     with pytest.raises(UserError, match=words):
