@@ -158,10 +158,10 @@ def kv_budget() -> str:
             row = {name.removeprefix(f"{share}/{method}/"): row for name, row in rows.items()}
             gap = row["answers NLL above ours"]
             above = f"{gap['value']:+.2f} [{gap['low']:+.2f}, {gap['high']:+.2f}]"
-            ours = method == "attention-matching"
+            ours = method == "attention-matching"  # what the others are compared with
             lines.append(
                 [
-                    f"{float(share):.0%}, {f'**{method}**' if ours else method}",
+                    f"{float(share):.0%}, {f'**{method}**' if method == 'h2o' else method}",
                     f"{row['text NLL above full']['value']:+.3f}",
                     number(row["answers NLL"]),
                     "" if ours else above,
@@ -169,7 +169,8 @@ def kv_budget() -> str:
                     f"{row['bytes']['value']:.1%}",
                 ]
             )
-    headings = ["budget, method", "text: ΔNLL", "answers: NLL", "above ours [95 %]", "KL", "bytes at the end"]
+    headings = ["budget, method", "text: ΔNLL", "answers: NLL", "above attention matching [95 %]", "KL",
+                "bytes at the end"]  # fmt: skip
     whole = f"The full cache's own answers have an NLL of {number(rows['full/answers NLL'])}."
     return f"{markdown(headings, lines)}\n\n{whole} {stamp(facts)}"
 

@@ -132,13 +132,12 @@ def test_it_goes_on_where_no_more_threads_are_to_be_had():
         "import resource, torch; from lissom.kernels import attention_statistics as f;"
         "q, k = torch.randn(3, 2000, 32), torch.randn(3, 300, 32); b = torch.zeros(3, 300);"
         "torch.set_num_threads(1); wanted = f(q, k, k, b, 0.3);"
-        "torch.set_num_threads(64); used = int(open('/proc/self/statm').read().split()[0]) * 4096;"
+        "torch.get_num_threads = lambda: 64; used = int(open('/proc/self/statm').read().split()[0]) * 4096;"
         "resource.setrlimit(resource.RLIMIT_AS, (used + (20 << 20),) * 2);"
         "assert f(q, k, k, b, 0.3).outputs.equal(wanted.outputs)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode >= 0 and "Fatal" not in done.stderr, done.stderr
-    assert done.returncode == 0 or "emory" in done.stderr, done.stderr
+    assert done.returncode == 0, done.stderr
 
 
 def test_operator_contract_and_compile():

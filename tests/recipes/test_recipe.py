@@ -41,7 +41,7 @@ def test_recipes_that_differ_have_different_labels_and_identities():
         Eviction(score="kvzip", budgets="global"),
         KVBudget("8MB"),
         KVBudget("8MB", protect=10),
-        KVBudget("8MB", "h2o"),
+        KVBudget("8MB", "attention-matching"),
     ]
     recipes = [Recipe.of(method) for method in methods]
     assert len({recipe.label for recipe in recipes}) == len({recipe.identity for recipe in recipes}) == len(methods)

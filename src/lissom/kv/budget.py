@@ -2,7 +2,7 @@
 
 Each layer has an equal share of the budget. When a forward pass leaves a layer above its share, everything but the
 last few tokens is compacted, biases of earlier compactions included, on the queries of the latest tokens. It works
-with any compactor; with `streaming-llm` it is the sliding window with sinks that it must beat.
+with any compactor; with `streaming-llm` it is the sliding window with sinks.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class KVBudget:
 
     Attributes:
         size: bytes, or text such as '64MB'; for all rows together.
-        method: `attention-matching`, one of the eviction scores, or a compactor with settings of its own, as an object
+        method: one of the eviction scores, `attention-matching`, or a compactor with settings of its own, as an object
             or as `{name: settings}`; its ratio is ignored.
         protect: last tokens that are not compacted (paper: 20).
         target: share of `size` to which a compaction shrinks; smaller means fewer and stronger compactions.
@@ -66,7 +66,7 @@ class KVBudget:
     name: ClassVar[str] = "kv-budget"
 
     size: int | str
-    method: str | dict[str, Any] | InstanceOf[Compactor] = "attention-matching"
+    method: str | dict[str, Any] | InstanceOf[Compactor] = "h2o"
     protect: int = 20
     target: float = 0.5
     window: int = 256
@@ -86,7 +86,7 @@ class KVBudget:
     def candidates(cls, context: SearchContext) -> list[Self]:
         """See `lissom.models.method.Method`."""
         shares = (0.5,) if context.quick else (0.5, 0.25)
-        methods = ("attention-matching", "streaming-llm")
+        methods = ("h2o", "streaming-llm")
         return [cls(int(share * context.cache_bytes), method) for method in methods for share in shares]
 
     @property
