@@ -107,7 +107,7 @@ def test_streaming_llm_is_attention_to_sinks_and_the_last_tokens():
 def test_a_later_compaction_sees_the_biases_of_the_earlier_one():
     model = tiny_model("llama")
     ids = random_ids(200)
-    cache = KVBudget(size_of(model, 48), protect=4).cache(model)
+    cache = KVBudget(size_of(model, 48), "attention-matching", protect=4).cache(model)
     read(model, ids[:, :60], cache)
     layer = cache.compact_layers()[0][1]
     first = layer.store.block(0)
