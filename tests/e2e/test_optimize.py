@@ -79,7 +79,11 @@ def test_apply_does_not_write_over_other_folders(report, lissom_cli, tiny_folder
 @pytest.mark.parametrize("records", [0, 4])
 def test_ctrl_c_keeps_what_is_measured(records, lissom_cli, tiny_folder, tmp_path):
     command = [sys.executable, "-m", "lissom", "optimize", str(tiny_folder), "-o", str(tmp_path / "r")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ)
+    # What a background job of a shell starts ignores the signal; a person's terminal does not.
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     journal = tmp_path / "r" / "measurements.jsonl"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
