@@ -42,7 +42,7 @@ def generate(
 
     if not prompt.strip():
         raise UserError("The prompt is empty.")
-    if not prompt.isprintable() and any(0xD800 <= ord(letter) < 0xE000 for letter in prompt):
+    if any(0xD800 <= ord(letter) < 0xE000 for letter in prompt):
         raise UserError("The prompt is no text in UTF-8.")
     if 0 < temperature < 1e-3:
         raise UserError(f"--temperature {temperature} is next to greedy: use 0 for that, or at least 0.001.")

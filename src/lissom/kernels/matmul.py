@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from threading import Lock
 
@@ -23,7 +23,7 @@ def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if a.device.type != "cpu":
         return torch.bmm(a, b)
     out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
-    with _onednn() if a.dtype == torch.float32 and _onednn_is_exact() else _as_it_is():
+    with _onednn() if a.dtype == torch.float32 and _onednn_is_exact() else nullcontext():
         for left, right, target in zip(a, b, out, strict=True):
             torch.mm(left, right, out=target)
     return out
@@ -46,11 +46,6 @@ def _onednn() -> Iterator[None]:
             _blocks -= 1
             if not _blocks:
                 setting.fp32_precision = _before
-
-
-@contextmanager
-def _as_it_is() -> Iterator[None]:
-    yield
 
 
 @cache
