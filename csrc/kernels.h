@@ -4,22 +4,92 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
-// See ragged_attention.inc.
-struct RaggedAttention {
-  const void *query, *keys, *values;  // float or bfloat16
-  void* out;
-  const float* bias;     // per entry, or null
-  const uint8_t* mask;   // [rows][queries][masked] for the last `masked` entries of each block, or null = causal
-  const int64_t *starts, *lengths;  // per block
-  int64_t rows, query_heads, kv_heads, queries, head_dim, masked, capacity;
-  float scale;
-  bool is_bfloat16;
+// ---- Matrices (packed.inc) ----
+
+// How the weights of a matrix lie in memory. Every format interleaves kBlock output rows, so that a vector register
+// holds some inputs of all of them and no product needs a sum across a register.
+enum Format : int64_t {
+  kF32 = 0,   // [blocks][columns][16]
+  kF16 = 1,   // the same
+  kBF16 = 2,  // [blocks][columns / 2][16][2]
+  kQ8 = 3,    // bytes q + 128; value = scale * q
+  kQ4 = 4,    // nibbles q + 8; value = scale * q
+  kQ4Min = 5, // nibbles q; value = scale * q + min
+  kQ4K = 6,   // nibbles q; value = super * scale * q - super_min * min, 6-bit scales and mins per 32 inputs
+  kQ6K = 7,   // nibbles and two upper bits, q + 32; value = super * scale * q, 8-bit scales per 16 inputs
 };
 
-enum Reduction : int64_t { kRms = 0, kMean = 1, kMax = 2 };
+constexpr int64_t kBlock = 16;  // interleaved output rows
+constexpr int64_t kGroup = 32;  // inputs that share a scale of the activations
+
+struct Matrix {
+  int64_t format, rows, columns;  // of the matrix as it was: y[rows] = W x[columns]
+  int64_t group;                  // inputs that share a scale, a multiple of kGroup
+  const void* quants;             // see Format; integers: [blocks][groups][8 or 4][16][4]
+  const void* high;               // kQ6K: [blocks][groups][2][16][4]
+  const void* scales;             // [blocks][columns / group][16]; fp16, or bytes in the K formats
+  const void* mins;               // the same
+  const void* supers;             // fp16 [blocks][columns / 256][2 (scale, min) or 1][16]
+  const float* bias;              // [rows rounded up to 16], or null
+};
+
+// Vectors that matrices are multiplied with, in the forms that the formats ask for.
+struct Activations {
+  int64_t rows, columns;   // columns rounded up to kGroup
+  const float* values;     // [rows][columns]
+  const int8_t* quants;    // [rows][columns]
+  const float* scales;     // [rows][columns / 32]: value = scale * quant
+  const float* sums;       // the same: sum of scale * quant over the group
+  const int32_t* totals;   // [rows][columns / 16]: sum of quants
+  const uint16_t* halves;  // bfloat16 [rows][columns], or null
+};
+
+// What is done with the product.
+enum Output : int64_t {
+  kStore = 0,  // out = product
+  kAdd = 1,    // out += product
+  kGated = 2,  // even blocks are gates, odd blocks their values: out[half the width] = activation(gate) * value
+};
+enum Activation : int64_t { kSilu = 0, kGeluTanh = 1, kGelu = 2, kRelu = 3 };
+
+struct Target {
+  float* out;
+  int64_t stride;  // floats from row to row
+  int64_t output, activation;
+};
+
+// ---- Attention over a KV store (attend.inc) ----
+
+enum KvType : int64_t { kKvF32 = 0, kKvBF16 = 1, kKvInt8 = 2 };
+
+// The entries of one layer: block row * heads + head is [starts, starts + lengths) of the flat buffers.
+struct KeyValues {
+  void *keys, *values;                // [capacity][head_dim]
+  uint16_t *key_scales, *value_scales;  // kKvInt8: fp16 [capacity]
+  float* bias;                        // [capacity], or null: added to the logits
+  int32_t* positions;                 // [capacity], or null where nothing is appended
+  const int64_t* starts;
+  int64_t* lengths;
+  int64_t type, capacity;
+};
+
+struct Attention {
+  const float* query;    // [rows][tokens][query_heads][head_dim]
+  float* out;            // the same
+  const KeyValues* store;
+  const uint8_t* mask;   // [rows][tokens][masked] for the last `masked` entries of a block, or null: causal
+  const int64_t* holes;  // [rows][2]: entries from `first` to `second` places before the end are hidden; or null
+  int64_t rows, query_heads, kv_heads, tokens, head_dim, masked;
+  int64_t query_stride;  // floats from token to token
+  int64_t window;        // a query sees this many entries at most, itself included; 0 = all
+  float scale, softcap;  // softcap 0 = none
+};
 
 // See attention_statistics.inc.
+enum Reduction : int64_t { kRms = 0, kMean = 1, kMax = 2 };
+
 struct AttentionStatistics {
   const float* query;            // [heads][queries][head_dim]
   const float *keys, *values;    // [heads][entries][head_dim]; values may be null
@@ -32,21 +102,80 @@ struct AttentionStatistics {
   float scale;
 };
 
+// ---- A decoder (decoder.cpp) ----
+
+struct Layer {
+  Matrix qkv, out, gate_up, down;
+  const float *attention_norm, *mlp_norm;            // [hidden]
+  const float *query_norm, *key_norm;                // [head_dim], or null
+  const float *after_attention_norm, *after_mlp_norm;  // [hidden], or null: norms of what is added to the stream
+  int64_t rope;    // which table of frequencies, -1 = none
+  int64_t window;  // 0 = full attention
+};
+
+struct Rope {
+  const float* frequencies;  // [rotated / 2]
+  int64_t rotated;           // leading dimensions of a head that are rotated, pairs half of them apart
+  float scaling;             // factor on sine and cosine
+};
+
+struct Plan {
+  const Layer* layers;
+  const Rope* ropes;
+  Matrix embedding, head;
+  const float* final_norm;
+  int64_t layer_count, rope_count, hidden, intermediate, query_heads, kv_heads, head_dim, activation;
+  float epsilon, attention_scale, attention_softcap, final_softcap, embedding_scale;
+};
+
+struct Step {
+  const int64_t *tokens, *positions;  // [rows][count]
+  const int64_t* holes;               // see Attention
+  KeyValues* stores;                  // [layers]
+  const int64_t* wanted;              // [outputs]: indices row * count + token whose logits are wanted
+  float* logits;                      // [outputs][vocabulary]
+  int64_t rows, count, outputs;
+};
+
 struct Kernels {
-  void (*attend)(const RaggedAttention&, int64_t block, float* scratch);
+  // One (row, KV head) of `tokens` from `token` on, entries from `begin` to `end`: running maximum and mass [vectors],
+  // and the weighted sum of values [vectors][head_dim], where vector = token * group + query head.
+  void (*attend)(const Attention&, int64_t block, int64_t token, int64_t tokens, int64_t begin, int64_t end, float* top,
+                 float* mass, float* sum, float* scratch);
+  int64_t (*attend_scratch)(int64_t head_dim, int64_t vectors);  // floats
+  void (*append)(const KeyValues&, int64_t slot, const float* key, const float* value, int64_t head_dim,
+                 int64_t position);
+
   int64_t panel;  // columns of a packed panel
   void (*pack)(const AttentionStatistics&, int64_t head, float* keys, float* values);
-  int64_t (*scratch)(const AttentionStatistics&);  // floats that `summarise` needs
+  int64_t (*summarise_scratch)(const AttentionStatistics&);  // floats
   void (*summarise)(const AttentionStatistics&, int64_t head, int64_t chunk, const float* keys, const float* values,
                     float* scratch);
+
+  // Fills the rows [first, last) of the other forms from `values`.
+  void (*quantise)(const Activations&, int64_t first, int64_t last);
+  void (*multiply)(const Matrix&, int64_t block, int64_t blocks, const Activations&, const Target&, float* scratch);
+  int64_t (*multiply_scratch)(int64_t columns);  // floats
+  void (*row)(const Matrix&, int64_t row, float* out);  // one row of the matrix, dequantised
+  void (*norm)(const float* in, const float* weight, float epsilon, int64_t size, float* out);
+  void (*rotate)(float* vector, const float* cosine, const float* sine, int64_t rotated);
 };
 
 namespace portable {
 extern const Kernels kernels;
 }
+#if defined(__x86_64__)
 namespace avx2 {
 extern const Kernels kernels;
 }
 namespace avx512 {
 extern const Kernels kernels;
 }
+namespace avx512_bf16 {
+extern const Kernels kernels;
+}
+#elif defined(__aarch64__)
+namespace neon {
+extern const Kernels kernels;
+}
+#endif

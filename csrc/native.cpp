@@ -1,46 +1,64 @@
 // The plain C ABI of lissom's kernels: which instruction sets there are, which one is used, and one entry per kernel.
-#include <algorithm>
-#include <atomic>
-#include <new>
-#include <vector>
+#include "native.h"
 
-#include "kernels.h"
-#include "pool.h"
+#include <new>
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 
 namespace {
+
+// The instruction sets of this processor's family, slowest first, and whether this one has them.
+struct Isa {
+  const char* name;
+  const Kernels* kernels;
+  bool (*present)();
+};
+const Isa kIsas[] = {
+    {"portable", &portable::kernels, [] { return true; }},
+#if defined(__x86_64__)
+    {"avx2", &avx2::kernels,
+     [] {
+       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+     }},
+    {"avx512", &avx512::kernels,
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+     }},
+    {"avx512_bf16", &avx512_bf16::kernels,
+     [] { return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16"); }},
+#elif defined(__aarch64__)
+    {"neon", &neon::kernels,
+     [] {
+#if defined(__linux__)
+       return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#else
+       return true;
+#endif
+     }},
+#endif
+};
+constexpr int kIsaCount = sizeof kIsas / sizeof kIsas[0];
 
 int best_isa() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq"))
-    return 2;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
 #endif
-  return 0;
+  int best = 0;
+  while (best + 1 < kIsaCount && kIsas[best + 1].present()) ++best;
+  return best;
 }
 
 int chosen = best_isa();
-
-const Kernels& kernels() {
-#if defined(__x86_64__)
-  if (chosen == 2) return avx512::kernels;
-  if (chosen == 1) return avx2::kernels;
-#endif
-  return portable::kernels;
-}
 
 // Runs `work(unit, scratch)` for all units below `units` on at most `workers` threads, each with `floats` of scratch,
 // which is allocated here: memory may only be missing before the pool begins.
 template <typename Work>
 void share_out(int64_t units, int64_t workers, int64_t floats, const Work& work) {
-  workers = std::max<int64_t>(1, std::min(workers, units));
-  std::vector<float> scratch(workers * floats);
-  std::atomic<int64_t> next{0}, worker{0};
-  Pool::run(workers - 1, [&] {
-    float* own = scratch.data() + worker.fetch_add(1) * floats;
-    for (int64_t unit; (unit = next.fetch_add(1)) < units;) work(unit, own);
-  });
+  Team team(1, std::min(workers, units), floats);
+  team.run([&](Team::Member& member) { member.share(units, [&](int64_t unit) { work(unit, member.scratch); }); });
 }
 
 // What a kernel returns where there is not enough memory.
@@ -54,18 +72,19 @@ int guarded(const Kernel& kernel) {
 }
 
 // Returns 0, or -1 where a block lies outside the buffers: then nothing is read.
-int ragged_attention(const RaggedAttention& p, int threads) {
-  const int64_t blocks = p.rows * p.kv_heads;
-  for (int64_t i = 0; i < blocks; ++i)
-    if (p.starts[i] < 0 || p.lengths[i] < 0 || p.starts[i] > p.capacity - p.lengths[i]) return -1;
-  const int64_t vectors = p.query_heads / p.kv_heads * p.queries;
-  const int64_t floats = vectors * (2 * p.head_dim + 2) + 128 * (p.head_dim + 1);
+int ragged_attention(const Attention& a, int threads) {
+  const KeyValues& store = *a.store;
+  const int64_t blocks = a.rows * a.kv_heads;
   int64_t work = 0;
-  for (int64_t i = 0; i < blocks; ++i) work += p.lengths[i] * vectors * p.head_dim;
+  for (int64_t i = 0; i < blocks; ++i) {
+    if (store.starts[i] < 0 || store.lengths[i] < 0 || store.starts[i] > store.capacity - store.lengths[i]) return -1;
+    work += store.lengths[i] * a.query_heads / a.kv_heads * a.tokens * a.head_dim;
+  }
+  Attending attending(a, kernels());
+  attending.prepare();
   // Waking a thread costs about as much as some hundred thousand multiply-adds.
-  const int64_t workers = std::min<int64_t>(work / 300000 + 1, threads);
-  const Kernels& isa = kernels();
-  share_out(blocks, workers, floats, [&](int64_t block, float* scratch) { isa.attend(p, block, scratch); });
+  Team team(Attending::kPhases, std::min<int64_t>(work / 300000 + 1, threads), attending.scratch());
+  team.run([&](Team::Member& member) { attending.run(member, [] {}); });
   return 0;
 }
 
@@ -77,18 +96,61 @@ int attention_statistics(const AttentionStatistics& s, int threads) {
   const auto keys_of = [&](int64_t head) { return packed.data() + head * (keys + values); };
   share_out(s.heads, threads, 0, [&](int64_t head, float*) { isa.pack(s, head, keys_of(head), keys_of(head) + keys); });
   const int64_t chunks = (s.queries + s.chunk - 1) / s.chunk;
-  share_out(s.heads * chunks, threads, isa.scratch(s), [&](int64_t unit, float* scratch) {
+  share_out(s.heads * chunks, threads, isa.summarise_scratch(s), [&](int64_t unit, float* scratch) {
     const int64_t head = unit / chunks;
     isa.summarise(s, head, unit % chunks, keys_of(head), keys_of(head) + keys, scratch);
   });
   return 0;
 }
 
+// target = m x for vectors [rows][columns rounded up to kGroup].
+int multiply(const Matrix& m, const float* values, int64_t rows, float* out, int threads) {
+  const Kernels& isa = kernels();
+  const int64_t wide = (m.columns + kGroup - 1) / kGroup * kGroup, count = rows * wide;
+  static thread_local std::vector<char> memory;
+  const int64_t bytes = count * 3 + count / kGroup * 16 + 4 * 64;
+  if (static_cast<int64_t>(memory.size()) < bytes) memory.resize(bytes);
+  char* next = memory.data();
+  const auto take = [&](int64_t size) {
+    char* taken = next;
+    next += (size + 63) / 64 * 64;
+    return taken;
+  };
+  Activations x{};
+  x.rows = rows;
+  x.columns = wide;
+  x.values = values;
+  if (m.format >= kQ8) {
+    x.quants = reinterpret_cast<int8_t*>(take(count));
+    x.scales = reinterpret_cast<float*>(take(count / kGroup * 4));
+    x.sums = reinterpret_cast<float*>(take(count / kGroup * 4));
+    x.totals = reinterpret_cast<int32_t*>(take(count / kGroup * 8));
+  } else if (m.format == kBF16) {
+    x.halves = reinterpret_cast<uint16_t*>(take(count * 2));
+  }
+  const int64_t blocks = (m.rows + kBlock - 1) / kBlock, slices = (rows + 7) / 8;
+  Team team(2, rows * m.rows * m.columns < 100000 ? 1 : threads, isa.multiply_scratch(m.columns));
+  team.run([&](Team::Member& member) {
+    member.share(slices, [&](int64_t s) { isa.quantise(x, s * 8, std::min(rows, s * 8 + 8)); });
+    member.share((blocks + 1) / 2, [&](int64_t unit) {
+      isa.multiply(m, unit * 2, std::min<int64_t>(2, blocks - unit * 2), x, {out, m.rows, kStore, 0}, member.scratch);
+    });
+  });
+  return 0;
+}
+
 }  // namespace
+
+const Kernels& kernels() { return *kIsas[chosen].kernels; }
+
+int decode(const Plan& plan, const Step& step, int64_t threads);
 
 extern "C" {
 
-// The best instruction set of this CPU: 0 portable, 1 AVX2, 2 AVX-512.
+// The instruction sets that this library was built for, slowest first; null at the end.
+const char* lissom_isa_name(int isa) { return isa >= 0 && isa < kIsaCount ? kIsas[isa].name : nullptr; }
+
+// The best instruction set of this CPU.
 int lissom_best_isa() { return best_isa(); }
 
 int lissom_get_isa() { return chosen; }
@@ -100,13 +162,40 @@ int lissom_set_isa(int isa) {
   return chosen;
 }
 
+// Sizes of the structs, so that a caller whose idea of them differs can tell.
+int64_t lissom_sizeof(int which) {
+  constexpr int64_t sizes[] = {sizeof(Matrix), sizeof(KeyValues), sizeof(Attention), sizeof(AttentionStatistics),
+                               sizeof(Layer),  sizeof(Rope),      sizeof(Plan),      sizeof(Step)};
+  return which >= 0 && which < 8 ? sizes[which] : -1;
+}
+
 // Each kernel returns 0, -1 for arguments that do not fit together, or -2 where there is not enough memory.
-int lissom_ragged_attention(const RaggedAttention* arguments, int threads) {
+int lissom_ragged_attention(const Attention* arguments, int threads) {
   return guarded([&] { return ragged_attention(*arguments, threads); });
 }
 
 int lissom_attention_statistics(const AttentionStatistics* arguments, int threads) {
   return guarded([&] { return attention_statistics(*arguments, threads); });
+}
+
+int lissom_multiply(const Matrix* matrix, const float* vectors, int64_t rows, float* out, int threads) {
+  return guarded([&] { return multiply(*matrix, vectors, rows, out, threads); });
+}
+
+// out [rows][columns] = the matrix, dequantised.
+int lissom_unpack(const Matrix* matrix, float* out, int threads) {
+  return guarded([&] {
+    const Kernels& isa = kernels();
+    share_out((matrix->rows + 63) / 64, threads, 0, [&](int64_t unit, float*) {
+      for (int64_t row = unit * 64; row < std::min(matrix->rows, unit * 64 + 64); ++row)
+        isa.row(*matrix, row, out + row * matrix->columns);
+    });
+    return 0;
+  });
+}
+
+int lissom_decode(const Plan* plan, const Step* step, int threads) {
+  return guarded([&] { return decode(*plan, *step, threads); });
 }
 
 }  // extern "C"

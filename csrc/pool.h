@@ -1,14 +1,37 @@
 // A pool of threads that sleep when idle. It grows to what is asked for and lives as long as the process.
 #pragma once
 #include <pthread.h>
+#include <sched.h>
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <functional>
 #include <mutex>
 #include <system_error>
 #include <thread>
+
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Spins until `ready()` or for about 50 µs, which is what falling asleep and waking up again would cost.
+template <typename Ready>
+bool spin(const Ready& ready) {
+  const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(50);
+  do {
+    for (int i = 0; i < 64; ++i) {
+      if (ready()) return true;
+      relax();
+    }
+  } while (std::chrono::steady_clock::now() < end);
+  return false;
+}
 
 class Pool {
  public:
@@ -34,41 +57,44 @@ class Pool {
   }
 
   void share(int64_t helpers, const std::function<void()>& work) {
-    std::unique_lock<std::mutex> lock(mutex_);
     try {
-      for (; threads_ < helpers; ++threads_) std::thread(&Pool::serve, this, threads_, round_).detach();
+      for (; threads_ < helpers; ++threads_) std::thread(&Pool::serve, this, threads_, round_.load()).detach();
     } catch (const std::system_error&) {
       helpers = threads_;  // no more threads are to be had: those that are here do the work
     }
     work_ = &work;
-    wanted_ = pending_ = helpers;
-    ++round_;
-    lock.unlock();
+    wanted_ = helpers;
+    pending_.store(threads_, std::memory_order_relaxed);
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      round_.fetch_add(1, std::memory_order_release);
+    }
     wake_.notify_all();
     work();
-    lock.lock();
-    done_.wait(lock, [this] { return pending_ == 0; });
+    // A helper that has not finished yet was taken off its core: give it ours.
+    const auto finished = [this] { return pending_.load(std::memory_order_acquire) == 0; };
+    while (!spin(finished)) sched_yield();
   }
 
   void serve(int64_t index, uint64_t seen) {
-    std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
-      wake_.wait(lock, [&] { return round_ != seen; });
-      seen = round_;
-      if (index >= wanted_) continue;
-      const std::function<void()>& work = *work_;
-      lock.unlock();
-      work();
-      lock.lock();
-      if (--pending_ == 0) done_.notify_one();
+      const auto called = [&] { return round_.load(std::memory_order_acquire) != seen; };
+      if (!spin(called)) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        wake_.wait(lock, called);
+      }
+      ++seen;  // no round begins before every thread has answered the one before
+      if (index < wanted_) (*work_)();
+      pending_.fetch_sub(1, std::memory_order_acq_rel);
     }
   }
 
   std::mutex mutex_;
-  std::condition_variable wake_, done_;
+  std::condition_variable wake_;
   const std::function<void()>* work_ = nullptr;
-  int64_t threads_ = 0, wanted_ = 0, pending_ = 0;
-  uint64_t round_ = 0;
+  int64_t threads_ = 0, wanted_ = 0;
+  std::atomic<int64_t> pending_{0};
+  std::atomic<uint64_t> round_{0};
 
   static inline Pool* current_ = nullptr;
   static inline std::atomic_flag busy_ = ATOMIC_FLAG_INIT;

@@ -12,7 +12,7 @@ FLOORS = (
     ("files",),
     ("devices", "kernels"),
     ("models",),
-    ("kv",),
+    ("kv", "weights"),
     ("recipes", "evals"),
     ("evolve",),
     ("report",),

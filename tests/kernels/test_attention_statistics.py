@@ -25,7 +25,7 @@ def using(isa):
             patch.setattr(native, "library", lambda: None)
             yield
         return
-    before = native.ISA_NAMES[native.library().lissom_get_isa()]
+    before = native.status().isa
     assert native.set_isa(isa) == isa
     yield
     native.set_isa(before)

@@ -67,7 +67,7 @@ def case(seed, rows, heads, group, queries, size, masked, biased, dtype=torch.fl
 def run(isa, arguments):
     if isa == "reference":
         return ragged_attention_reference(*arguments)
-    before = native.ISA_NAMES[native.library().lissom_get_isa()]
+    before = native.status().isa
     assert native.set_isa(isa) == isa
     try:
         return ragged_attention(*arguments)

@@ -10,18 +10,36 @@ import torch.nn.functional as F
 from lissom.kernels import native
 
 
-class _Arguments(ctypes.Structure):
-    """Mirror of `struct RaggedAttention` in csrc/kernels.h."""
+class KeyValues(ctypes.Structure):
+    """Mirror of `struct KeyValues` in csrc/kernels.h."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("query", "keys", "values", "out", "bias", "mask", "starts", "lengths")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("keys", "values", "key_scales", "value_scales", "bias", "positions", "starts", "lengths")
+        ),
+        *((name, ctypes.c_int64) for name in ("type", "capacity")),
+    )
+
+
+class _Attention(ctypes.Structure):
+    """Mirror of `struct Attention` in csrc/kernels.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("query", "out", "store", "mask", "holes")),
         *(
             (name, ctypes.c_int64)
-            for name in ("rows", "query_heads", "kv_heads", "queries", "head_dim", "masked", "capacity")
+            for name in (
+                *("rows", "query_heads", "kv_heads", "tokens", "head_dim", "masked", "query_stride", "window"),
+            )
         ),
-        ("scale", ctypes.c_float),
-        ("is_bfloat16", ctypes.c_bool),
+        *((name, ctypes.c_float) for name in ("scale", "softcap")),
     )
+
+
+native.mirror(1, KeyValues)
+native.mirror(2, _Attention)
+KV_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 
 def ragged_attention_reference(
@@ -33,6 +51,9 @@ def ragged_attention_reference(
     lengths: torch.Tensor,
     mask: torch.Tensor | None,
     scale: float,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
+    softcap: float = 0.0,
 ) -> torch.Tensor:
     """The meaning of `ragged_attention`, block by block in plain PyTorch."""
     rows, query_heads, queries, size = query.shape
@@ -43,7 +64,12 @@ def ragged_attention_reference(
         if start < 0 or length < 0 or start + length > len(keys):
             raise ValueError(f"A block lies outside the {len(keys)} entries of the buffers.")
         span = slice(start, start + length)
-        logits = grouped[block] @ keys[span].float().T * scale
+        key, value = keys[span].float(), values[span].float()
+        if key_scales is not None and value_scales is not None:
+            key, value = key * key_scales[span, None].float(), value * value_scales[span, None].float()
+        logits = grouped[block] @ key.T * scale
+        if softcap:
+            logits = softcap * torch.tanh(logits / softcap)
         if bias is not None:
             logits = logits + bias[span]
         if mask is None:
@@ -51,7 +77,7 @@ def ragged_attention_reference(
         else:
             visible = F.pad(mask[block // heads], (length - mask.shape[-1], 0), value=True)
         logits = logits.masked_fill(~visible.repeat(query_heads // heads, 1), -torch.inf)
-        output[block] = torch.softmax(logits, -1).nan_to_num(0.0) @ values[span].float()
+        output[block] = torch.softmax(logits, -1).nan_to_num(0.0) @ value
     return output.reshape(query.shape).to(query.dtype)
 
 
@@ -65,6 +91,9 @@ def ragged_attention(
     lengths: torch.Tensor,
     mask: torch.Tensor | None,
     scale: float,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
+    softcap: float = 0.0,
 ) -> torch.Tensor:
     """Softmax attention over blocks of different lengths, each read once for the whole group of its query heads.
 
@@ -77,6 +106,8 @@ def ragged_attention(
         mask: bool `[rows, queries, masked]`, true = visible, for the last `masked` entries of every block; earlier
             entries are visible. None: query i of n sees all but the last n - 1 - i entries.
         scale: factor on query · key.
+        key_scales, value_scales: fp16 `[capacity]` of int8 keys and values, which stand for code * scale.
+        softcap: c of c * tanh(logit / c), before the bias; 0 is none.
 
     Returns:
         `[rows, query_heads, queries, head_dim]` in the dtype of `query`; zeros where a query sees nothing.
@@ -85,40 +116,34 @@ def ragged_attention(
         ValueError: shapes that do not fit together, or a block outside the buffers.
     """
     _check(query, keys, values, bias, starts, lengths, mask)
-    served = query.device.type == "cpu" and query.dtype in (torch.float32, torch.bfloat16)
-    if native.library() is None or not served or not query.dtype == keys.dtype == values.dtype:
-        native.say_reference("ragged_attention", query)
-        return ragged_attention_reference(query, keys, values, bias, starts, lengths, mask, scale)
-    query, keys, values = query.contiguous(), keys.contiguous(), values.contiguous()
+    if native.library() is None or query.device.type != "cpu" or keys.dtype not in KV_TYPES:
+        native.say_reference("ragged_attention", keys)
+        return ragged_attention_reference(
+            query, keys, values, bias, starts, lengths, mask, scale, key_scales, value_scales, softcap
+        )
+    vectors = query.transpose(1, 2).float().contiguous()
+    keys, values = keys.contiguous(), values.contiguous()
     bias = None if bias is None else bias.float().contiguous()
     starts, lengths = (part.to("cpu", torch.int64).contiguous() for part in (starts, lengths))
     mask = None if mask is None else mask.bool().contiguous()
-    output = torch.empty_like(query)
+    output = torch.empty_like(vectors)
     rows, query_heads, queries, size = query.shape
-    arguments = _Arguments(
-        query.data_ptr(),
-        keys.data_ptr(),
-        values.data_ptr(),
+    tensors = (keys, values, key_scales, value_scales, bias, None, starts, lengths)
+    store = KeyValues(*(None if t is None else t.data_ptr() for t in tensors), KV_TYPES[keys.dtype], len(keys))
+    heads, masked = len(starts) // rows, 0 if mask is None else mask.shape[-1]
+    arguments = _Attention(
+        vectors.data_ptr(),
         output.data_ptr(),
-        None if bias is None else bias.data_ptr(),
+        ctypes.addressof(store),
         None if mask is None else mask.data_ptr(),
-        starts.data_ptr(),
-        lengths.data_ptr(),
-        rows,
-        query_heads,
-        len(starts) // rows,
-        queries,
-        size,
-        0 if mask is None else mask.shape[-1],
-        len(keys),
-        scale,
-        query.dtype == torch.bfloat16,
+        None,
+        *(rows, query_heads, heads, queries, size, masked, query_heads * size, 0, scale, softcap),
     )
     try:
         native.call("ragged_attention", arguments)
     except ValueError as error:
         raise ValueError(f"A block lies outside the {len(keys)} entries of the buffers.") from error
-    return output
+    return output.transpose(1, 2).to(query.dtype).contiguous()
 
 
 def _check(
@@ -154,5 +179,8 @@ def _(
     lengths: torch.Tensor,
     mask: torch.Tensor | None,
     scale: float,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
+    softcap: float = 0.0,
 ) -> torch.Tensor:
     return torch.empty_like(query, memory_format=torch.contiguous_format)

@@ -1,0 +1,5 @@
+#include "kernels.h"
+#define LISSOM_ISA avx512_bf16
+#define LISSOM_LANES 16  // floats of a vector register
+#define LISSOM_WIDE 4    // registers side by side in the tile of a matrix product
+#include "build.inc"

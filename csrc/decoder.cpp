@@ -1,0 +1,333 @@
+// One pass of a whole decoder over some tokens of each row, from a plan: every thread goes through the same phases.
+#include "native.h"
+
+namespace {
+
+constexpr int64_t kFewRows = 16;   // vectors up to which one thread prepares them all
+constexpr int64_t kSlice = 8;      // vectors that a thread prepares at a time otherwise
+constexpr int64_t kClaim = 32768;  // bytes of weights that a thread takes at a time, or more
+
+int64_t rounded(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
+
+int64_t block_bytes(const Matrix& m) {
+  switch (m.format) {
+    case kF32:
+      return m.columns * kBlock * 4;
+    case kF16:
+    case kBF16:
+      return m.columns * kBlock * 2;
+    case kQ8:
+      return m.columns * kBlock;
+    default:
+      return m.columns * kBlock * 5 / 8;
+  }
+}
+
+bool is_integer(const Matrix& m) { return m.format >= kQ8; }
+
+// Memory that a thread keeps from call to call: fresh pages would have to be cleared by the system every time.
+class Arena {
+ public:
+  void begin(int64_t bytes) {
+    if (static_cast<int64_t>(memory_.size()) < bytes + 64) memory_.resize(bytes + 64);
+    next_ = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory_.data()) + 63) / 64 * 64);
+  }
+  template <typename T>
+  T* take(int64_t count) {
+    T* taken = reinterpret_cast<T*>(next_);
+    next_ += size<T>(count);
+    return taken;
+  }
+  template <typename T>
+  static int64_t size(int64_t count) {
+    return rounded(count * static_cast<int64_t>(sizeof(T)), 64);
+  }
+
+ private:
+  std::vector<char> memory_;
+  char* next_ = nullptr;
+};
+
+class Pass {
+ public:
+  Pass(const Plan& plan, const Step& step, const Kernels& isa)
+      : plan_(plan), step_(step), isa_(isa), vectors_(step.rows * step.count) {
+    heads_ = plan.query_heads * plan.head_dim;
+    fused_ = heads_ + 2 * plan.kv_heads * plan.head_dim;
+    for (int64_t i = 0; i < plan.layer_count; ++i) {
+      const Layer& layer = plan.layers[i];
+      for (const Matrix* m : {&layer.qkv, &layer.out, &layer.gate_up, &layer.down}) need(*m);
+    }
+    need(plan.head);
+    for (int64_t i = 0; i < plan.rope_count; ++i) rotated_ = std::max(rotated_, plan.ropes[i].rotated);
+    attention_.rows = step.rows;
+    attention_.tokens = step.count;
+    attention_.query_heads = plan.query_heads;
+    attention_.kv_heads = plan.kv_heads;
+    attention_.head_dim = plan.head_dim;
+    attention_.query_stride = fused_;
+    attention_.scale = plan.attention_scale;
+    attention_.softcap = plan.attention_softcap;
+    attention_.holes = step.holes;
+  }
+
+  void run(int64_t threads) {
+    static thread_local Arena arena;
+    const int64_t wide = rounded(std::max({plan_.hidden, heads_, plan_.intermediate}), kGroup);
+    const int64_t table = plan_.rope_count * vectors_ * rotated_ / 2, wanted = std::max<int64_t>(1, step_.outputs);
+    // What `take` hands out below, and in the same order.
+    arena.begin(Arena::size<float>(vectors_ * plan_.hidden) * 2 + Arena::size<float>(vectors_ * fused_) +
+                Arena::size<float>(table) * 2 + activations_size(vectors_, wide) + activations_size(wanted, wide));
+    stream_ = arena.take<float>(vectors_ * plan_.hidden);
+    branch_ = arena.take<float>(vectors_ * plan_.hidden);
+    fused_out_ = arena.take<float>(vectors_ * fused_);
+    cosine_ = arena.take<float>(table);
+    sine_ = arena.take<float>(table);
+    input_ = take_activations(arena, vectors_, wide);
+    last_ = take_activations(arena, wanted, wide);
+    attention_.query = fused_out_;
+    Attending attending(attention_, isa_);
+    int64_t columns = 0;
+    for (const int64_t size : {plan_.hidden, heads_, plan_.intermediate}) columns = std::max(columns, size);
+    const int64_t scratch = std::max(isa_.multiply_scratch(columns), attending.scratch());
+    Team team((10 + Attending::kPhases) * plan_.layer_count + 8, threads, scratch);
+    team.run([&](Team::Member& member) { go(member, attending); });
+  }
+
+ private:
+  void need(const Matrix& m) {
+    if (is_integer(m)) integers_ = true;
+    if (m.format == kBF16) halves_ = true;
+  }
+
+  int64_t activations_size(int64_t rows, int64_t wide) const {
+    const int64_t count = rows * wide;
+    int64_t bytes = Arena::size<float>(count);
+    if (integers_)
+      bytes += Arena::size<int8_t>(count) + 2 * Arena::size<float>(count / kGroup) + Arena::size<int32_t>(count / 16);
+    if (halves_) bytes += Arena::size<uint16_t>(count);
+    return bytes;
+  }
+
+  Activations take_activations(Arena& arena, int64_t rows, int64_t wide) const {
+    const int64_t count = rows * wide;
+    Activations x{};
+    x.rows = rows;
+    x.values = arena.take<float>(count);
+    if (integers_) {
+      x.quants = arena.take<int8_t>(count);
+      x.scales = arena.take<float>(count / kGroup);
+      x.sums = arena.take<float>(count / kGroup);
+      x.totals = arena.take<int32_t>(count / 16);
+    }
+    if (halves_) x.halves = arena.take<uint16_t>(count);
+    return x;
+  }
+
+  // Writes vectors [first, last) of `x` by `fill(vector, out)` and makes their other forms.
+  template <typename Fill>
+  void prepare(const Activations& x, int64_t first, int64_t last, int64_t columns, const Fill& fill) {
+    for (int64_t v = first; v < last; ++v) {
+      float* out = const_cast<float*>(x.values) + v * x.columns;
+      fill(v, out);
+      std::fill(out + columns, out + x.columns, 0.0f);
+    }
+    isa_.quantise(x, first, last);
+  }
+
+  // `each(first, last)` over `rows` vectors after a phase: a few by the thread that ends it, many in a phase of theirs.
+  template <typename Work, typename Each>
+  void then(Team::Member& member, int64_t units, const Work& work, int64_t rows, const Each& each) {
+    const bool few = rows <= kFewRows;
+    member.share(units, work, [&] {
+      if (few) each(0, rows);
+    });
+    if (few) return;
+    const int64_t slices = (rows + kSlice - 1) / kSlice;
+    member.share(slices, [&](int64_t s) { each(s * kSlice, std::min(rows, (s + 1) * kSlice)); });
+  }
+
+  template <typename Each>
+  void multiply(Team::Member& member, const Matrix& m, const Activations& x, const Target& target, int64_t rows,
+                const Each& each) {
+    const int64_t blocks = (m.rows + kBlock - 1) / kBlock;
+    // Pairs of blocks share a tile of activations where there are many, and are a gate and its values.
+    int64_t claim = std::max<int64_t>(1, kClaim / std::max<int64_t>(1, block_bytes(m)));
+    if (x.rows > kFewRows / 2) claim = 2;
+    if (target.output == kGated) claim = rounded(claim, 2);
+    then(member, (blocks + claim - 1) / claim,
+         [&](int64_t unit) {
+           isa_.multiply(m, unit * claim, std::min(claim, blocks - unit * claim), x, target, member.scratch);
+         },
+         rows, each);
+  }
+
+  Activations input(int64_t columns) const {
+    Activations x = input_;
+    x.columns = rounded(columns, kGroup);
+    return x;
+  }
+
+  void go(Team::Member& member, Attending& attending) {
+    const int64_t hidden = plan_.hidden;
+    const Activations narrow = input(hidden), attended = input(heads_), wide = input(plan_.intermediate);
+    const auto normed = [&](const Activations& x, const float* weight) {
+      return [&, weight](int64_t first, int64_t last) {
+        prepare(x, first, last, hidden, [&](int64_t v, float* out) {
+          isa_.norm(stream_ + v * hidden, weight, plan_.epsilon, hidden, out);
+        });
+      };
+    };
+    const int64_t slices = (vectors_ + kSlice - 1) / kSlice;
+    member.share(slices, [&](int64_t slice) {
+      const int64_t first = slice * kSlice, last = std::min(vectors_, first + kSlice);
+      for (int64_t v = first; v < last; ++v) {
+        float* out = stream_ + v * hidden;
+        isa_.row(plan_.embedding, step_.tokens[v], out);
+        for (int64_t i = 0; i < hidden; ++i) out[i] *= plan_.embedding_scale;
+        turn(v);
+      }
+      normed(narrow, plan_.layers[0].attention_norm)(first, last);
+    });
+    for (int64_t index = 0; index < plan_.layer_count; ++index) {
+      const Layer& layer = plan_.layers[index];
+      const auto keep = [&](int64_t first, int64_t last) { append(layer, index, first, last); };
+      multiply(member, layer.qkv, narrow, {fused_out_, fused_, kStore, 0}, vectors_, [&](int64_t first, int64_t last) {
+        keep(first, last);
+        if (vectors_ <= kFewRows) extend(layer, index, attending);
+      });
+      if (vectors_ > kFewRows) member.share(1, [&](int64_t) { extend(layer, index, attending); });
+      const auto take = [&](int64_t first, int64_t last) {
+        prepare(attended, first, last, heads_, [](int64_t, float*) {});
+      };
+      attending.run(member, [&] {
+        if (vectors_ <= kFewRows) take(0, vectors_);
+      });
+      if (vectors_ > kFewRows)
+        member.share(slices, [&](int64_t s) { take(s * kSlice, std::min(vectors_, (s + 1) * kSlice)); });
+      add(member, layer.out, attended, layer.after_attention_norm, normed(narrow, layer.mlp_norm));
+      multiply(member, layer.gate_up, narrow,
+               {const_cast<float*>(wide.values), wide.columns, kGated, plan_.activation}, vectors_,
+               [&](int64_t first, int64_t last) {
+                 prepare(wide, first, last, plan_.intermediate, [](int64_t, float*) {});
+               });
+      const bool final = index + 1 == plan_.layer_count;
+      const auto next = normed(narrow, plan_.layers[final ? index : index + 1].attention_norm);
+      add(member, layer.down, wide, layer.after_mlp_norm, [&](int64_t first, int64_t last) {
+        if (!final) next(first, last);
+      });
+    }
+    if (!step_.outputs) return;
+    Activations last = last_;
+    last.columns = narrow.columns;
+    const int64_t parts = (step_.outputs + kSlice - 1) / kSlice;
+    member.share(parts, [&](int64_t s) {
+      prepare(last, s * kSlice, std::min(step_.outputs, (s + 1) * kSlice), hidden, [&](int64_t v, float* out) {
+        isa_.norm(stream_ + step_.wanted[v] * hidden, plan_.final_norm, plan_.epsilon, hidden, out);
+      });
+    });
+    multiply(member, plan_.head, last, {step_.logits, plan_.head.rows, kStore, 0}, step_.outputs,
+             [&](int64_t first, int64_t end) {
+               if (plan_.final_softcap <= 0) return;
+               const float cap = plan_.final_softcap;
+               for (int64_t i = first * plan_.head.rows; i < end * plan_.head.rows; ++i)
+                 step_.logits[i] = cap * std::tanh(step_.logits[i] / cap);
+             });
+  }
+
+  // stream += m x, or its norm; then `each`.
+  template <typename Each>
+  void add(Team::Member& member, const Matrix& m, const Activations& x, const float* norm, const Each& each) {
+    const int64_t hidden = plan_.hidden;
+    float* out = norm ? branch_ : stream_;
+    multiply(member, m, x, {out, hidden, norm ? kStore : kAdd, 0}, vectors_, [&](int64_t first, int64_t last) {
+      if (norm)
+        for (int64_t v = first; v < last; ++v) {
+          float* branch = branch_ + v * hidden;
+          isa_.norm(branch, norm, plan_.epsilon, hidden, branch);
+          for (int64_t i = 0; i < hidden; ++i) stream_[v * hidden + i] += branch[i];
+        }
+      each(first, last);
+    });
+  }
+
+  // The rotations of one vector's position.
+  void turn(int64_t vector) {
+    for (int64_t r = 0; r < plan_.rope_count; ++r) {
+      const Rope& rope = plan_.ropes[r];
+      const int64_t place = (r * vectors_ + vector) * rotated_ / 2;
+      for (int64_t i = 0; i < rope.rotated / 2; ++i) {
+        const float angle = static_cast<float>(step_.positions[vector]) * rope.frequencies[i];
+        cosine_[place + i] = std::cos(angle) * rope.scaling;
+        sine_[place + i] = std::sin(angle) * rope.scaling;
+      }
+    }
+  }
+
+  // Norms and rotates the queries and keys of some vectors, and stores their keys and values.
+  void append(const Layer& layer, int64_t index, int64_t first, int64_t last) {
+    const KeyValues& store = step_.stores[index];
+    const int64_t size = plan_.head_dim, all = plan_.query_heads + plan_.kv_heads;
+    for (int64_t v = first; v < last; ++v) {
+      float* vector = fused_out_ + v * fused_;
+      for (int64_t h = 0; h < all; ++h) {
+        const float* weight = h < plan_.query_heads ? layer.query_norm : layer.key_norm;
+        if (weight) isa_.norm(vector + h * size, weight, plan_.epsilon, size, vector + h * size);
+        if (layer.rope < 0) continue;
+        const int64_t place = (layer.rope * vectors_ + v) * rotated_ / 2;
+        isa_.rotate(vector + h * size, cosine_ + place, sine_ + place, plan_.ropes[layer.rope].rotated);
+      }
+      const int64_t row = v / step_.count, token = v % step_.count;
+      for (int64_t h = 0; h < plan_.kv_heads; ++h) {
+        const int64_t block = row * plan_.kv_heads + h, slot = store.starts[block] + store.lengths[block] + token;
+        isa_.append(store, slot, vector + heads_ + h * size, vector + heads_ + (plan_.kv_heads + h) * size, size,
+                    step_.positions[v]);
+      }
+    }
+  }
+
+  // What was appended counts from now on.
+  void extend(const Layer& layer, int64_t index, Attending& attending) {
+    KeyValues& store = step_.stores[index];
+    for (int64_t block = 0; block < step_.rows * plan_.kv_heads; ++block) store.lengths[block] += step_.count;
+    attention_.store = &store;
+    attention_.window = layer.window;
+    attention_.out = const_cast<float*>(input_.values);
+    attending.prepare();
+  }
+
+  const Plan& plan_;
+  const Step& step_;
+  const Kernels& isa_;
+  int64_t vectors_, heads_ = 0, fused_ = 0, rotated_ = 0;
+  bool integers_ = false, halves_ = false;
+  float *stream_ = nullptr, *branch_ = nullptr, *fused_out_ = nullptr, *cosine_ = nullptr, *sine_ = nullptr;
+  Activations input_{}, last_{};
+  Attention attention_{};
+};
+
+bool fits(const Plan& plan, const Step& step) {
+  const int64_t vectors = step.rows * step.count, blocks = step.rows * plan.kv_heads;
+  if (step.rows < 1 || step.count < 1 || plan.layer_count < 1) return false;
+  for (int64_t v = 0; v < vectors; ++v)
+    if (step.tokens[v] < 0 || step.tokens[v] >= plan.embedding.rows) return false;
+  for (int64_t i = 0; i < step.outputs; ++i)
+    if (step.wanted[i] < 0 || step.wanted[i] >= vectors) return false;
+  for (int64_t layer = 0; layer < plan.layer_count; ++layer) {
+    const KeyValues& store = step.stores[layer];
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t start = store.starts[block], end = start + store.lengths[block] + step.count;
+      const int64_t limit = block + 1 < blocks ? store.starts[block + 1] : store.capacity;
+      if (start < 0 || store.lengths[block] < 0 || end > limit) return false;
+    }
+  }
+  return true;
+}
+
+}  // namespace
+
+int decode(const Plan& plan, const Step& step, int64_t threads) {
+  if (!fits(plan, step)) return -1;
+  Pass(plan, step, kernels()).run(threads);
+  return 0;
+}

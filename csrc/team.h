@@ -1,0 +1,64 @@
+// Threads that go through the same sequence of phases together. A phase is over when all its units are done, whoever
+// did them: a thread that comes late, or is taken off its core, holds up only the unit that it has in hand.
+#pragma once
+#include <algorithm>
+#include <vector>
+
+#include "pool.h"
+
+class Team {
+ public:
+  // Room for `phases` phases and `threads` scratch areas of `floats` each.
+  Team(int64_t phases, int64_t threads, int64_t floats)
+      : threads_(std::max<int64_t>(1, threads)), floats_((floats + 15) / 16 * 16), phases_(phases), scratch_(threads_ * floats_ + 16) {}
+
+  class Member {
+   public:
+    float* scratch;
+
+    // Does units below `units` that nobody else has taken. The thread that finishes the last one does `then()`, before
+    // any thread leaves the phase.
+    template <typename Work, typename Then>
+    void share(int64_t units, const Work& work, const Then& then) {
+      Phase& phase = team_.phases_[next_++];
+      for (int64_t unit; (unit = phase.taken.fetch_add(1, std::memory_order_relaxed)) < units;) {
+        work(unit);
+        if (phase.done.fetch_add(1, std::memory_order_acq_rel) + 1 < units) continue;
+        then();
+        phase.over.store(true, std::memory_order_release);
+      }
+      const auto over = [&] { return phase.over.load(std::memory_order_acquire); };
+      if (!over())
+        while (!spin(over)) sched_yield();
+    }
+    template <typename Work>
+    void share(int64_t units, const Work& work) {
+      share(units, work, [] {});
+    }
+
+   private:
+    friend class Team;
+    Member(Team& team, float* own) : scratch(own), team_(team) {}
+    Team& team_;
+    int64_t next_ = 0;
+  };
+
+  template <typename Work>
+  void run(const Work& work) {
+    const auto begin = (reinterpret_cast<uintptr_t>(scratch_.data()) + 63) / 64 * 64;  // vectors shall not straddle lines
+    Pool::run(threads_ - 1, [&] {
+      Member member(*this, reinterpret_cast<float*>(begin) + joined_.fetch_add(1) * floats_);
+      work(member);
+    });
+  }
+
+ private:
+  struct alignas(64) Phase {
+    std::atomic<int64_t> taken{0}, done{0};
+    std::atomic<bool> over{false};
+  };
+  int64_t threads_, floats_;
+  std::vector<Phase> phases_;
+  std::vector<float> scratch_;
+  std::atomic<int64_t> joined_{0};
+};
