@@ -1,5 +1,1 @@
-"""Low-bit weights: modules with packed weights, and the ways to make them."""
-
-from lissom.weights.quant.layer import PackedEmbedding, PackedLinear
-
-__all__ = ["PackedEmbedding", "PackedLinear"]
+"""Low-bit weights: how they are chosen, and how they are saved and loaded."""
