@@ -49,14 +49,13 @@ void Attending::prepare() {
 }
 
 void Attending::attend(const Unit& unit, float* scratch) {
-  const int64_t vectors = unit.tokens * group(), all = tokens_ * group();
+  const int64_t all = tokens_ * group();
   float* top = split_ ? parts_.data() + unit.part * all * (a_.head_dim + 2) : scratch;
   float* mass = top + all;
   float* sum = mass + all;
   float* rest = split_ ? scratch : scratch + (all * (a_.head_dim + 2) + 15) / 16 * 16;
   isa_.attend(a_, unit.block, unit.token, unit.tokens, unit.begin, unit.end, top, mass, sum, rest);
   if (!split_) write(unit.block, unit.token, unit.tokens, mass, sum);
-  (void)vectors;
 }
 
 void Attending::join(int64_t block) {
@@ -86,7 +85,7 @@ void Attending::write(int64_t block, int64_t token, int64_t tokens, const float*
   for (int64_t v = 0; v < tokens * group(); ++v) {
     const float inverse = mass[v] > 0.0f ? 1.0f / mass[v] : 0.0f;
     const int64_t t = token + v / group(), h = head * group() + v % group();
-    float* out = a_.out + ((row * a_.tokens + t) * a_.query_heads + h) * size;
+    float* out = a_.out + (row * a_.tokens + t) * a_.out_stride + h * size;
     for (int64_t d = 0; d < size; ++d) out[d] = sum[v * size + d] * inverse;
   }
 }

@@ -56,7 +56,8 @@ class Pass {
     fused_ = heads_ + 2 * plan.kv_heads * plan.head_dim;
     for (int64_t i = 0; i < plan.layer_count; ++i) {
       const Layer& layer = plan.layers[i];
-      for (const Matrix* m : {&layer.qkv, &layer.out, &layer.gate_up, &layer.down}) need(*m);
+      for (const Matrix* m : {&layer.query, &layer.key, &layer.value, &layer.out, &layer.gate, &layer.up, &layer.down})
+        if (m->rows) need(*m);
     }
     need(plan.head);
     for (int64_t i = 0; i < plan.rope_count; ++i) rotated_ = std::max(rotated_, plan.ropes[i].rotated);
@@ -66,6 +67,7 @@ class Pass {
     attention_.kv_heads = plan.kv_heads;
     attention_.head_dim = plan.head_dim;
     attention_.query_stride = fused_;
+    attention_.out_stride = rounded(heads_, kGroup);
     attention_.scale = plan.attention_scale;
     attention_.softcap = plan.attention_softcap;
     attention_.holes = step.holes;
@@ -77,13 +79,14 @@ class Pass {
     const int64_t table = plan_.rope_count * vectors_ * rotated_ / 2, wanted = std::max<int64_t>(1, step_.outputs);
     // What `take` hands out below, and in the same order.
     arena.begin(Arena::size<float>(vectors_ * plan_.hidden) * 2 + Arena::size<float>(vectors_ * fused_) +
-                Arena::size<float>(table) * 2 + activations_size(vectors_, wide) + activations_size(wanted, wide));
+                Arena::size<float>(table) * 2 + 2 * activations_size(vectors_, wide) + activations_size(wanted, wide));
     stream_ = arena.take<float>(vectors_ * plan_.hidden);
     branch_ = arena.take<float>(vectors_ * plan_.hidden);
     fused_out_ = arena.take<float>(vectors_ * fused_);
     cosine_ = arena.take<float>(table);
     sine_ = arena.take<float>(table);
     input_ = take_activations(arena, vectors_, wide);
+    gated_ = take_activations(arena, vectors_, wide);
     last_ = take_activations(arena, wanted, wide);
     attention_.query = fused_out_;
     Attending attending(attention_, isa_);
@@ -147,30 +150,42 @@ class Pass {
     member.share(slices, [&](int64_t s) { each(s * kSlice, std::min(rows, (s + 1) * kSlice)); });
   }
 
-  template <typename Each>
-  void multiply(Team::Member& member, const Matrix& m, const Activations& x, const Target& target, int64_t rows,
-                const Each& each) {
-    const int64_t blocks = (m.rows + kBlock - 1) / kBlock;
-    // Pairs of blocks share a tile of activations where there are many, and are a gate and its values.
-    int64_t claim = std::max<int64_t>(1, kClaim / std::max<int64_t>(1, block_bytes(m)));
-    if (x.rows > kFewRows / 2) claim = 2;
-    if (target.output == kGated) claim = rounded(claim, 2);
-    then(member, (blocks + claim - 1) / claim,
+  // Matrices that are multiplied with the same vectors, `work(matrix, first block, blocks, scratch)` by units of some
+  // blocks; then `each` over the vectors.
+  template <typename Work, typename Each>
+  void multiply(Team::Member& member, std::initializer_list<const Matrix*> matrices, const Activations& x,
+                const Work& work, const Each& each) {
+    struct Part {
+      int64_t blocks, claim, units;
+    };
+    Part parts[3];
+    int64_t count = 0, units = 0;
+    for (const Matrix* m : matrices) {
+      const int64_t blocks = (m->rows + kBlock - 1) / kBlock;
+      int64_t claim = std::max<int64_t>(1, kClaim / std::max<int64_t>(1, block_bytes(*m)));
+      if (x.rows > kFewRows / 2) claim = 2;  // which share a tile of activations
+      parts[count++] = {blocks, claim, (blocks + claim - 1) / claim};
+      units += parts[count - 1].units;
+    }
+    then(member, units,
          [&](int64_t unit) {
-           isa_.multiply(m, unit * claim, std::min(claim, blocks - unit * claim), x, target, member.scratch);
+           int64_t index = 0;
+           while (unit >= parts[index].units) unit -= parts[index++].units;
+           const int64_t first = unit * parts[index].claim;
+           work(index, first, std::min(parts[index].claim, parts[index].blocks - first));
          },
-         rows, each);
+         x.rows, each);
   }
 
-  Activations input(int64_t columns) const {
-    Activations x = input_;
+  static Activations of_columns(Activations x, int64_t columns) {
     x.columns = rounded(columns, kGroup);
     return x;
   }
 
   void go(Team::Member& member, Attending& attending) {
     const int64_t hidden = plan_.hidden;
-    const Activations narrow = input(hidden), attended = input(heads_), wide = input(plan_.intermediate);
+    const Activations narrow = of_columns(input_, hidden), attended = of_columns(input_, heads_);
+    const Activations wide = of_columns(gated_, plan_.intermediate), last = of_columns(last_, hidden);
     const auto normed = [&](const Activations& x, const float* weight) {
       return [&, weight](int64_t first, int64_t last) {
         prepare(x, first, last, hidden, [&](int64_t v, float* out) {
@@ -191,11 +206,17 @@ class Pass {
     });
     for (int64_t index = 0; index < plan_.layer_count; ++index) {
       const Layer& layer = plan_.layers[index];
-      const auto keep = [&](int64_t first, int64_t last) { append(layer, index, first, last); };
-      multiply(member, layer.qkv, narrow, {fused_out_, fused_, kStore, 0}, vectors_, [&](int64_t first, int64_t last) {
-        keep(first, last);
-        if (vectors_ <= kFewRows) extend(layer, index, attending);
-      });
+      const Matrix* fused[] = {&layer.query, &layer.key, &layer.value};
+      const int64_t offsets[] = {0, layer.query.rows, layer.query.rows + layer.key.rows};
+      multiply(member, {fused[0], fused[1], fused[2]}, narrow,
+               [&](int64_t part, int64_t block, int64_t blocks) {
+                 isa_.multiply(*fused[part], block, blocks, narrow, {fused_out_ + offsets[part], fused_, kStore, 0},
+                               member.scratch);
+               },
+               [&](int64_t first, int64_t last) {
+                 append(layer, index, first, last);
+                 if (vectors_ <= kFewRows) extend(layer, index, attending);
+               });
       if (vectors_ > kFewRows) member.share(1, [&](int64_t) { extend(layer, index, attending); });
       const auto take = [&](int64_t first, int64_t last) {
         prepare(attended, first, last, heads_, [](int64_t, float*) {});
@@ -206,8 +227,13 @@ class Pass {
       if (vectors_ > kFewRows)
         member.share(slices, [&](int64_t s) { take(s * kSlice, std::min(vectors_, (s + 1) * kSlice)); });
       add(member, layer.out, attended, layer.after_attention_norm, normed(narrow, layer.mlp_norm));
-      multiply(member, layer.gate_up, narrow,
-               {const_cast<float*>(wide.values), wide.columns, kGated, plan_.activation}, vectors_,
+      multiply(member, {&layer.gate}, narrow,
+               [&](int64_t, int64_t block, int64_t blocks) {
+                 Target target{const_cast<float*>(wide.values), wide.columns, kStore, plan_.activation};
+                 isa_.multiply(layer.up, block, blocks, narrow, target, member.scratch);
+                 target.output = kGate;
+                 isa_.multiply(layer.gate, block, blocks, narrow, target, member.scratch);
+               },
                [&](int64_t first, int64_t last) {
                  prepare(wide, first, last, plan_.intermediate, [](int64_t, float*) {});
                });
@@ -218,19 +244,21 @@ class Pass {
       });
     }
     if (!step_.outputs) return;
-    Activations last = last_;
-    last.columns = narrow.columns;
     const int64_t parts = (step_.outputs + kSlice - 1) / kSlice;
     member.share(parts, [&](int64_t s) {
       prepare(last, s * kSlice, std::min(step_.outputs, (s + 1) * kSlice), hidden, [&](int64_t v, float* out) {
         isa_.norm(stream_ + step_.wanted[v] * hidden, plan_.final_norm, plan_.epsilon, hidden, out);
       });
     });
-    multiply(member, plan_.head, last, {step_.logits, plan_.head.rows, kStore, 0}, step_.outputs,
+    const int64_t vocabulary = plan_.head.rows;
+    multiply(member, {&plan_.head}, last,
+             [&](int64_t, int64_t block, int64_t blocks) {
+               isa_.multiply(plan_.head, block, blocks, last, {step_.logits, vocabulary, kStore, 0}, member.scratch);
+             },
              [&](int64_t first, int64_t end) {
                if (plan_.final_softcap <= 0) return;
                const float cap = plan_.final_softcap;
-               for (int64_t i = first * plan_.head.rows; i < end * plan_.head.rows; ++i)
+               for (int64_t i = first * vocabulary; i < end * vocabulary; ++i)
                  step_.logits[i] = cap * std::tanh(step_.logits[i] / cap);
              });
   }
@@ -240,15 +268,18 @@ class Pass {
   void add(Team::Member& member, const Matrix& m, const Activations& x, const float* norm, const Each& each) {
     const int64_t hidden = plan_.hidden;
     float* out = norm ? branch_ : stream_;
-    multiply(member, m, x, {out, hidden, norm ? kStore : kAdd, 0}, vectors_, [&](int64_t first, int64_t last) {
-      if (norm)
-        for (int64_t v = first; v < last; ++v) {
-          float* branch = branch_ + v * hidden;
-          isa_.norm(branch, norm, plan_.epsilon, hidden, branch);
-          for (int64_t i = 0; i < hidden; ++i) stream_[v * hidden + i] += branch[i];
-        }
-      each(first, last);
-    });
+    multiply(member, {&m}, x,
+             [&](int64_t, int64_t block, int64_t blocks) {
+               isa_.multiply(m, block, blocks, x, {out, hidden, norm ? kStore : kAdd, 0}, member.scratch);
+             },
+             [&](int64_t first, int64_t last) {
+               for (int64_t v = first; norm && v < last; ++v) {
+                 float* branch = branch_ + v * hidden;
+                 isa_.norm(branch, norm, plan_.epsilon, hidden, branch);
+                 for (int64_t i = 0; i < hidden; ++i) stream_[v * hidden + i] += branch[i];
+               }
+               each(first, last);
+             });
   }
 
   // The rotations of one vector's position.
@@ -302,7 +333,7 @@ class Pass {
   int64_t vectors_, heads_ = 0, fused_ = 0, rotated_ = 0;
   bool integers_ = false, halves_ = false;
   float *stream_ = nullptr, *branch_ = nullptr, *fused_out_ = nullptr, *cosine_ = nullptr, *sine_ = nullptr;
-  Activations input_{}, last_{};
+  Activations input_{}, gated_{}, last_{};
   Attention attention_{};
 };
 

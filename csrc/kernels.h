@@ -50,7 +50,7 @@ struct Activations {
 enum Output : int64_t {
   kStore = 0,  // out = product
   kAdd = 1,    // out += product
-  kGated = 2,  // even blocks are gates, odd blocks their values: out[half the width] = activation(gate) * value
+  kGate = 2,   // out *= activation(product)
 };
 enum Activation : int64_t { kSilu = 0, kGeluTanh = 1, kGelu = 2, kRelu = 3 };
 
@@ -77,12 +77,12 @@ struct KeyValues {
 
 struct Attention {
   const float* query;    // [rows][tokens][query_heads][head_dim]
-  float* out;            // the same
+  float* out;            // the same, dense but for its stride
   const KeyValues* store;
   const uint8_t* mask;   // [rows][tokens][masked] for the last `masked` entries of a block, or null: causal
   const int64_t* holes;  // [rows][2]: entries from `first` to `second` places before the end are hidden; or null
   int64_t rows, query_heads, kv_heads, tokens, head_dim, masked;
-  int64_t query_stride;  // floats from token to token
+  int64_t query_stride, out_stride;  // floats from token to token
   int64_t window;        // a query sees this many entries at most, itself included; 0 = all
   float scale, softcap;  // softcap 0 = none
 };
@@ -105,7 +105,7 @@ struct AttentionStatistics {
 // ---- A decoder (decoder.cpp) ----
 
 struct Layer {
-  Matrix qkv, out, gate_up, down;
+  Matrix query, key, value, out, gate, up, down;  // `query` holds all three where the others have no rows
   const float *attention_norm, *mlp_norm;            // [hidden]
   const float *query_norm, *key_norm;                // [head_dim], or null
   const float *after_attention_norm, *after_mlp_norm;  // [hidden], or null: norms of what is added to the stream

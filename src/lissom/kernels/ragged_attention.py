@@ -30,7 +30,7 @@ class _Attention(ctypes.Structure):
         *(
             (name, ctypes.c_int64)
             for name in (
-                *("rows", "query_heads", "kv_heads", "tokens", "head_dim", "masked", "query_stride", "window"),
+                *("rows", "query_heads", "kv_heads", "tokens", "head_dim", "masked", "query_stride", "out_stride", "window"),
             )
         ),
         *((name, ctypes.c_float) for name in ("scale", "softcap")),
@@ -137,7 +137,7 @@ def ragged_attention(
         ctypes.addressof(store),
         None if mask is None else mask.data_ptr(),
         None,
-        *(rows, query_heads, heads, queries, size, masked, query_heads * size, 0, scale, softcap),
+        *(rows, query_heads, heads, queries, size, masked, query_heads * size, query_heads * size, 0, scale, softcap),
     )
     try:
         native.call("ragged_attention", arguments)

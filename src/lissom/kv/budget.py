@@ -189,8 +189,7 @@ class BudgetLayer(CompactLayer):
 
     def _entry_bytes(self) -> int:
         assert self.store is not None
-        tensors = (self.store.keys, self.store.values, self.store.positions)
-        return sum(tensor[:1].nbytes for tensor in tensors) + 4  # and an fp32 bias
+        return self.store.entry_bytes + (4 if self.store.bias is None else 0)  # a compaction may bring biases
 
     def _remember(self, query: torch.Tensor, visible: torch.Tensor, scaling: float) -> None:
         # A copy: a view would keep the queries of the whole prompt alive.

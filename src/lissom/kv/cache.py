@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from lissom.errors import UserError
 from lissom.kernels import ragged_attention
@@ -34,6 +34,7 @@ class CompactLayer(CacheLayerMixin):
 
     Attributes:
         store: the entries, or None before the first update.
+        kv_dtype: of stored keys and values; None is the model's own.
         logical: tokens read so far, padding included.
         index: of the layer in the model.
         tail: entries at the end of every block that stand for the last `tail` tokens, one for one.
@@ -46,6 +47,7 @@ class CompactLayer(CacheLayerMixin):
 
     def __init__(self) -> None:
         self.store: RaggedStore | None = None
+        self.kv_dtype: torch.dtype | None = None
         self.keys = self.values = None  # what other cache layers have; here `store` holds both
         self.index = 0
         self.logical = 0
@@ -59,9 +61,16 @@ class CompactLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         if key_states.shape[-1] != value_states.shape[-1]:
             raise UserError("A compacted cache needs keys and values of one head_dim; this model has two.")
-        rows, heads, _, size = key_states.shape
-        empty = Block(key_states.new_empty(0, size), value_states.new_empty(0, size), torch.empty(0, dtype=torch.int32))
-        self.store = RaggedStore([empty] * (rows * heads), rows, spare=key_states.shape[-2])
+        rows, heads, tokens, size = key_states.shape
+        self.begin(rows, heads, size, key_states.dtype, key_states.device, tokens)
+
+    def begin(
+        self, rows: int, heads: int, size: int, dtype: torch.dtype, device: torch.device | str, spare: int
+    ) -> None:
+        """Make the empty storage of `rows` and `heads` of head_dim `size`, with room for `spare` tokens."""
+        vectors = torch.empty(0, size, dtype=self.kv_dtype or dtype, device=device)
+        empty = Block(vectors, vectors, torch.empty(0, dtype=torch.int32, device=device))
+        self.store = RaggedStore([empty] * (rows * heads), rows, spare, self.kv_dtype or dtype)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -69,11 +78,24 @@ class CompactLayer(CacheLayerMixin):
         if self.store is None:
             self.lazy_initialization(key_states, value_states)
         assert self.store is not None
+        self.make_room(key_states.shape[-2])
         self.store.append(key_states, value_states, self.logical)
         self.logical += key_states.shape[-2]
         self.tail += key_states.shape[-2]
         handle = AttentionHandle.of(self, key_states)
         return handle, handle
+
+    def make_room(self, tokens: int) -> None:
+        """Have room for `tokens` more."""
+        assert self.store is not None
+        self.store.make_room(tokens)
+
+    def advance(self, tokens: int) -> None:
+        """Count `tokens` that a native pass has appended to the storage itself."""
+        assert self.store is not None
+        self.store.spare -= tokens
+        self.logical += tokens
+        self.tail += tokens
 
     def attend(
         self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float, softcap: float | None
@@ -84,10 +106,8 @@ class CompactLayer(CacheLayerMixin):
             query: `[rows, query heads, queries, head_dim]`, rotated.
             mask: bool `[rows, 1, queries, tail]`, true = visible; None = causal.
             scaling: factor on the logits, the module's own.
-            softcap: logit soft cap, not supported.
+            softcap: logit soft cap; a few queries only.
         """
-        if softcap is not None:
-            raise UserError("A compacted cache does not support models with a logit soft cap.")
         if self.observer is not None:
             self.observer(self, query, scaling)
         assert self.store is not None
@@ -95,9 +115,11 @@ class CompactLayer(CacheLayerMixin):
             mask = mask[:, 0, :, -self.tail :].expand(query.shape[0], -1, -1)
         if query.shape[-2] <= _FEW_QUERIES:
             store = self.store
-            return ragged_attention(
-                query, store.keys, store.values, store.bias, store.starts, store.lengths, mask, scaling
-            )
+            parts = (store.keys, store.values, store.bias, store.starts, store.lengths)
+            cap = softcap or 0.0
+            return ragged_attention(query, *parts, mask, scaling, store.key_scales, store.value_scales, cap)
+        if softcap is not None:
+            raise UserError("A compacted cache does not support models with a logit soft cap.")
         return _attend_dense(self.store, query, mask, scaling, self.tail)
 
     def seal(self, visible: torch.Tensor | None = None, keep_tail: int = 0) -> None:
@@ -117,7 +139,7 @@ class CompactLayer(CacheLayerMixin):
                 kept = torch.cat([keep.new_ones(before), keep[index // self.store.heads]])
                 bias = None if block.bias is None else block.bias[kept]
                 blocks.append(Block(block.keys[kept], block.values[kept], block.positions[kept], bias))
-            self.store = RaggedStore(blocks, self.store.rows)
+            self.store = self.store.replaced(blocks)
         self.tail = keep_tail
 
     def get_seq_length(self) -> int:
@@ -174,6 +196,57 @@ class CompactLayer(CacheLayerMixin):
         return 0 if self.store is None else self.store.nbytes
 
 
+class WindowLayer(CompactLayer):
+    """A layer with a sliding window: it holds at least the tokens that the next one sees, and at most twice as many.
+
+    It is not compacted. Older entries are dropped when there would be no room otherwise, so that nothing is copied at
+    most steps.
+    """
+
+    is_sliding = True
+
+    def __init__(self, window: int) -> None:
+        super().__init__()
+        self.window = window
+
+    def make_room(self, tokens: int) -> None:
+        """See `CompactLayer.make_room`."""
+        assert self.store is not None
+        if tokens <= self.store.spare:
+            return
+        outside = self.tail - (self.window - 1)
+        if outside > 0:
+            self.store.drop_first(outside)
+            self.tail -= outside
+        self.store.reserve(max(tokens, self.window))
+
+    def attend(
+        self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float, softcap: float | None
+    ) -> torch.Tensor:
+        """See `CompactLayer.attend`; the mask that transformers makes knows the window."""
+        if mask is None and self.tail > self.window:
+            key = torch.arange(self.tail, device=query.device)
+            place = key[-query.shape[-2] :, None]
+            mask = ((key <= place) & (key > place - self.window))[None, None].expand(query.shape[0], -1, -1, -1)
+        return super().attend(query, mask, scaling, softcap)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """See `CompactLayer.crop`."""
+        left = self.logical + tokens_to_remove
+        if self.tail + tokens_to_remove < min(self.window - 1, left):
+            raise UserError(
+                f"The cache of a layer with a sliding window cannot forget {-tokens_to_remove} tokens: "
+                "what came before them is gone already."
+            )
+        super().crop(tokens_to_remove)
+
+    def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values `[rows, heads, tokens, head_dim]` of what the next token sees, as transformers holds them."""
+        assert self.store is not None
+        keys, values, _ = self.store.padded()
+        return keys[:, :, 1 - self.window :].contiguous(), values[:, :, 1 - self.window :].contiguous()
+
+
 def _attend_dense(
     store: RaggedStore, query: torch.Tensor, mask: torch.Tensor | None, scaling: float, tail: int
 ) -> torch.Tensor:
@@ -181,6 +254,7 @@ def _attend_dense(
     keys, values, bias = store.padded()
     queries, longest = query.shape[-2], keys.shape[-2]
     groups = query.shape[1] // keys.shape[1]
+    keys, values = keys.to(query.dtype), values.to(query.dtype)
     keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
     if bias is None and mask is None and longest == queries:
         return F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scaling)
@@ -273,8 +347,8 @@ def require_full_attention(model: PreTrainedModel) -> None:
 
 
 def compact_layers(cache: Cache) -> list[tuple[int, CompactLayer]]:
-    """The layers of any cache that hold ragged storage, with their indices."""
-    return [(i, layer) for i, layer in enumerate(cache.layers) if isinstance(layer, CompactLayer)]
+    """The layers of any cache that can be compacted, with their indices."""
+    return [(i, layer) for i, layer in enumerate(cache.layers) if isinstance(layer, CompactLayer) and not layer.is_sliding]
 
 
 def exchange_layers(
@@ -299,16 +373,28 @@ def _compacting(layer: CacheLayerMixin, make: Callable[[], CompactLayer]) -> Cac
         return other
     if type(layer) is not DynamicLayer:
         return layer
-    compact = make()
+    return _filled(make(), layer)
+
+
+def _filled(own: CompactLayer, layer: CacheLayerMixin) -> CompactLayer:
     if layer.is_initialized and layer.keys is not None and layer.keys.numel():
-        compact.update(layer.keys, layer.values)
-    return compact
+        own.update(layer.keys, layer.values)
+    return own
+
+
+def exchange_windows(cache: DynamicCache) -> None:
+    """Put `WindowLayer`s in place of transformers' layers with a sliding window, with what they hold."""
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is DynamicSlidingWindowLayer:
+            own = _filled(WindowLayer(layer.sliding_window), layer)
+            own.index, own.logical = index, layer.cumulative_length
+            cache.layers[index] = own
 
 
 def replace_blocks(layer: CompactLayer, blocks: Sequence[Block], tail: int) -> None:
     """Exchange the entries of `layer`; the last `tail` of every block stand for the last `tail` tokens."""
     assert layer.store is not None
-    layer.store = RaggedStore(blocks, layer.store.rows)
+    layer.store = layer.store.replaced(blocks)
     layer.tail = tail
 
 

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from lissom.errors import UserError
 from lissom.files import atomic_path
-from lissom.kv.cache import CompactCache, CompactLayer
+from lissom.kv.cache import CompactCache, CompactLayer, WindowLayer
 from lissom.kv.storage import Block, RaggedStore
 from lissom.models import fingerprint
 
@@ -43,18 +43,16 @@ def save(
         store = layer.store
         if store is None:
             raise UserError("The cache is empty: there is nothing to save.")
-        blocks = store.blocks()
         name = f"layers.{index}."
-        tensors[name + "keys"] = torch.cat([block.keys for block in blocks])
-        tensors[name + "values"] = torch.cat([block.values for block in blocks])
-        tensors[name + "positions"] = torch.cat([block.positions for block in blocks])
-        if store.bias is not None:
-            tensors[name + "bias"] = torch.cat([block.bias for block in blocks if block.bias is not None])
+        tensors |= {name + part: tensor for part, tensor in store.entries().items()}
         tensors[name + "lengths"] = store.lengths
         layers[str(index)] = {"rows": store.rows, "logical": layer.logical, "tail": layer.tail}
     for index, layer in enumerate(cache.layers):
         if not isinstance(layer, CompactLayer | DynamicSlidingWindowLayer):
             raise UserError(f"A cache with a {type(layer).__name__} cannot be saved: only attention layers can.")
+        if isinstance(layer, WindowLayer):
+            tensors[f"sliding.{index}.keys"], tensors[f"sliding.{index}.values"] = layer.dense()
+            layers[str(index)] = {"sliding": layer.logical}
         if isinstance(layer, DynamicSlidingWindowLayer):
             tensors[f"sliding.{index}.keys"] = layer.keys.contiguous()
             tensors[f"sliding.{index}.values"] = layer.values.contiguous()
@@ -134,10 +132,15 @@ def _restore(
 ) -> None:
     device, lengths = model.device, tensors[name + "lengths"].tolist()
     # A model may be loaded in another dtype than the one that wrote the cache.
-    parts = [tensors[name + part].to(device, model.dtype).split(lengths) for part in ("keys", "values")]
+    is_int8 = tensors[name + "keys"].dtype == torch.int8
+    parts = []
+    for part, scales in (("keys", "key_scales"), ("values", "value_scales")):
+        vectors = tensors[name + part].to(device)
+        whole = vectors.float() * tensors[name + scales].to(device)[:, None].float() if is_int8 else vectors
+        parts.append((whole if is_int8 else whole.to(model.dtype)).split(lengths))
     parts.append(tensors[name + "positions"].to(device).split(lengths))
     bias = tensors.get(name + "bias")
     biases = [None] * len(lengths) if bias is None else bias.to(device).split(lengths)
     blocks = [Block(k, v, p, b) for k, v, p, b in zip(*parts, biases, strict=True)]
-    layer.store = RaggedStore(blocks, shape["rows"])
+    layer.store = RaggedStore(blocks, shape["rows"], dtype=torch.int8 if is_int8 else None)
     layer.logical, layer.tail = shape["logical"], shape["tail"]

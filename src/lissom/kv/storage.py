@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 
 from lissom.errors import UserError
+from lissom.kernels.ragged_attention import KV_TYPES, KeyValues
+
+_layouts = count()
 
 
 @dataclass
@@ -24,6 +28,15 @@ class Block:
     bias: torch.Tensor | None = None
 
 
+def to_int8(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`vectors` `[..., head_dim]` as int8 codes and fp16 scales `[...]`: value = code * scale."""
+    vectors = vectors.float()
+    scales = (vectors.abs().amax(-1) / 127).to(torch.float16)
+    steps = scales.float()
+    inverse = torch.where(steps > 0, 1 / steps, 0.0)
+    return (vectors * inverse[..., None]).round().clamp(-127, 127).to(torch.int8), scales
+
+
 class RaggedStore:
     """Blocks of all rows and KV heads of one layer in one flat buffer each for keys, values, biases and positions.
 
@@ -31,59 +44,107 @@ class RaggedStore:
     block is spare capacity, whose content is never read.
 
     Attributes:
-        keys, values: `[capacity, head_dim]`, the model's dtype.
+        keys, values: `[capacity, head_dim]`: the model's dtype, bf16, or int8.
+        key_scales, value_scales: `[capacity]` fp16 of int8 keys and values, else None.
         bias: `[capacity]` fp32, or None while every bias is zero.
         positions: `[capacity]` int32, the logical position that each entry came from.
         starts, lengths: `[rows * heads]` int64, on the CPU.
+        spare: entries for which every block has room.
+        layout: a number that changes when the buffers move.
     """
 
-    def __init__(self, blocks: Sequence[Block], rows: int, spare: int = 0) -> None:
-        self.rows, self.heads = rows, len(blocks) // rows
-        self._lay_out(blocks, spare)
+    keys: torch.Tensor
+    values: torch.Tensor
+    positions: torch.Tensor
+    key_scales: torch.Tensor | None = None
+    value_scales: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
 
-    def _lay_out(self, blocks: Sequence[Block], spare: int) -> None:
-        self.lengths = torch.tensor([len(block.keys) for block in blocks], dtype=torch.int64)
+    def __init__(
+        self, blocks: Sequence[Block], rows: int, spare: int = 0, dtype: torch.dtype | None = None
+    ) -> None:
+        """`dtype` is that of the stored keys and values; None takes the blocks' own."""
+        self.rows, self.heads = rows, len(blocks) // rows
+        self.dtype = dtype or blocks[0].keys.dtype
+        biased = any(block.bias is not None for block in blocks)
+        self._lay_out([self._columns(block, biased) for block in blocks], spare)
+
+    def _columns(self, block: Block, biased: bool) -> dict[str, torch.Tensor]:
+        """What of a block goes into which buffer."""
+        columns = {"positions": block.positions.to(torch.int32)} | self._stored(block.keys, block.values)
+        if biased:
+            zero = torch.zeros(len(block.keys), device=block.keys.device)
+            columns["bias"] = zero if block.bias is None else block.bias.float()
+        return columns
+
+    def _stored(self, keys: torch.Tensor, values: torch.Tensor) -> dict[str, torch.Tensor]:
+        if self.dtype != torch.int8:
+            return {"keys": keys.to(self.dtype), "values": values.to(self.dtype)}
+        (keys, key_scales), (values, value_scales) = to_int8(keys), to_int8(values)
+        return {"keys": keys, "values": values, "key_scales": key_scales, "value_scales": value_scales}
+
+    def _lay_out(self, blocks: Sequence[dict[str, torch.Tensor]], spare: int) -> None:
+        self.lengths = torch.tensor([len(block["keys"]) for block in blocks], dtype=torch.int64)
         ends = torch.cumsum(self.lengths + spare, 0)
         self.starts = ends - self.lengths - spare
         self.spare = spare
-        first = blocks[0]
-        capacity, device = int(ends[-1]), first.keys.device
-        self.keys = torch.zeros(capacity, first.keys.shape[-1], dtype=first.keys.dtype, device=device)
-        self.values = torch.zeros(capacity, first.values.shape[-1], dtype=first.values.dtype, device=device)
-        self.positions = torch.zeros(capacity, dtype=torch.int32, device=device)
-        biased = any(block.bias is not None for block in blocks)
-        self.bias = torch.zeros(capacity, dtype=torch.float32, device=device) if biased else None
-        for start, block in zip(self.starts.tolist(), blocks, strict=True):
-            span = slice(start, start + len(block.keys))
-            self.keys[span], self.values[span], self.positions[span] = block.keys, block.values, block.positions
-            if self.bias is not None and block.bias is not None:
-                self.bias[span] = block.bias
+        for name, column in blocks[0].items():
+            buffer = column.new_zeros((int(ends[-1]), *column.shape[1:]))
+            for start, block in zip(self.starts.tolist(), blocks, strict=True):
+                buffer[start : start + len(block[name])] = block[name]
+            setattr(self, name, buffer)
+        self.layout = next(_layouts)
 
-    def block(self, index: int) -> Block:
-        """Views of block `index`."""
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """What there is of keys, values, scales, bias and positions, by name."""
+        names = ("keys", "values", "key_scales", "value_scales", "bias", "positions")
+        return {name: buffer for name in names if (buffer := getattr(self, name)) is not None}
+
+    def _raw(self, index: int) -> dict[str, torch.Tensor]:
         start = int(self.starts[index])
         span = slice(start, start + int(self.lengths[index]))
-        bias = None if self.bias is None else self.bias[span]
-        return Block(self.keys[span], self.values[span], self.positions[span], bias)
+        return {name: buffer[span] for name, buffer in self.buffers().items()}
+
+    def entries(self) -> dict[str, torch.Tensor]:
+        """Copies of all blocks as they are stored, one after the other, by name of the buffer."""
+        raw = [self._raw(index) for index in range(self.rows * self.heads)]
+        return {name: torch.cat([block[name] for block in raw]) for name in raw[0]}
+
+    def block(self, index: int) -> Block:
+        """Block `index`: views, but for int8 keys and values, which come as fp32."""
+        raw = self._raw(index)
+        keys, values = raw["keys"], raw["values"]
+        if self.dtype == torch.int8:
+            keys = keys.float() * raw["key_scales"][:, None].float()
+            values = values.float() * raw["value_scales"][:, None].float()
+        return Block(keys, values, raw["positions"], raw.get("bias"))
 
     def blocks(self) -> list[Block]:
         return [self.block(index) for index in range(self.rows * self.heads)]
+
+    def replaced(self, blocks: Sequence[Block], rows: int | None = None) -> RaggedStore:
+        """A store of other blocks, in the same dtype."""
+        return RaggedStore(blocks, rows or self.rows, dtype=self.dtype)
+
+    def _again(self, spare: int) -> None:
+        self._lay_out([self._raw(index) for index in range(self.rows * self.heads)], spare)
+
+    def make_room(self, tokens: int) -> None:
+        """Have room for `tokens` more entries in every block; the capacity grows by doubling."""
+        if tokens > self.spare:
+            # 64 tokens are enough for a short answer.
+            self._again(tokens + max(64, int(self.lengths.max())))
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, first_position: int) -> None:
         """Add `keys` and `values` `[rows, heads, tokens, head_dim]` to the end of every block, with bias zero."""
         keys, values = keys.detach(), values.detach()
         rows, heads, tokens, _ = keys.shape
-        if (rows, heads) != (self.rows, self.heads):
-            raise UserError(
-                f"The cache holds {self.rows} rows of {self.heads} KV heads, the input has {rows} rows of {heads}."
-            )
-        if tokens > self.spare:
-            # An eighth of the length keeps the copying amortised; 64 tokens are enough for a short answer.
-            self._lay_out(self.blocks(), tokens + max(64, int(self.lengths.max()) // 8))
+        self.check_rows(rows, heads)
+        self.make_room(tokens)
         offsets = torch.arange(tokens)
         slots = ((self.starts + self.lengths)[:, None] + offsets).flatten().to(self.keys.device)
-        self.keys[slots] = keys.reshape(-1, keys.shape[-1])
-        self.values[slots] = values.reshape(-1, values.shape[-1])
+        for name, column in self._stored(keys.flatten(0, 2), values.flatten(0, 2)).items():
+            getattr(self, name)[slots] = column
         positions = (first_position + offsets).to(torch.int32).repeat(rows * heads)
         self.positions[slots] = positions.to(self.keys.device)
         if self.bias is not None:
@@ -91,40 +152,68 @@ class RaggedStore:
         self.lengths += tokens
         self.spare -= tokens
 
+    def check_rows(self, rows: int, heads: int) -> None:
+        """Raise a `UserError` where a batch does not fit what is stored."""
+        if (rows, heads) != (self.rows, self.heads):
+            raise UserError(
+                f"The cache holds {self.rows} rows of {self.heads} KV heads, the input has {rows} rows of {heads}."
+            )
+
     def drop_last(self, tokens: int) -> None:
         """Remove the last `tokens` entries of every block."""
         self.lengths -= tokens
         self.spare += tokens
 
+    def drop_first(self, tokens: int) -> None:
+        """Remove the first `tokens` entries of every block. Their space comes back with the next change of layout."""
+        self.starts += tokens
+        self.lengths -= tokens
+        self.layout = next(_layouts)
+
     def reserve(self, spare: int) -> None:
         """Have room for exactly `spare` more entries in every block; 0 gives all spare capacity back."""
         if self.spare != spare:
-            self._lay_out(self.blocks(), spare)
+            self._again(spare)
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Keep, repeat or reorder rows: row `i` becomes what was row `rows[i]`."""
         wanted = rows.tolist()
-        blocks = [self.block(row * self.heads + head) for row in wanted for head in range(self.heads)]
+        raw = [self._raw(row * self.heads + head) for row in wanted for head in range(self.heads)]
         self.rows = len(wanted)
-        self._lay_out(blocks, self.spare)
+        self._lay_out(raw, self.spare)
 
     def padded(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Dense keys and values `[rows, heads, longest, head_dim]`, blocks aligned at their *ends*, and the bias.
 
         The bias `[rows, heads, longest]` is -inf where a block has no entry; None where nothing is padded or biased.
+        int8 keys and values come as fp32.
         """
         longest, shape = int(self.lengths.max()), (self.rows, self.heads)
         missing = longest - self.lengths
         slots = (self.starts - missing)[:, None] + torch.arange(longest)
         absent = torch.arange(longest) < missing[:, None]
         slots = slots.masked_fill(absent, int(self.starts[0])).flatten().to(self.keys.device)
-        keys = self.keys[slots].view(*shape, longest, -1)
-        values = self.values[slots].view(*shape, longest, -1)
+        keys, values = self.keys[slots], self.values[slots]
+        if self.key_scales is not None and self.value_scales is not None:
+            keys = keys.float() * self.key_scales[slots, None].float()
+            values = values.float() * self.value_scales[slots, None].float()
+        keys, values = keys.view(*shape, longest, -1), values.view(*shape, longest, -1)
         if self.bias is None and not missing.any():
             return keys, values, None
-        bias = self.keys.new_zeros(slots.shape, dtype=torch.float32) if self.bias is None else self.bias[slots]
+        bias = keys.new_zeros(slots.shape, dtype=torch.float32) if self.bias is None else self.bias[slots]
         bias = bias.masked_fill(absent.flatten().to(bias.device), -torch.inf)
         return keys, values, bias.view(*shape, longest)
+
+    def native(self) -> KeyValues:
+        """The native kernels' view, which holds until `layout` changes. It does not keep the store alive."""
+        parts = (self.keys, self.values, self.key_scales, self.value_scales, self.bias, self.positions)
+        pointers = [None if part is None else part.data_ptr() for part in (*parts, self.starts, self.lengths)]
+        return KeyValues(*pointers, KV_TYPES[self.dtype], len(self.keys))
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of one entry: key, value, scales, position and bias if there are any."""
+        return sum(buffer[:1].nbytes for buffer in self.buffers().values())
 
     @property
     def stored_entries(self) -> int:
@@ -134,11 +223,9 @@ class RaggedStore:
     @property
     def stored_bytes(self) -> int:
         """Bytes of the entries: keys, values, positions and biases, without spare capacity."""
-        per_entry = self.nbytes // max(1, len(self.keys))
-        return self.stored_entries * per_entry
+        return self.stored_entries * self.entry_bytes
 
     @property
     def nbytes(self) -> int:
         """Bytes that are allocated, spare capacity included."""
-        tensors = (self.keys, self.values, self.positions, self.bias)
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        return sum(buffer.nbytes for buffer in self.buffers().values())

@@ -1,0 +1,240 @@
+"""The native plan of a decoder: what one native call needs to run all of its layers, checked and kept alive."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+
+from lissom.kernels import decoder, native
+from lissom.kernels import packed as formats
+from lissom.kernels.packed import Packed
+from lissom.models.decoder import describe_decoder
+
+# Architectures whose layers are what the native pass computes. Others have other norms, branches or experts.
+ARCHITECTURES = ("gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
+
+# How a dense linear layer is packed: its weight `[out, in]` and its name. None: as it is.
+Packing = Callable[[torch.Tensor, str], Packed]
+
+
+class Unsupported(Exception):
+    """The native pass does not compute this model; says why."""
+
+
+class NativePlan:
+    """A decoder as the native pass sees it.
+
+    Attributes:
+        plan: for `kernels.decoder.decode`.
+        info: sizes of the decoder.
+        windows: of each layer, 0 where it sees everything.
+        nbytes: bytes of all packed weights.
+    """
+
+    def __init__(self, model: PreTrainedModel, packing: Packing | None = None) -> None:
+        """
+        Raises:
+            Unsupported: the model is not what the native pass computes.
+        """
+        if native.library() is None:
+            raise Unsupported("this installation has no native kernels")
+        config = model.config.get_text_config(decoder=True)
+        if model.config.model_type not in ARCHITECTURES:
+            raise Unsupported(f"the architecture {model.config.model_type!r} is not supported yet")
+        body: Any = model.base_model
+        self.info, self.nbytes = describe_decoder(model), 0
+        self._packing, self._kept, self._seen = packing, [], {}  # type: ignore[var-annotated]
+        self._sources: list[tuple[torch.Tensor, int, int]] = []
+        self._rotary = body.rotary_emb
+        self._kinds = self._rope_kinds()
+        self.windows = tuple(
+            self._window(layer.self_attn, config) if slides else 0
+            for layer, slides in zip(body.layers, self.info.sliding, strict=False)
+        )
+        layers = (decoder.Layer * len(body.layers))(*(self._layer(i, layer) for i, layer in enumerate(body.layers)))
+        self._ropes = (decoder.Rope * max(1, len(self._kinds)))()
+        first = body.layers[0].self_attn
+        mlp = body.layers[0].mlp
+        name = getattr(config, "hidden_activation", None) or config.hidden_act
+        if name not in decoder.ACTIVATIONS:
+            raise Unsupported(f"the activation {name!r} is not supported yet")
+        embedding = self._embedding(body.embed_tokens)
+        tied = getattr(model.lm_head, "weight", None) is getattr(body.embed_tokens, "weight", 0)
+        same = tied and (packing is None or model.lm_head.weight is not None)
+        self.plan = decoder.Plan(
+            ctypes.addressof(layers),
+            ctypes.addressof(self._ropes),
+            embedding,
+            embedding if same and model.lm_head.bias is None else self._linear(model.lm_head, "lm_head"),
+            self._norm(body.norm),
+            *(len(layers), len(self._kinds), config.hidden_size, mlp.down_proj.in_features),
+            *(self.info.num_attention_heads, self.info.num_key_value_heads, self.info.head_dim),
+            decoder.ACTIVATIONS[name],
+            self._epsilon(body.norm),
+            first.scaling,
+            0.0,
+            getattr(config, "final_logit_softcapping", None) or 0.0,
+            self._scale(body.embed_tokens),
+        )
+        self._kept += [layers]
+        self.refresh(1)
+
+    def _layer(self, index: int, layer: Any) -> decoder.Layer:
+        attention, mlp = layer.self_attn, layer.mlp
+        for module in (layer, attention, mlp):
+            if not type(module).__module__.startswith("transformers.models."):
+                raise Unsupported(f"layer {index} has a {type(module).__name__} of {type(module).__module__}")
+        where = f"layers.{index}."
+        none = formats.Matrix()
+        if hasattr(attention, "qkv_proj"):
+            query, key, value = self._linear(attention.qkv_proj, where + "qkv_proj"), none, none
+        else:
+            query, key, value = (
+                self._linear(getattr(attention, f"{part}_proj"), f"{where}{part}_proj") for part in "qkv"
+            )
+        if hasattr(mlp, "gate_up_proj"):
+            gate, up = self._halves(mlp.gate_up_proj, where + "gate_up_proj")
+        else:
+            gate, up = (self._linear(getattr(mlp, f"{part}_proj"), f"{where}{part}_proj") for part in ("gate", "up"))
+        four_norms = hasattr(layer, "pre_feedforward_layernorm")
+        before_mlp = layer.pre_feedforward_layernorm if four_norms else layer.post_attention_layernorm
+        return decoder.Layer(
+            *(query, key, value, self._linear(attention.o_proj, where + "o_proj")),
+            *(gate, up, self._linear(mlp.down_proj, where + "down_proj")),
+            self._norm(layer.input_layernorm),
+            self._norm(before_mlp),
+            self._norm(getattr(attention, "q_norm", None)),
+            self._norm(getattr(attention, "k_norm", None)),
+            self._norm(layer.post_attention_layernorm if four_norms else None),
+            self._norm(layer.post_feedforward_layernorm if four_norms else None),
+            self._rope(index, attention),
+            self.windows[index],
+        )
+
+    @staticmethod
+    def _window(attention: Any, config: Any) -> int:
+        return int(getattr(attention, "sliding_window", None) or getattr(config, "sliding_window", None) or 0)
+
+    # ---- Weights ----
+
+    def _keep(self, tensor: torch.Tensor) -> int:
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+    def _watch(self, *tensors: torch.Tensor | None) -> None:
+        self._sources += [(t, t.data_ptr(), t._version) for t in tensors if t is not None]
+
+    def _pack(self, module: Any, name: str) -> Packed:
+        """The packed weights of a linear layer or an embedding."""
+        packed = getattr(module, "packed", None)
+        if packed is None:
+            if type(module) is not nn.Linear and not isinstance(module, nn.Embedding):
+                raise Unsupported(f"{name} is a {type(module).__name__}")
+            weight = module.weight
+            if weight.device.type != "cpu":
+                raise Unsupported(f"the weights are on {weight.device}")
+            if weight.dtype not in formats.OF_DTYPE:
+                raise Unsupported(f"{name} is {weight.dtype}")
+            self._watch(weight)
+            key = (weight.data_ptr(), tuple(weight.shape))
+            if key not in self._seen:
+                dense = formats.OF_DTYPE[weight.dtype]
+                self._seen[key] = self._packing(weight, name) if self._packing else formats.pack_floats(weight, dense)
+            packed = self._seen[key]
+        else:
+            self._watch(*packed.tensors().values())
+        if packed.quants.device.type != "cpu":
+            raise Unsupported(f"the weights are on {packed.quants.device}")
+        self.nbytes += packed.nbytes
+        self._kept.append(packed)
+        return packed
+
+    def _bias(self, bias: torch.Tensor | None) -> torch.Tensor | None:
+        if bias is None:
+            return None
+        self._watch(bias)
+        padded = F.pad(bias.detach().float(), (0, -len(bias) % formats.BLOCK)).contiguous()
+        self._kept.append(padded)
+        return padded
+
+    def _linear(self, module: Any, name: str) -> formats.Matrix:
+        return self._pack(module, name).matrix(self._bias(getattr(module, "bias", None)))
+
+    def _halves(self, module: Any, name: str) -> tuple[formats.Matrix, formats.Matrix]:
+        """The two halves of a fused layer, without a copy."""
+        packed = self._pack(module, name)
+        half = packed.rows // 2
+        if half % formats.BLOCK or module.bias is not None:
+            raise Unsupported(f"{name} has {packed.rows} outputs, which do not divide into blocks")
+        parts = []
+        for blocks in (slice(None, half // formats.BLOCK), slice(half // formats.BLOCK, None)):
+            tensors = {key: tensor[blocks] for key, tensor in packed.tensors().items()}
+            part = Packed(packed.format, half, packed.columns, group=packed.group, **tensors)
+            self._kept.append(part)
+            parts.append(part.matrix())
+        return parts[0], parts[1]
+
+    def _embedding(self, module: Any) -> formats.Matrix:
+        return self._pack(module, "embed_tokens").matrix()
+
+    @staticmethod
+    def _scale(module: Any) -> float:
+        scale = getattr(module, "embed_scale", None)
+        if scale is None:
+            return 1.0
+        dtype = getattr(module, "dtype", None) or module.weight.dtype
+        return float(torch.as_tensor(scale).to(dtype))
+
+    def _norm(self, module: Any) -> int | None:
+        if module is None:
+            return None
+        if "RMSNorm" not in type(module).__name__:
+            raise Unsupported(f"a {type(module).__name__} is no RMSNorm")
+        self._watch(module.weight)
+        weight = module.weight.detach().float()
+        return self._keep((1.0 + weight if type(module).__name__.startswith("Gemma") else weight.clone()).contiguous())
+
+    @staticmethod
+    def _epsilon(module: Any) -> float:
+        return float(getattr(module, "variance_epsilon", None) or module.eps)
+
+    # ---- Rotations ----
+
+    def _rope_kinds(self) -> list[str]:
+        """Prefixes of the rotary module's buffers: one for each type of layer that has its own frequencies."""
+        kinds = getattr(self._rotary, "layer_types", None)
+        return [f"{kind}_" for kind in kinds] if kinds else [""]
+
+    def _rope(self, index: int, attention: Any) -> int:
+        if not getattr(attention, "use_rope", True):
+            return -1
+        kind = getattr(attention, "layer_type", None)
+        return self._kinds.index(f"{kind}_") if len(self._kinds) > 1 else 0
+
+    def refresh(self, length: int) -> None:
+        """Take the frequencies that hold for sequences of `length` tokens; few types of scaling depend on it."""
+        types = self._rotary.rope_type
+        for number, kind in enumerate(self._kinds):
+            layer_type = kind.removesuffix("_")
+            if any(word in (types[layer_type] if kind else types) for word in ("dynamic", "longrope")):
+                extra = (layer_type,) if kind else ()
+                self._rotary(torch.empty(1), torch.tensor([[length - 1]]), *extra)
+            frequencies = getattr(self._rotary, f"{kind}inv_freq").detach().float().contiguous()
+            scaling = getattr(self._rotary, f"{kind}attention_scaling")
+            self._ropes[number] = decoder.Rope(frequencies.data_ptr(), 2 * len(frequencies), float(scaling))
+            self.__dict__.setdefault("_frequencies", {})[number] = frequencies  # keeps it alive
+
+    @property
+    def rotations_depend_on_length(self) -> bool:
+        types = self._rotary.rope_type
+        return any("dynamic" in kind or "longrope" in kind for kind in (types.values() if isinstance(types, dict) else [types]))
+
+    def is_current(self) -> bool:
+        """Whether no weight has moved or changed since the plan was made."""
+        return all(t.data_ptr() == pointer and t._version == version for t, pointer, version in self._sources)
