@@ -18,7 +18,14 @@ class Layer(ctypes.Structure):
         *((name, Matrix) for name in ("query", "key", "value", "out", "gate", "up", "down")),
         *(
             (name, ctypes.c_void_p)
-            for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm", "after_attention_norm", "after_mlp_norm")
+            for name in (
+                "attention_norm",
+                "mlp_norm",
+                "query_norm",
+                "key_norm",
+                "after_attention_norm",
+                "after_mlp_norm",
+            )
         ),
         *((name, ctypes.c_int64) for name in ("rope", "window")),
     )

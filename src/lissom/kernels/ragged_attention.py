@@ -30,7 +30,17 @@ class _Attention(ctypes.Structure):
         *(
             (name, ctypes.c_int64)
             for name in (
-                *("rows", "query_heads", "kv_heads", "tokens", "head_dim", "masked", "query_stride", "out_stride", "window"),
+                *(
+                    "rows",
+                    "query_heads",
+                    "kv_heads",
+                    "tokens",
+                    "head_dim",
+                    "masked",
+                    "query_stride",
+                    "out_stride",
+                    "window",
+                ),
             )
         ),
         *((name, ctypes.c_float) for name in ("scale", "softcap")),

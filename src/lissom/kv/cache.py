@@ -348,7 +348,9 @@ def require_full_attention(model: PreTrainedModel) -> None:
 
 def compact_layers(cache: Cache) -> list[tuple[int, CompactLayer]]:
     """The layers of any cache that can be compacted, with their indices."""
-    return [(i, layer) for i, layer in enumerate(cache.layers) if isinstance(layer, CompactLayer) and not layer.is_sliding]
+    return [
+        (i, layer) for i, layer in enumerate(cache.layers) if isinstance(layer, CompactLayer) and not layer.is_sliding
+    ]
 
 
 def exchange_layers(

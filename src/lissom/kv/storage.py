@@ -60,9 +60,7 @@ class RaggedStore:
     value_scales: torch.Tensor | None = None
     bias: torch.Tensor | None = None
 
-    def __init__(
-        self, blocks: Sequence[Block], rows: int, spare: int = 0, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, blocks: Sequence[Block], rows: int, spare: int = 0, dtype: torch.dtype | None = None) -> None:
         """`dtype` is that of the stored keys and values; None takes the blocks' own."""
         self.rows, self.heads = rows, len(blocks) // rows
         self.dtype = dtype or blocks[0].keys.dtype

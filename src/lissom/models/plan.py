@@ -34,7 +34,6 @@ class NativePlan:
         plan: for `kernels.decoder.decode`.
         info: sizes of the decoder.
         windows: of each layer, 0 where it sees everything.
-        nbytes: bytes of all packed weights.
     """
 
     def __init__(self, model: PreTrainedModel, packing: Packing | None = None) -> None:
@@ -48,7 +47,8 @@ class NativePlan:
         if model.config.model_type not in ARCHITECTURES:
             raise Unsupported(f"the architecture {model.config.model_type!r} is not supported yet")
         body: Any = model.base_model
-        self.info, self.nbytes = describe_decoder(model), 0
+        self.info = describe_decoder(model)
+        self._weights: list[Packed] = []
         self._packing, self._kept, self._seen = packing, [], {}  # type: ignore[var-annotated]
         self._sources: list[tuple[torch.Tensor, int, int]] = []
         self._rotary = body.rotary_emb
@@ -64,14 +64,11 @@ class NativePlan:
         name = getattr(config, "hidden_activation", None) or config.hidden_act
         if name not in decoder.ACTIVATIONS:
             raise Unsupported(f"the activation {name!r} is not supported yet")
-        embedding = self._embedding(body.embed_tokens)
-        tied = getattr(model.lm_head, "weight", None) is getattr(body.embed_tokens, "weight", 0)
-        same = tied and (packing is None or model.lm_head.weight is not None)
         self.plan = decoder.Plan(
             ctypes.addressof(layers),
             ctypes.addressof(self._ropes),
-            embedding,
-            embedding if same and model.lm_head.bias is None else self._linear(model.lm_head, "lm_head"),
+            self._pack(body.embed_tokens, "embed_tokens").matrix(),
+            self._linear(model.lm_head, "lm_head"),
             self._norm(body.norm),
             *(len(layers), len(self._kinds), config.hidden_size, mlp.down_proj.in_features),
             *(self.info.num_attention_heads, self.info.num_key_value_heads, self.info.head_dim),
@@ -151,9 +148,16 @@ class NativePlan:
             self._watch(*packed.tensors().values())
         if packed.quants.device.type != "cpu":
             raise Unsupported(f"the weights are on {packed.quants.device}")
-        self.nbytes += packed.nbytes
-        self._kept.append(packed)
+        if all(
+            other.quants.data_ptr() != packed.quants.data_ptr() for other in self._weights
+        ):  # a tied one counts once
+            self._weights.append(packed)
         return packed
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weight matrices."""
+        return sum(packed.nbytes for packed in self._weights)
 
     def _bias(self, bias: torch.Tensor | None) -> torch.Tensor | None:
         if bias is None:
@@ -180,8 +184,10 @@ class NativePlan:
             parts.append(part.matrix())
         return parts[0], parts[1]
 
-    def _embedding(self, module: Any) -> formats.Matrix:
-        return self._pack(module, "embed_tokens").matrix()
+    def packed_of(self, module: Any) -> Packed | None:
+        """The packed weights of a dense layer."""
+        weight = getattr(module, "weight", None)
+        return None if weight is None else self._seen.get((weight.data_ptr(), tuple(weight.shape)))
 
     @staticmethod
     def _scale(module: Any) -> float:
@@ -233,7 +239,9 @@ class NativePlan:
     @property
     def rotations_depend_on_length(self) -> bool:
         types = self._rotary.rope_type
-        return any("dynamic" in kind or "longrope" in kind for kind in (types.values() if isinstance(types, dict) else [types]))
+        return any(
+            "dynamic" in kind or "longrope" in kind for kind in (types.values() if isinstance(types, dict) else [types])
+        )
 
     def is_current(self) -> bool:
         """Whether no weight has moved or changed since the plan was made."""

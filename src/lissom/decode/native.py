@@ -1,0 +1,190 @@
+"""`native-decode`: the passes of a running model in one native call each."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from lissom.decode.passes import NativePasses, NotNative, Unsupported
+from lissom.errors import UserError
+from lissom.kernels import packed as formats
+from lissom.kernels.packed import Packed
+from lissom.models.attention import installed
+from lissom.models.method import SearchContext, described
+from lissom.models.packed_layers import PackedEmbedding, PackedLinear
+
+logger = logging.getLogger(__name__)
+
+_KV = {"bf16": torch.bfloat16, "int8": torch.int8, "fp32": torch.float32}
+_WEIGHTS = ("native", "int8", "int4", "bf16")
+# Arguments of a forward call that the native pass knows, or may ignore.
+_KNOWN = ("input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep")
+_IGNORED = ("cache_position", "return_dict")
+
+
+@dataclass(frozen=True)
+class NativeDecode:
+    """Run every pass of the model, prompt and tokens, in native code; what cannot be runs as before.
+
+    Attributes:
+        weights: `native` is each layer's own (packed ones as they are, dense ones in their dtype); `bf16`, `int8` or
+            `int4` packs dense layers so, by rounding to the nearest, with head and embedding at 8 bits at least.
+        kv: the type of stored keys and values: `bf16`, `int8` (with a scale per token and head) or `fp32`.
+    """
+
+    name: ClassVar[str] = "native-decode"
+
+    weights: Literal["native", "int8", "int4", "bf16"] = "native"
+    kv: Literal["bf16", "int8", "fp32"] = "bf16"
+
+    def __post_init__(self) -> None:
+        if self.weights not in _WEIGHTS:
+            raise UserError(f"weights={self.weights!r}: expected one of {', '.join(_WEIGHTS)}.")
+        if self.kv not in _KV:
+            raise UserError(f"kv={self.kv!r}: expected one of {', '.join(_KV)}.")
+
+    def __str__(self) -> str:
+        return described(self, self.name)
+
+    @classmethod
+    def candidates(cls, context: SearchContext) -> Sequence[Self]:
+        """See `lissom.models.method.Method`."""
+        return [cls(), cls(kv="int8")] if context.quick else [cls(), cls(kv="int8"), cls("int8"), cls("int4")]
+
+    def __call__(self, model: PreTrainedModel) -> AbstractContextManager[None]:
+        return self._inside(model)
+
+    def packing(self, weight: torch.Tensor, name: str) -> Packed:
+        """How a dense layer is packed."""
+        if self.weights == "bf16":
+            return formats.pack_floats(weight, "bf16")
+        whole = self.weights == "int8" or name in ("lm_head", "embed_tokens")
+        return formats.pack_nearest(weight, "q8" if whole else "q4_min")
+
+    @contextmanager
+    def _inside(self, model: PreTrainedModel) -> Iterator[None]:
+        packing = None if self.weights == "native" else self.packing
+        try:
+            passes = NativePasses(model, packing, _KV[self.kv])
+        except Unsupported as error:
+            logger.warning("%s runs without native decode: %s.", type(model).__name__, error)
+            yield
+            return
+        runner = _Runner(model, passes, packing, _KV[self.kv])
+        original = model.__dict__.get("forward")
+        with installed(model), _packed_modules(model, passes, packing is not None):
+            model.forward = functools.wraps(model.forward)(runner)
+            try:
+                yield
+            finally:
+                if original is None:
+                    del model.forward
+                else:
+                    model.forward = original
+
+
+class _Runner:
+    """Takes the place of a model's `forward`."""
+
+    def __init__(self, model: PreTrainedModel, passes: NativePasses, packing: Any, kv_dtype: torch.dtype) -> None:
+        self._model, self._passes = model, passes
+        self._plain = model.forward
+        self._remake = None if packing else lambda: NativePasses(model, None, kv_dtype)
+        self._said: set[str] = set()
+
+    @property
+    def passes(self) -> NativePasses:
+        """Of the weights as they are now, or as they were packed when the block was entered."""
+        if self._remake is not None and not self._passes.plan.is_current():
+            self._passes = self._remake()
+        return self._passes
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        names = (
+            "input_ids",
+            "attention_mask",
+            "position_ids",
+            "past_key_values",
+            "inputs_embeds",
+            "labels",
+            "use_cache",
+        )
+        given = dict(zip(names, args, strict=False)) | kwargs
+        try:
+            return self._native(given)
+        except NotNative as error:
+            reason = str(error)
+            if reason and reason not in self._said:
+                self._said.add(reason)
+                logger.warning("A pass runs without native decode: %s.", reason)
+            return self._plain(*args, **kwargs)
+
+    def _native(self, given: dict[str, Any]) -> CausalLMOutputWithPast:
+        for name, value in given.items():
+            if name not in _KNOWN and name not in _IGNORED and value is not None and value is not False:
+                # What a caller asks for on purpose falls back without a word.
+                raise NotNative("" if name in ("labels", "inputs_embeds") or name.startswith("output_") else name)
+        ids, cache, mask = given.get("input_ids"), given.get("past_key_values"), given.get("attention_mask")
+        if ids is None or given.get("return_dict") is False:
+            raise NotNative("")
+        if ids.device.type != "cpu":
+            raise NotNative(f"the input is on {ids.device}")
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self._model.parameters()):
+            raise NotNative("gradients are wanted; use torch.no_grad() where they are not")
+        if self._model.training:
+            raise NotNative("the model is in training mode")
+        if mask is not None and (not isinstance(mask, torch.Tensor) or mask.ndim != 2):
+            raise NotNative("the attention mask is not [rows, tokens]")
+        passes = self._passes if ids.shape[1] == 1 else self.passes
+        if passes.has_hooks():
+            raise NotNative("")
+        own = cache is None
+        if own:
+            cache = DynamicCache(config=self._model.config)
+        if not isinstance(cache, DynamicCache):
+            raise NotNative(f"the cache is a {type(cache).__name__}")
+        passes.adopt(cache)
+        keep = self._kept(given.get("logits_to_keep", 0), ids.shape[1])
+        logits = passes.read(cache, ids, given.get("position_ids"), mask, keep)
+        use = given.get("use_cache")
+        wanted = self._model.config.get_text_config().use_cache if use is None else use
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache if wanted or not own else None)
+
+    @staticmethod
+    def _kept(wanted: Any, tokens: int) -> list[int] | None:
+        if isinstance(wanted, torch.Tensor):
+            kept = torch.arange(tokens)[wanted].tolist()
+            if kept != sorted(kept):
+                raise NotNative("logits_to_keep is not in order")
+            return kept
+        return list(range(max(0, tokens - wanted), tokens)) if wanted else None
+
+
+@contextmanager
+def _packed_modules(model: PreTrainedModel, passes: NativePasses, wanted: bool) -> Iterator[None]:
+    """Inside the block dense layers compute with the packed weights, so that a pass that falls back gives the same."""
+    before: list[tuple[nn.Module, str, nn.Module]] = []
+    try:
+        for parent in list(model.modules()) if wanted else []:
+            for name, child in list(parent.named_children()):
+                packed = passes.plan.packed_of(child)
+                if packed is None:
+                    continue
+                before.append((parent, name, child))
+                if isinstance(child, nn.Linear):
+                    setattr(parent, name, PackedLinear.of(packed, child.bias))
+                elif type(child) is nn.Embedding:
+                    setattr(parent, name, PackedEmbedding.of(packed, child.weight.dtype))
+        yield
+    finally:
+        for parent, name, child in before:
+            setattr(parent, name, child)

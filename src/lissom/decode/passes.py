@@ -1,0 +1,213 @@
+"""Passes of a whole model in native code, over any cache whose layers are in lissom's storage."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from lissom.errors import UserError
+from lissom.kernels import decoder
+from lissom.kernels.ragged_attention import KeyValues
+from lissom.kv.cache import CompactLayer, WindowLayer, exchange_layers, exchange_windows
+from lissom.models.plan import NativePlan, Packing, Unsupported
+
+# Tokens of all rows that one native call reads at most: enough that unpacking the weights does not matter.
+_CHUNK = 512
+_CAPTURING = "transformers.utils.output_capturing"
+
+
+class NotNative(Exception):
+    """This call cannot run natively; says why."""
+
+
+class NativePasses:
+    """Reads tokens of one model natively.
+
+    Attributes:
+        plan: of the model's weights; made anew when a weight has changed.
+    """
+
+    def __init__(self, model: PreTrainedModel, packing: Packing | None, kv_dtype: torch.dtype) -> None:
+        """
+        Raises:
+            Unsupported: the model is not what the native pass computes.
+        """
+        self._model, self._packing, self._kv_dtype = model, packing, kv_dtype
+        self.plan = NativePlan(model, packing)
+        self._hooks = [
+            hooks
+            for module in model.base_model.modules()
+            for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        ]
+        self._stores: Any = None
+        self._layouts: list[int] = []
+
+    def adopt(self, cache: DynamicCache) -> None:
+        """Put the cache's layers into lissom's storage, with what they hold.
+
+        Raises:
+            NotNative: one of them cannot be.
+        """
+        if not all(isinstance(layer, CompactLayer) for layer in cache.layers) or not cache.layers:
+            exchange_layers(cache, self._model)
+            exchange_windows(cache)
+        info = self.plan.info
+        if len(cache.layers) < info.num_hidden_layers:
+            raise NotNative(f"the cache has {len(cache.layers)} layers, the model {info.num_hidden_layers}")
+        for layer, window in zip(cache.layers, self.plan.windows, strict=False):
+            if not isinstance(layer, CompactLayer):
+                raise NotNative(f"the cache has a {type(layer).__name__}")
+            if layer.observer is not None:
+                raise NotNative("a method reads the queries of this pass")
+            if window and not (isinstance(layer, WindowLayer) and layer.window == window):
+                raise NotNative("the cache has other windows than the model")
+            if layer.store is None:
+                layer.kv_dtype = self._kv_dtype
+            elif layer.store.keys.device.type != "cpu":
+                raise NotNative(f"the cache is on {layer.store.keys.device}")
+
+    def has_hooks(self) -> bool:
+        """Whether somebody listens to a module inside the model. transformers' own hooks stay once installed, and do
+        nothing unless they are asked."""
+        return any(hook.__module__ != _CAPTURING for hooks in self._hooks if hooks for hook in hooks.values())
+
+    def read(
+        self,
+        cache: DynamicCache,
+        ids: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        keep: Sequence[int] | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> torch.Tensor:
+        """Read `ids`: their keys and values are appended to the cache.
+
+        Args:
+            cache: which `adopt` has taken.
+            ids: int64 `[rows, tokens]`.
+            positions: int64 `[rows or 1, tokens]` for the rotations; default: behind what was read.
+            mask: `[rows, tokens read + tokens]`, 0 where a token is padding.
+            keep: tokens whose logits are wanted, in ascending order; default all.
+            progress: called with the number of tokens after each stretch of them.
+
+        Returns:
+            Logits `[rows, len(keep), vocabulary]`, fp32.
+
+        Raises:
+            NotNative: the mask has gaps, or the cache another number of rows.
+            UserError: a token is outside the vocabulary.
+        """
+        rows, tokens = ids.shape
+        layers: list[Any] = cache.layers[: self.plan.info.num_hidden_layers]
+        logical = layers[0].logical
+        if positions is None:
+            positions = torch.arange(logical, logical + tokens)[None]
+        elif tokens > 1 and not self._ascending(positions, mask):
+            raise NotNative("the position ids are not consecutive")
+        positions = positions.expand(rows, tokens)
+        gaps = self._gaps(mask, layers, rows, tokens)
+        wanted = range(tokens) if keep is None else keep
+        logits = torch.empty(rows, len(wanted), self.plan.plan.head.rows)
+        chunk = max(1, _CHUNK // rows)
+        if self.plan.rotations_depend_on_length:
+            self.plan.refresh(int(positions.max()) + 1)
+        done = 0
+        for first in range(0, tokens, chunk):
+            last = min(tokens, first + chunk)
+            here = [token - first for token in wanted if first <= token < last]
+            part = logits[:, done : done + len(here)] if here else None
+            holes = None if gaps is None else self._holes(gaps, layers, last - first, tokens - last)
+            self._step(layers, ids[:, first:last], positions[:, first:last], holes, here, part)
+            done += len(here)
+            if progress is not None:
+                progress(last)
+        return logits
+
+    def _step(
+        self,
+        layers: list[Any],
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        holes: torch.Tensor | None,
+        keep: Sequence[int],
+        out: torch.Tensor | None,
+    ) -> None:
+        rows, count = ids.shape
+        stores = self._native_stores(layers, rows, count)
+        ids, positions = ids.contiguous(), positions.contiguous()
+        wanted = torch.tensor([row * count + token for row in range(rows) for token in keep], dtype=torch.int64)
+        direct = out is not None and out.is_contiguous()
+        logits = None if out is None else out if direct else torch.empty(out.shape)
+        step = decoder.Step(
+            ids.data_ptr(),
+            positions.data_ptr(),
+            None if holes is None else holes.data_ptr(),
+            ctypes.addressof(stores),
+            wanted.data_ptr(),
+            None if logits is None else logits.data_ptr(),
+            *(rows, count, len(wanted)),
+        )
+        try:
+            decoder.decode(self.plan.plan, step)
+        except ValueError as error:
+            vocabulary = self.plan.plan.embedding.rows
+            raise UserError(f"A token id is outside the vocabulary of {vocabulary} tokens.") from error
+        for layer in layers:
+            layer.advance(count)
+        if out is not None and logits is not None and not direct:
+            out.copy_(logits)
+
+    def _native_stores(self, layers: list[Any], rows: int, count: int) -> Any:
+        info = self.plan.info
+        for layer in layers:
+            if layer.store is None:
+                layer.begin(rows, info.num_key_value_heads, info.head_dim, self._kv_dtype, "cpu", count + 64)
+            elif layer.store.spare < count:
+                layer.make_room(count)
+        layouts = [layer.store.layout for layer in layers]
+        if layouts != self._layouts:
+            for layer in layers:
+                if layer.store.rows != rows:
+                    raise NotNative(f"the cache has {layer.store.rows} rows, the input {rows}")
+            self._stores = (KeyValues * len(layers))(*(layer.store.native() for layer in layers))
+            self._layouts = layouts
+        elif layers[0].store.rows != rows:
+            raise NotNative(f"the cache has {layers[0].store.rows} rows, the input {rows}")
+        return self._stores
+
+    @staticmethod
+    def _ascending(positions: torch.Tensor, mask: torch.Tensor | None) -> bool:
+        steps = positions[:, 1:] - positions[:, :-1] == 1
+        if mask is not None:  # padding may have any position
+            real = mask[:, -positions.shape[1] :].bool()
+            steps = steps | ~(real[:, 1:] & real[:, :-1])
+        return bool(steps.all())
+
+    @staticmethod
+    def _gaps(mask: torch.Tensor | None, layers: list[Any], rows: int, tokens: int) -> torch.Tensor | None:
+        """Padding of each row as `[rows, 2]`: from how many tokens before the end to how many. None without any."""
+        if mask is None or bool(mask.all()):
+            return None
+        whole = next((layer for layer in layers if not isinstance(layer, WindowLayer)), layers[0])
+        if any(layer.tail != whole.tail for layer in layers if not isinstance(layer, WindowLayer)):
+            raise NotNative("layers have different numbers of uncompacted tokens")
+        hidden = mask[:, -(whole.tail + tokens) :] == 0
+        width = hidden.shape[1]
+        first = hidden.int().argmax(1)
+        number = hidden.sum(1)
+        place = torch.arange(width)
+        if bool((hidden != ((place >= first[:, None]) & (place < (first + number)[:, None]))).any()):
+            raise NotNative("the attention mask has more than one gap")
+        return torch.stack([width - first, width - first - number], 1)
+
+    @staticmethod
+    def _holes(gaps: torch.Tensor, layers: list[Any], count: int, left: int) -> torch.Tensor:
+        """`gaps` as seen from the end of a stretch of `count` tokens behind which `left` are still to come."""
+        return (gaps - left).clamp(min=0).contiguous()
+
+
+__all__ = ["NativePasses", "NotNative", "Unsupported"]
