@@ -308,6 +308,8 @@ class Pass {
         const int64_t place = (layer.rope * vectors_ + v) * rotated_ / 2;
         isa_.rotate(vector + h * size, cosine_ + place, sine_ + place, plan_.ropes[layer.rope].rotated);
       }
+      if (step_.queries)
+        std::memcpy(step_.queries + (index * vectors_ + v) * heads_, vector, heads_ * sizeof(float));
       const int64_t row = v / step_.count, token = v % step_.count;
       for (int64_t h = 0; h < plan_.kv_heads; ++h) {
         const int64_t block = row * plan_.kv_heads + h, slot = store.starts[block] + store.lengths[block] + token;

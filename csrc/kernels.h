@@ -134,6 +134,7 @@ struct Step {
   KeyValues* stores;                  // [layers]
   const int64_t* wanted;              // [outputs]: indices row * count + token whose logits are wanted
   float* logits;                      // [outputs][vocabulary]
+  float* queries;                     // [layers][rows * count][query heads * head_dim], rotated; or null
   int64_t rows, count, outputs;
 };
 

@@ -8,8 +8,12 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
+    MistralConfig,
+    Phi3Config,
     PreTrainedModel,
+    Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 VOCAB = 128
@@ -41,12 +45,29 @@ _CONFIGS = {
     ),
 }  # fmt: skip
 ARCHITECTURES = tuple(_CONFIGS)
+_MORE = {
+    "qwen2": lambda: Qwen2Config(**_SHAPE, num_hidden_layers=3, num_key_value_heads=2),
+    "mistral": lambda: MistralConfig(**_SHAPE, num_hidden_layers=3, num_key_value_heads=2, sliding_window=8),
+    "phi3": lambda: Phi3Config(**_SHAPE, num_hidden_layers=3, num_key_value_heads=4),
+    "smollm3": lambda: SmolLM3Config(
+        **_SHAPE, num_hidden_layers=4, num_key_value_heads=1, no_rope_layer_interval=2, use_sliding_window=False
+    ),
+}
+# What runs natively.
+DECODERS = ("llama", "qwen3", "gemma3", *_MORE)
 
 
-def tiny_model(architecture: str, attn_implementation: str = "sdpa") -> PreTrainedModel:
-    """A seeded model of one of `ARCHITECTURES`, fp32, on the CPU."""
+def tiny_model(architecture: str, attn_implementation: str = "sdpa", **changes: object) -> PreTrainedModel:
+    """A seeded model of one of `ARCHITECTURES` or `DECODERS`, fp32, on the CPU; `changes` are of its config."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(_CONFIGS[architecture](), attn_implementation=attn_implementation).eval()
+    config = (_CONFIGS | _MORE)[architecture]()
+    for name, value in changes.items():
+        setattr(config, name, value)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation).eval()
+    with torch.no_grad():  # biases begin at zero, and norms at one
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                parameter.normal_(0, 0.2)
     model.generation_config.pad_token_id = 0
     return model
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import types
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -100,6 +101,11 @@ class _Runner:
         self._plain = model.forward
         self._remake = None if packing else lambda: NativePasses(model, None, kv_dtype)
         self._said: set[str] = set()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy of the model runs as it would outside the block."""
+        model = memo.get(id(self._model), self._model)
+        return types.MethodType(type(model).forward, model)
 
     @property
     def passes(self) -> NativePasses:

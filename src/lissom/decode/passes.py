@@ -115,17 +115,32 @@ class NativePasses:
         chunk = max(1, _CHUNK // rows)
         if self.plan.rotations_depend_on_length:
             self.plan.refresh(int(positions.max()) + 1)
+        followed = [layer for layer in layers if type(layer).after_pass is not CompactLayer.after_pass]
+        recent = max((layer.queries_wanted for layer in followed), default=0)
+        queries: list[torch.Tensor] = []
         done = 0
         for first in range(0, tokens, chunk):
             last = min(tokens, first + chunk)
             here = [token - first for token in wanted if first <= token < last]
             part = logits[:, done : done + len(here)] if here else None
             holes = None if gaps is None else self._holes(gaps, layers, last - first, tokens - last)
-            self._step(layers, ids[:, first:last], positions[:, first:last], holes, here, part)
+            taken = self._query_buffer(rows * (last - first)) if last > tokens - recent else None
+            self._step(layers, ids[:, first:last], positions[:, first:last], holes, here, part, taken)
+            if taken is not None:
+                queries.append(taken.unflatten(1, (rows, last - first))[:, :, max(0, tokens - recent - first) :])
             done += len(here)
             if progress is not None:
                 progress(last)
+        whole = torch.cat(queries, 2).transpose(2, 3) if queries else None  # [layers, rows, heads, tokens, head_dim]
+        for layer in followed:
+            visible = torch.ones(rows, layer.tail, dtype=torch.bool) if mask is None else mask[:, -layer.tail :].bool()
+            own = None if whole is None else whole[layer.index]
+            layer.after_pass(own, visible, float(self.plan.plan.attention_scale))
         return logits
+
+    def _query_buffer(self, vectors: int) -> torch.Tensor:
+        info = self.plan.info
+        return torch.empty(info.num_hidden_layers, vectors, info.num_attention_heads, info.head_dim)
 
     def _step(
         self,
@@ -135,6 +150,7 @@ class NativePasses:
         holes: torch.Tensor | None,
         keep: Sequence[int],
         out: torch.Tensor | None,
+        queries: torch.Tensor | None,
     ) -> None:
         rows, count = ids.shape
         stores = self._native_stores(layers, rows, count)
@@ -149,6 +165,7 @@ class NativePasses:
             ctypes.addressof(stores),
             wanted.data_ptr(),
             None if logits is None else logits.data_ptr(),
+            None if queries is None else queries.data_ptr(),
             *(rows, count, len(wanted)),
         )
         try:

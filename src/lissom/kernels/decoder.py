@@ -62,7 +62,10 @@ class Step(ctypes.Structure):
     """Mirror of `struct Step`."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("tokens", "positions", "holes", "stores", "wanted", "logits")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("tokens", "positions", "holes", "stores", "wanted", "logits", "queries")
+        ),
         *((name, ctypes.c_int64) for name in ("rows", "count", "outputs")),
     )
 

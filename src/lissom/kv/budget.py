@@ -180,12 +180,22 @@ class BudgetLayer(CompactLayer):
         visible = torch.ones(query.shape[0], self.tail, dtype=torch.bool)
         if mask is not None:  # what the last query may see is what is no padding
             visible = mask[:, 0, -1, -self.tail :].expand(query.shape[0], -1).cpu()
+        self.after_pass(query, visible, scaling)
+        return output
+
+    @property
+    def queries_wanted(self) -> int:
+        """See `CompactLayer.queries_wanted`."""
+        return 0 if self.method.queries == "none" else self.settings.window
+
+    def after_pass(self, query: torch.Tensor | None, visible: torch.Tensor, scaling: float) -> None:
+        """See `CompactLayer.after_pass`: the layer is brought within its share."""
         if self.method.queries != "none":
+            assert query is not None
             self._remember(query, visible, scaling)
         assert self.store is not None
         if not self.paused and self.store.stored_entries * self._entry_bytes() > self.share:
             self._shrink(visible)
-        return output
 
     def _entry_bytes(self) -> int:
         assert self.store is not None

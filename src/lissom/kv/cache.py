@@ -122,6 +122,19 @@ class CompactLayer(CacheLayerMixin):
             raise UserError("A compacted cache does not support models with a logit soft cap.")
         return _attend_dense(self.store, query, mask, scaling, self.tail)
 
+    @property
+    def queries_wanted(self) -> int:
+        """Of how many last tokens `after_pass` wants the queries."""
+        return 0
+
+    def after_pass(self, query: torch.Tensor | None, visible: torch.Tensor, scaling: float) -> None:
+        """Called when the whole model has read some tokens natively.
+
+        Args:
+            query: `[rows, query heads, at most queries_wanted, head_dim]`, rotated.
+            visible: bool `[rows, tail]`, false where a token is padding.
+        """
+
     def seal(self, visible: torch.Tensor | None = None, keep_tail: int = 0) -> None:
         """End the tail but for its last `keep_tail` tokens: the others become part of what every later query sees.
 

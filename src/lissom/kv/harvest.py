@@ -198,9 +198,9 @@ def forward(model: PreTrainedModel, ids: torch.Tensor, visible: torch.Tensor, ca
 @contextmanager
 def rolled_back(cache: Cache) -> Iterator[None]:
     """Whatever is read inside the block is forgotten afterwards."""
-    # Layers of other kinds may write in place (a recurrent state): they are copied whole.
-    others = {i: copy.deepcopy(layer) for i, layer in enumerate(cache.layers) if not isinstance(layer, CompactLayer)}
     states = {i: layer.checkpoint() for i, layer in compact_layers(cache)}
+    # Layers of other kinds may write in place (a recurrent state) or forget: they are copied whole.
+    others = {i: copy.deepcopy(layer) for i, layer in enumerate(cache.layers) if i not in states}
     try:
         yield
     finally:

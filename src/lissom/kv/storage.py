@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import Any
 
 import torch
 
@@ -66,6 +67,11 @@ class RaggedStore:
         self.dtype = dtype or blocks[0].keys.dtype
         biased = any(block.bias is not None for block in blocks)
         self._lay_out([self._columns(block, biased) for block in blocks], spare)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, whose buffers are others."""
+        self.__dict__.update(state)
+        self.layout = next(_layouts)
 
     def _columns(self, block: Block, biased: bool) -> dict[str, torch.Tensor]:
         """What of a block goes into which buffer."""

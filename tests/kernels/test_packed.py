@@ -1,0 +1,181 @@
+"""Packed matrices against what their formats mean, spelled out weight by weight in NumPy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lissom.errors import UserError
+from lissom.kernels import native
+from lissom.kernels import packed as formats
+from lissom.kernels.packed import FORMATS, Packed
+
+ISAS = (*native.available_isas(), "reference")
+FLOATS = ("f32", "f16", "bf16")
+
+
+def made(format: str, rows: int, columns: int, group: int, seed: int) -> tuple[Packed, np.ndarray]:
+    """A packed matrix, and the same in float64 by the definition of its format."""
+    random = np.random.default_rng(seed)
+    if format in FLOATS:
+        weight = torch.from_numpy(random.standard_normal((rows, columns)).astype(np.float32))
+        return formats.pack_floats(weight, format), weight.to(FORMATS[format].dtype).double().numpy()
+    codes = random.integers(0, {"q8": 256, "q6_k": 64}.get(format, 16), (rows, columns))
+    bytes_ = torch.from_numpy(codes.astype(np.uint8))
+
+    def halves(*shape):
+        return torch.from_numpy(random.uniform(0.001, 0.1, shape)).half()
+
+    if format == "q4_k":
+        scales, mins = random.integers(0, 64, (2, rows, columns // 32))
+        supers, super_mins = halves(rows, columns // 256), halves(rows, columns // 256)
+        packed = formats.pack_q4_k(
+            bytes_, torch.from_numpy(scales).byte(), torch.from_numpy(mins).byte(), supers, super_mins
+        )
+        places = np.arange(columns)
+        scale = supers.double().numpy()[:, places // 256] * scales[:, places // 32]
+        return packed, scale * codes - super_mins.double().numpy()[:, places // 256] * mins[:, places // 32]
+    if format == "q6_k":
+        scales = random.integers(-128, 128, (rows, columns // 16))
+        supers = halves(rows, columns // 256)
+        packed = formats.pack_q6_k(bytes_, torch.from_numpy(scales).to(torch.int8), supers)
+        places = np.arange(columns)
+        return packed, supers.double().numpy()[:, places // 256] * scales[:, places // 16] * (codes - 32)
+    groups = -(-columns // group)
+    scales, mins = halves(rows, groups), -halves(rows, groups) if format == "q4_min" else None
+    packed = formats.pack_codes(bytes_, scales, mins, format, group)
+    place = np.arange(columns) // group
+    zero = {"q8": 128, "q4": 8, "q4_min": 0}[format]
+    low = 0.0 if mins is None else mins.double().numpy()[:, place]
+    return packed, scales.double().numpy()[:, place] * (codes - zero) + low
+
+
+def rounded(x: torch.Tensor) -> np.ndarray:
+    """Activations as integer formats see them: 8 bits, one scale for 32."""
+    padded = torch.nn.functional.pad(x, (0, -x.shape[1] % 32)).numpy().reshape(len(x), -1, 32)
+    scale = np.abs(padded).max(-1, keepdims=True) / np.float32(127)
+    inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
+    codes = np.rint(padded.astype(np.float64) * inverse)
+    return (codes * scale).reshape(len(x), -1)[:, : x.shape[1]]
+
+
+def on(isa: str, work):
+    if isa == "reference":
+        library, native.library = native.library, lambda: None
+        try:
+            return work()
+        finally:
+            native.library = library
+    before = native.status().isa
+    native.set_isa(isa)
+    try:
+        return work()
+    finally:
+        native.set_isa(before)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("format", FORMATS)
+@given(
+    rows=st.integers(1, 70),
+    columns=st.integers(1, 8),
+    odd=st.integers(0, 31),
+    group=st.sampled_from([32, 64, 128]),
+    vectors=st.integers(1, 40),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=12, deadline=None)
+def test_products_are_those_of_the_format(isa, format, rows, columns, odd, group, vectors, seed):
+    columns, group = (256 * (1 + columns // 4), 32) if format.endswith("_k") else (32 * columns - odd, group)
+    packed, weight = made(format, rows, columns, group, seed)
+    x = torch.from_numpy(np.random.default_rng(seed + 1).standard_normal((vectors, columns)).astype(np.float32))
+    bias = torch.linspace(-1, 1, rows)
+    got = on(isa, lambda: formats.multiply(x, packed, bias)).numpy()
+    seen = x.double().numpy()
+    if isa != "reference" and format not in FLOATS:
+        seen = rounded(x)
+    if isa == "avx512_bf16" and format == "bf16" and vectors > 16:
+        seen = x.bfloat16().double().numpy()
+    wanted = seen @ weight.T + bias.numpy()
+    np.testing.assert_allclose(got, wanted, atol=3e-6 * max(1.0, np.abs(wanted).max()), rtol=1e-5)
+    unpacked = on(isa, lambda: formats.unpack(packed)).numpy()
+    np.testing.assert_allclose(unpacked, weight, atol=1e-6 * np.abs(weight).max(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_rows_do_not_depend_on_their_number(format):
+    """A vector's product is the same alone and in a batch, where both are read from the packed weights."""
+    packed, _ = made(format, 48, 512, 32, 0)
+    x = torch.randn(16, 512, generator=torch.Generator().manual_seed(1))
+    together = formats.multiply(x, packed)
+    alone = torch.cat([formats.multiply(row[None], packed) for row in x])
+    assert together.equal(alone)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_rows_can_be_selected(format):
+    packed, weight = made(format, 40, 256, 32, 3)
+    rows = torch.tensor([39, 0, 17, 17, 5])
+    np.testing.assert_allclose(packed.select(rows).unpack().numpy(), weight[rows.numpy()], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_shapes_are_those_of_packed_tensors(format):
+    packed, _ = made(format, 37, 512, 32, 0)
+    shapes = formats.shapes(format, 37, 512)
+    assert {name: (tuple(t.shape), t.dtype) for name, t in packed.tensors().items()} == shapes
+
+
+@given(rows=st.integers(1, 20), groups=st.integers(1, 4), size=st.sampled_from([32, 64]), seed=st.integers(0, 999))
+@settings(max_examples=40, deadline=None)
+@pytest.mark.parametrize("format", ["q8", "q4", "q4_min"])
+def test_rounding_to_the_nearest_is_within_half_a_step(format, rows, groups, size, seed):
+    weight = torch.randn(rows, groups * size, generator=torch.Generator().manual_seed(seed))
+    packed = formats.pack_nearest(weight, format, size)
+    parts = weight.unflatten(1, (-1, size))
+    span = (
+        (parts.amax(-1) - parts.amin(-1)) / 15
+        if format == "q4_min"
+        else parts.abs().amax(-1) / {"q8": 127, "q4": 7}[format]
+    )
+    error = (packed.unpack() - weight).unflatten(1, (-1, size)).abs().amax(-1)
+    assert bool((error <= 0.51 * span + 2e-3 * parts.abs().amax(-1)).all())  # fp16 rounds scale and minimum
+
+
+def test_weights_on_the_grid_are_kept():
+    """A group that uses both ends of its grid comes back as it was."""
+    codes = torch.arange(64, dtype=torch.uint8).remainder(16).repeat(8, 1)
+    packed = formats.pack_codes(codes, torch.rand(8, 2) + 0.1, -torch.rand(8, 2), "q4_min")
+    again = formats.pack_nearest(packed.unpack(), "q4_min")
+    torch.testing.assert_close(again.unpack(), packed.unpack(), rtol=2e-3, atol=1e-3)
+
+
+def test_bad_matrices_are_refused():
+    weight = torch.randn(4, 64)
+    weight[2, 3] = torch.nan
+    with pytest.raises(UserError, match="NaN"):
+        formats.pack_floats(weight, "bf16")
+    with pytest.raises(UserError, match="NaN"):
+        formats.pack_nearest(weight, "q8")
+    with pytest.raises(UserError, match="multiple of 32"):
+        formats.shapes("q4", 4, 64, group=48)
+    with pytest.raises(UserError, match="multiple of 256"):
+        formats.shapes("q4_k", 4, 64)
+    with pytest.raises(UserError, match="weight format 'q5'"):
+        formats.shapes("q5", 4, 64)
+    with pytest.raises(ValueError, match="expected"):
+        formats.multiply(torch.randn(2, 63), formats.pack_floats(torch.randn(4, 64), "f32"))
+
+
+@pytest.mark.skipif(native.library() is None, reason="no native kernels")
+def test_padding_and_extremes_do_not_reach_the_result():
+    """Zero vectors, a zero scale and the largest codes: nothing overflows, nothing becomes NaN."""
+    codes = torch.full((16, 64), 255, dtype=torch.uint8)
+    packed = formats.pack_codes(codes, torch.ones(16, 2), None, "q8")
+    x = torch.stack([torch.full((64,), 127.0), torch.zeros(64), torch.full((64,), -127.0)])
+    for isa in native.available_isas():
+        got = on(isa, lambda: formats.multiply(x, packed))
+        assert got[:, 0].tolist() == [127.0 * 127 * 64, 0.0, -127.0 * 127 * 64], isa
