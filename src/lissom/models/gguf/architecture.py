@@ -153,8 +153,8 @@ def config_of(file: GgufFile) -> PreTrainedConfig:
         facts["sliding_window"] = file.get("attention.sliding_window") or None
         rotated = file.get("rope.dimension_count", facts["head_dim"])
         facts["rope_parameters"]["partial_rotary_factor"] = rotated / facts["head_dim"]
-        original = file.get("rope.scaling.original_context_length", facts["max_position_embeddings"])
-        facts["original_max_position_embeddings"] = original
+        original = file.get("rope.scaling.original_context_length")
+        facts |= {"original_max_position_embeddings": original} if original else {}
     try:
         config = AutoConfig.for_model(architecture.model_types[0], **facts)
     except Exception as error:  # of many kinds: whatever a config class says to values that do not fit together
@@ -198,7 +198,7 @@ def _values(file: GgufFile, name: str) -> list[float]:
 def _llama3_of(file: GgufFile, config: PreTrainedConfig) -> dict[str, Any]:
     """Rope parameters from the factors that a file has for every frequency."""
     factors = torch.tensor(_values(file, FACTORS))
-    found = _LLAMA3 | {"rope_theta": config.rope_parameters["rope_theta"], "factor": float(factors.max())}
+    found = _LLAMA3 | {"rope_theta": config.rope_parameters["rope_theta"], "factor": round(float(factors.max()), 4)}
     again = frequency_factors(config, found)
     if factors.shape != again.shape or not torch.allclose(factors, again, rtol=1e-3):
         raise UserError(f"{file.path} scales its rotary frequencies otherwise than Llama 3 does: not supported.")

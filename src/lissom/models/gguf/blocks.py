@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType as Kind
 
 from lissom.errors import UserError
 from lissom.kernels import packed as formats
-from lissom.kernels.packed import Packed
+from lissom.kernels.packed import GROUP, Packed
 
 
 def pack(data: torch.Tensor, kind: Kind) -> Packed:
@@ -114,4 +114,98 @@ _READERS: dict[Kind, Callable[[torch.Tensor], Packed]] = {
     Kind.Q5_0: _read_q5_0,
     Kind.Q4_K: _read_q4_k,
     Kind.Q6_K: _read_q6_k,
+}
+
+
+# ---- from packed to blocks
+
+_KINDS = {
+    "f32": Kind.F32, "f16": Kind.F16, "bf16": Kind.BF16,
+    "q8": Kind.Q8_0, "q4": Kind.Q4_0, "q4_min": Kind.Q4_1, "q4_k": Kind.Q4_K, "q6_k": Kind.Q6_K,
+}  # fmt: skip
+
+
+def kind_of(packed: Packed) -> Kind:
+    """The type that holds `packed` without loss: F32 where its columns do not fill blocks."""
+    kind = _KINDS[packed.format]
+    return Kind.F32 if packed.columns % GGML_QUANT_SIZES[kind][0] else kind
+
+
+def unpack(packed: Packed) -> torch.Tensor:
+    """`packed` in blocks of `kind_of(packed)`, uint8 `[rows, bytes of a row]`.
+
+    GGUF has no groups of more than 32 inputs: their scale is repeated, and loses nothing.
+    """
+    kind = kind_of(packed)
+    if kind in (Kind.F32, Kind.F16, Kind.BF16):
+        # To fp32 and back is exact, and F32 is also what holds codes times scales.
+        dtype = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}[kind]
+        return packed.unpack().to(dtype).view(torch.uint8)
+    return _WRITERS[packed.format](packed).flatten(1)
+
+
+def _codes(packed: Packed, quants: torch.Tensor, parts: int) -> torch.Tensor:
+    """uint8 `[rows, columns]` of lines that hold `parts` chunks of 4 inputs in a byte each."""
+    lines = quants.permute(0, 3, 1, 2, 4)  # [blocks, 16, groups, lines, 4]
+    bits = 8 // parts
+    chunks = torch.stack([lines >> bits * part & (1 << bits) - 1 for part in range(parts)], 4)
+    return chunks.reshape(-1, chunks.shape[2] * GROUP)[: packed.rows, : packed.columns]
+
+
+def _lanes(packed: Packed, name: str) -> torch.Tensor:
+    """`[rows, n]` of scales `[blocks, n, 16]`."""
+    return getattr(packed, name).transpose(1, 2).flatten(0, 1)[: packed.rows]
+
+
+def _raw(values: torch.Tensor) -> torch.Tensor:
+    """`[rows, n]` fp16 to bytes `[rows, n, 2]`."""
+    return values.contiguous().view(torch.uint8).unflatten(-1, (-1, 2))
+
+
+def _grouped(packed: Packed, name: str) -> torch.Tensor:
+    repeated = _lanes(packed, name).repeat_interleave(packed.group // GROUP, 1)
+    return _raw(repeated[:, : packed.columns // GROUP])
+
+
+def _halves(codes: torch.Tensor) -> torch.Tensor:
+    """The inverse of `_nibbles`."""
+    low, high = codes.chunk(2, -1)
+    return low | high << 4
+
+
+def _write_q8_0(packed: Packed) -> torch.Tensor:
+    codes = (_codes(packed, packed.quants, 1) ^ 128).unflatten(1, (-1, GROUP))
+    return torch.cat([_grouped(packed, "scales"), codes], -1)
+
+
+def _write_q4(packed: Packed) -> torch.Tensor:
+    codes = _halves(_codes(packed, packed.quants, 2).unflatten(1, (-1, GROUP)))
+    return torch.cat([*(_grouped(packed, name) for name in formats.FORMATS[packed.format].tensors), codes], -1)
+
+
+def _write_q4_k(packed: Packed) -> torch.Tensor:
+    assert packed.supers is not None
+    scales, mins = (_lanes(packed, name).unflatten(1, (-1, 8)) for name in ("scales", "mins"))
+    low, high, low_min, high_min = scales[..., :4], scales[..., 4:], mins[..., :4], mins[..., 4:]
+    six = torch.cat([low | high >> 4 << 6, low_min | high_min >> 4 << 6, high & 15 | (high_min & 15) << 4], -1)
+    supers = packed.supers.permute(0, 3, 1, 2).flatten(0, 1)[: packed.rows]  # [rows, n, 2]
+    codes = _halves(_codes(packed, packed.quants, 2).unflatten(1, (-1, 4, 64))).flatten(-2)
+    return torch.cat([supers.contiguous().view(torch.uint8), six, codes], -1)
+
+
+def _write_q6_k(packed: Packed) -> torch.Tensor:
+    assert packed.high is not None
+    low = _halves(_codes(packed, packed.quants, 2).unflatten(1, (-1, 2, 128))).flatten(-2)
+    quarters = _codes(packed, packed.high, 4).unflatten(1, (-1, 2, 4, 32)).unbind(-2)
+    high = quarters[0] | quarters[1] << 2 | quarters[2] << 4 | quarters[3] << 6
+    scales = _lanes(packed, "scales").contiguous().view(torch.uint8).unflatten(1, (-1, 16))
+    return torch.cat([low, high.flatten(-2), scales, _raw(_lanes(packed, "supers"))], -1)
+
+
+_WRITERS: dict[str, Callable[[Packed], torch.Tensor]] = {
+    "q8": _write_q8_0,
+    "q4": _write_q4,
+    "q4_min": _write_q4,
+    "q4_k": _write_q4_k,
+    "q6_k": _write_q6_k,
 }

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -49,10 +52,24 @@ def load_tokenizer(file: GgufFile) -> PreTrainedTokenizerBase:
     folder, name = str(file.path.resolve().parent), file.path.name
     try:
         # Not AutoTokenizer: that reads the file three times, in seconds.
-        return PreTrainedTokenizerFast.from_pretrained(folder, gguf_file=name)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, gguf_file=name)
     except Exception as error:  # of many kinds, also of the Rust part
         reason = str(error).strip().split("\n")[0][:300]
         raise UserError(f"{file.path} has no tokenizer that can be used: {reason}") from error
+    if file.metadata.get("tokenizer.ggml.pre") == "smollm":  # which transformers takes for GPT-2's
+        single = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(single)
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is not None and len(tokenizer) > embedding.shape[0]:
+        _drop_invented_tokens(tokenizer, embedding.shape[0])
+    return tokenizer
+
+
+def _drop_invented_tokens(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """Remove tokens that the model has no row for: transformers adds GPT-2's <|endoftext|> where a file has none."""
+    facts = json.loads(tokenizer.backend_tokenizer.to_str())
+    facts["added_tokens"] = [token for token in facts["added_tokens"] if token["id"] < rows]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(facts))
 
 
 def load_model(
