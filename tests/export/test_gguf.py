@@ -15,7 +15,7 @@ import torch
 from gguf_files import ARCHITECTURES, Kind
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE, WordLevel
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedTokenizerFast
 
 import lissom
 from lissom.errors import UserError
@@ -164,6 +164,19 @@ def test_the_embedded_model_in_llama_cpp(tmp_path):
         logits = model(ids).logits[0].numpy()
     assert np.linalg.norm(logits - ours["logits"]) / np.linalg.norm(logits) < 0.1
     assert (logits.argmax(-1) == ours["logits"].argmax(-1)).mean() > 0.85
+
+
+def test_mistral_is_llama_as_far_as_its_window(tmp_path):
+    facts = gguf_files.model_of("llama").config.to_dict()
+    config = MistralConfig(**{key: value for key, value in facts.items() if key != "model_type"}, sliding_window=128)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    export_gguf(model, tokenizer_of(), tmp_path / "m.gguf")
+    again, _ = load_packed(tmp_path / "m.gguf")
+    assert again.config.model_type == "llama" and again.config.max_position_embeddings == 128
+    ids = torch.arange(100)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-3, atol=2e-3)
 
 
 def test_larger_groups_repeat_their_scale(tmp_path):

@@ -169,6 +169,15 @@ def test_a_missing_tensor(leave_out, tmp_path):
         load_packed(path)
 
 
+def test_hyperparameters_that_are_none(sound):
+    whole = sound.read_bytes()
+    for value, words in ((0, "does not fit"), (3, "does not fit|fit together|shape")):
+        key = whole.index(b"llama.attention.head_count") + len("llama.attention.head_count") + 4
+        sound.write_bytes(whole[:key] + struct.pack("<I", value) + whole[key + 4 :])
+        with pytest.raises(UserError, match=words):
+            load_packed(sound)
+
+
 def test_scales_that_are_no_numbers(tmp_path):
     model = gguf_files.model_of("llama")
     path = gguf_files.write(tmp_path / "m.gguf", model, Kind.Q8_0, "llama")

@@ -193,6 +193,7 @@ def _write(path: Path, architecture: str, metadata: dict[str, Any], entries: lis
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for entry in entries:
-        writer.write_tensor_data(np.ascontiguousarray(entry.make().numpy()))
+    with blocks.one_thread():
+        for entry in entries:
+            writer.write_tensor_data(np.ascontiguousarray(entry.make().numpy()))
     writer.close()

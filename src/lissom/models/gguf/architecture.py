@@ -133,12 +133,14 @@ def config_of(file: GgufFile) -> PreTrainedConfig:
         "num_key_value_heads": file.get("attention.head_count_kv", heads),
         "max_position_embeddings": file.require("context_length"),
         "rms_norm_eps": file.require("attention.layer_norm_rms_epsilon"),
-        "tie_word_embeddings": "output.weight" not in file.tensors,
     }
-    if not all(isinstance(value, int | float) for value in facts.values()):
+    if any(isinstance(value, list) for value in facts.values()):
         raise UserError(f"{file.path} has layers of different sizes, which is not supported.")
+    if not all(isinstance(value, int | float) and value > 0 for value in facts.values()):
+        raise UserError(f"{file.path} is damaged: its metadata does not fit its tensors.")
     if facts["hidden_size"] != embedding.shape[1] or not 0 < facts["num_hidden_layers"] < len(file.tensors):
         raise UserError(f"{file.path} is damaged: its metadata does not fit its tensors.")
+    facts["tie_word_embeddings"] = "output.weight" not in file.tensors
     facts["head_dim"] = file.get("attention.key_length", facts["hidden_size"] // heads)
     for role, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         facts[f"{role}_token_id"] = file.metadata.get(f"tokenizer.ggml.{key}_token_id")

@@ -5,7 +5,8 @@ The blocks are those of ggml-common.h in https://github.com/ggml-org/ggml; `gguf
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from gguf import GGML_QUANT_SIZES
@@ -14,6 +15,18 @@ from gguf import GGMLQuantizationType as Kind
 from lissom.errors import UserError
 from lissom.kernels import packed as formats
 from lissom.kernels.packed import GROUP, Packed
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """PyTorch on one thread: moving bytes gains nothing from more, and on a busy machine threads that wait for each
+    other at every small operation make it ten times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def pack(data: torch.Tensor, kind: Kind) -> Packed:

@@ -82,9 +82,10 @@ def load_model(
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
     known = names(architecture, model, config.num_hidden_layers)
     filler = _Filler(file, architecture, model, dtype)
-    for name, module in list(model.named_modules()):
-        if name in known:
-            filler.fill(name, module, known[name])
+    with blocks.one_thread():
+        for name, module in list(model.named_modules()):
+            if name in known:
+                filler.fill(name, module, known[name])
     if config.tie_word_embeddings:
         head = PackedLinear.of(model.get_input_embeddings().packed)
         model.set_output_embeddings(head)
