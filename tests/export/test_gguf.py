@@ -1,0 +1,272 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import gguf_files
+import numpy as np
+import pytest
+import torch
+from gguf_files import ARCHITECTURES, Kind
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE, WordLevel
+from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedTokenizerFast
+
+import lissom
+from lissom.errors import UserError
+from lissom.export.gguf import export_gguf
+from lissom.export.gguf_tokenizer import tokenizer_metadata
+from lissom.kernels.packed import pack_codes
+from lissom.models.gguf import GgufFile, load_packed
+from lissom.models.packed_layers import PackedLinear
+
+OTHER_PYTHON = os.environ.get("LISSOM_LLAMA_CPP_PYTHON")
+needs_llama_cpp = pytest.mark.skipif(
+    not OTHER_PYTHON and importlib.util.find_spec("llama_cpp") is None,
+    reason="needs llama-cpp-python, here or in the Python that LISSOM_LLAMA_CPP_PYTHON names",
+)
+PROBE = (
+    "In the 12 days of 2024: naïve Straße, 漢字, 🎉🏳️‍🌈, ½ + x²\n\n\tdef f(x):  return x**2  # done\r\n   it's 1,000.50 "
+)
+
+
+def llama_cpp(path: Path, **asked) -> dict[str, np.ndarray]:
+    output = path.with_suffix(".npz")
+    script = Path(__file__).with_name("run_llama_cpp.py")
+    command = [OTHER_PYTHON or sys.executable, script, path, output, json.dumps({"text": "a"} | asked)]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return dict(np.load(output))
+
+
+def tokenizer_of(merges=gguf_files.MERGES, tokens=gguf_files.TOKENS, pre=None, **options) -> PreTrainedTokenizerFast:
+    vocabulary = {token: number for number, token in enumerate(tokens[:-1])}
+    backend = Tokenizer(BPE(vocab=vocabulary, merges=[tuple(merge.split(" ")) for merge in merges], **options))
+    backend.pre_tokenizer = pre or pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=tokens[-1], pad_token=None)
+
+
+def sentencepiece_like(prefix: bool) -> PreTrainedTokenizerFast:
+    merges = ["▁ ▁", "t h", "i n", "▁ th", "th e", "▁th e", "▁ in", "▁ 1"]
+    letters = sorted({letter for letter in "▁thein12:." + PROBE.replace(" ", "▁") if letter not in "漢字🎉\t\r"})
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
+    tokens += [merge.replace(" ", "") for merge in merges]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    model = BPE(vocab=vocabulary, merges=[tuple(merge.split(" ")) for merge in merges], unk_token="<unk>",
+                byte_fallback=True, fuse_unk=True)  # fmt: skip
+    backend = Tokenizer(model)
+    steps = [normalizers.Prepend("▁")] if prefix else []
+    backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", bos_token="<s>", unk_token="<unk>")
+    if not prefix:  # as Gemma; behind such a token llama.cpp begins with a prefix again
+        tokenizer.add_tokens([AddedToken("▁▁", normalized=False)])
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", [Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q4_K, Kind.Q6_K],
+                         ids=lambda kind: kind.name)  # fmt: skip
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_a_file_comes_out_as_it_went_in(kind, architecture, tmp_path):
+    path = gguf_files.write(tmp_path / "in.gguf", gguf_files.model_of(architecture), kind, architecture)
+    export_gguf(*load_packed(path), tmp_path / "out.gguf", type="q4_0")
+    before, after = GgufFile(path), GgufFile(tmp_path / "out.gguf")
+    assert before.tensors.keys() == after.tensors.keys()
+    for name, tensor in before.tensors.items():
+        assert tensor.kind == after.tensors[name].kind and tensor.shape == after.tensors[name].shape
+        if len(tensor.shape) == 2:
+            assert np.array_equal(tensor.data, after.tensors[name].data), name
+        else:
+            assert np.allclose(tensor.data.view("<f4"), after.tensors[name].data.view("<f4"), atol=1e-6)
+    differ = {key for key, value in before.metadata.items() if after.metadata.get(key, value) != value}
+    assert not differ
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_dense_models_come_back_as_they_were(architecture, tmp_path):
+    model = gguf_files.model_of(architecture)
+    assert list(export_gguf(model, tokenizer_of(), tmp_path / "m.gguf")) == ["F32"]
+    again, tokenizer = load_packed(tmp_path / "m.gguf")
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-3, atol=2e-3)
+    assert tokenizer(PROBE).input_ids == tokenizer_of()(PROBE).input_ids
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_llama_cpp_computes_the_same(architecture, tmp_path):
+    changes = {}
+    if architecture == "gemma3":
+        changes = {"layer_types": (["sliding_attention"] * 2 + ["full_attention"]) * 2}
+    if architecture == "llama":
+        changes = {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
+                                       "high_freq_factor": 4.0, "original_max_position_embeddings": 64}}  # fmt: skip
+    if architecture == "qwen3":
+        changes = {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}
+    if architecture == "qwen2":
+        changes = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
+                                       "original_max_position_embeddings": 128}}  # fmt: skip
+    model = gguf_files.model_of(architecture, **changes)
+    tokenizer = tokenizer_of()
+    export_gguf(model, tokenizer, tmp_path / "m.gguf")
+    ids = torch.arange(100)[None]
+    with torch.no_grad():
+        expected = model(ids).logits[0]
+    found = llama_cpp(tmp_path / "m.gguf", ids=ids[0].tolist(), text=PROBE)
+    error = np.linalg.norm(found["logits"] - expected.numpy()) / expected.norm()
+    assert error < 0.01
+    assert found["tokens"].tolist() == tokenizer(PROBE).input_ids
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("type", ["f16", "bf16", "q8_0", "q4_0", "q4_1"])
+def test_llama_cpp_reads_every_type(type, tmp_path):
+    model = gguf_files.model_of("qwen2")
+    export_gguf(model, tokenizer_of(), tmp_path / "m.gguf", type)
+    again, _ = load_packed(tmp_path / "m.gguf")
+    ids = torch.arange(60)[None]
+    with torch.no_grad():
+        expected = again(ids).logits[0].numpy()
+    found = llama_cpp(tmp_path / "m.gguf", ids=ids[0].tolist())
+    assert np.linalg.norm(found["logits"] - expected) / np.linalg.norm(expected) < 0.05
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("prefix", [False, True])
+def test_llama_cpp_reads_text_as_sentencepiece_does(prefix, tmp_path):
+    tokenizer = sentencepiece_like(prefix)
+    model = gguf_files.model_of("gemma3")
+    model.resize_token_embeddings(len(tokenizer) + 5)  # rows beyond the tokenizer's
+    export_gguf(model, tokenizer, tmp_path / "m.gguf", "bf16")
+    found = llama_cpp(tmp_path / "m.gguf", text=PROBE)
+    assert found["tokens"].tolist() == tokenizer(PROBE).input_ids
+
+
+@needs_llama_cpp
+def test_the_embedded_model_in_llama_cpp(tmp_path):
+    original = lissom.models.assets.path("smollm2-135m-gguf") / lissom.models.assets.GGUF_NAME
+    (tmp_path / "original.gguf").symlink_to(original)
+    model, tokenizer = lissom.load(weights="packed")
+    export_gguf(model, tokenizer, tmp_path / "ours.gguf")
+    text = tokenizer.apply_chat_template([{"role": "user", "content": PROBE}], tokenize=False)
+    theirs, ours = (llama_cpp(tmp_path / f"{name}.gguf", text=text, new=16) for name in ("original", "ours"))
+    for name in theirs:
+        assert np.array_equal(theirs[name], ours[name]), name
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    assert ids[0].tolist() == ours["tokens"].tolist()
+    with torch.no_grad():
+        logits = model(ids).logits[0].numpy()
+    assert np.linalg.norm(logits - ours["logits"]) / np.linalg.norm(logits) < 0.1
+    assert (logits.argmax(-1) == ours["logits"].argmax(-1)).mean() > 0.85
+
+
+def test_mistral_is_llama_as_far_as_its_window(tmp_path):
+    facts = gguf_files.model_of("llama").config.to_dict()
+    config = MistralConfig(**{key: value for key, value in facts.items() if key != "model_type"}, sliding_window=128)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    export_gguf(model, tokenizer_of(), tmp_path / "m.gguf")
+    again, _ = load_packed(tmp_path / "m.gguf")
+    assert again.config.model_type == "llama" and again.config.max_position_embeddings == 128
+    ids = torch.arange(100)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-3, atol=2e-3)
+
+
+def test_larger_groups_repeat_their_scale(tmp_path):
+    model = gguf_files.model_of("qwen2")
+    random = torch.Generator().manual_seed(0)
+    for format, mins in (("q8", None), ("q4", None), ("q4_min", torch.randn(256, 4, generator=random))):
+        codes = torch.randint(0, 256 if format == "q8" else 16, (256, 256), generator=random, dtype=torch.uint8)
+        packed = pack_codes(codes, torch.randn(256, 4, generator=random), mins, format, group=64)
+        model.model.layers[0].self_attn.o_proj = PackedLinear.of(packed)
+        counts = export_gguf(model, tokenizer_of(), tmp_path / "m.gguf", "bf16")
+        assert counts["BF16"] == 14 and len(counts) == 2
+        again, _ = load_packed(tmp_path / "m.gguf")
+        assert torch.equal(again.model.layers[0].self_attn.o_proj.packed.unpack(), packed.unpack())
+
+
+def test_a_head_that_is_packed_by_itself_is_written(tmp_path):
+    model = gguf_files.model_of("qwen2")
+    rows = model.config.vocab_size
+    model.set_output_embeddings(
+        PackedLinear.of(pack_codes(torch.full((rows, 256), 130, dtype=torch.uint8), torch.ones(rows, 8), None, "q8"))
+    )
+    export_gguf(model, tokenizer_of(), tmp_path / "m.gguf", "f16")
+    file = GgufFile(tmp_path / "m.gguf")
+    assert (file.tensors["output.weight"].kind, file.tensors["token_embd.weight"].kind) == (Kind.Q8_0, Kind.F16)
+
+
+def test_matrices_that_do_not_fill_blocks(tmp_path):
+    model = gguf_files.model_of("qwen2", intermediate_size=80)
+    counts = export_gguf(model, tokenizer_of(), tmp_path / "m.gguf", "q4_0")
+    assert counts == {"Q4_0": 12, "F16": 2, "Q8_0": 1}
+
+
+def test_how_text_is_split():
+    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+    llama3 = words + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    qwen2 = llama3.replace("{1,3}", "")
+
+    def split(pattern):
+        plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), plain])
+
+    digits = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    for pre, options, name in (
+        (None, {}, "gpt-2"), (digits, {}, "smollm"), (split(llama3), {"ignore_merges": True}, "llama-bpe"),
+        (split(llama3), {}, "smaug-bpe"), (split(qwen2), {}, "qwen2"),
+    ):  # fmt: skip
+        assert tokenizer_metadata(tokenizer_of(pre=pre, **options), 300)["ggml.pre"] == name
+    for pre in (split("a|b"), pre_tokenizers.ByteLevel(add_prefix_space=True)):
+        with pytest.raises(UserError, match="does not split text"):
+            tokenizer_metadata(tokenizer_of(pre=pre), 300)
+
+
+def test_what_cannot_be_written(tmp_path):
+    from tiny import tiny_model
+
+    tokenizer, path = tokenizer_of(), tmp_path / "m.gguf"
+    with pytest.raises(UserError, match="type 'gpt2' cannot be written as GGUF: supported are llama, mistral"):
+        export_gguf(tiny_model("gpt2"), tokenizer, path)
+    model = gguf_files.model_of("llama")
+    with pytest.raises(UserError, match="expected one of auto, f16"):
+        export_gguf(model, tokenizer, path, "q3")
+    with pytest.raises(UserError, match="The tokenizer has 263 tokens, the model 100"):
+        tokenizer_metadata(tokenizer, 100)
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, unk_token="a")))
+    with pytest.raises(UserError, match="kind WordLevel"):
+        export_gguf(model, words, path)
+    model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(UserError, match="'dynamic' cannot be said"):
+        export_gguf(model, tokenizer, path)
+    model = gguf_files.model_of("llama")
+    model.model.layers[0].mlp.up_proj = torch.nn.Bilinear(2, 2, 2)
+    with pytest.raises(UserError, match=r"layers\.0\.mlp\.up_proj is a Bilinear"):
+        export_gguf(model, tokenizer, path)
+    model = gguf_files.model_of("gemma3", layer_types=["full_attention", "sliding_attention"] * 3)
+    with pytest.raises(UserError, match="regular intervals"):
+        export_gguf(model, tokenizer, path)
+    model = gguf_files.model_of("qwen3")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = 1e6
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj has weights beyond the range of F16"):
+        export_gguf(model, tokenizer, path, "f16")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command(lissom_cli, tmp_path):
+    gguf_files.write(tmp_path / "in.gguf", gguf_files.model_of("llama"), Kind.Q4_0, "llama")
+    done = lissom_cli("export", "gguf", tmp_path / "in.gguf", "-o", tmp_path / "out.gguf", "--json", "-")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["matrices"] == {"Q4_0": 16} and facts["bytes"] == (tmp_path / "out.gguf").stat().st_size
+    assert gguf.GGUFReader(tmp_path / "out.gguf").get_field("general.architecture").contents() == "llama"
+    done = lissom_cli("export", "gguf", tmp_path / "in.gguf", "-o", tmp_path / "x.gguf", "--type", "q2")
+    assert done.returncode == 2 and "expected one of auto, f16" in done.stderr
