@@ -19,6 +19,7 @@ from lissom.errors import UserError
 from lissom.kernels import native
 from lissom.kv import AttentionMatching, Eviction, KVBudget
 from lissom.kv.cache import WindowLayer
+from lissom.models.attention import installed
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no native kernels")
 EXACT = NativeDecode(kv="fp32")
@@ -193,10 +194,13 @@ def test_a_cache_can_be_cropped_copied_and_gone_on_with(architecture):
         two = model(ids[:, -1:].repeat(2, 1), past_key_values=cache).logits
         assert two[0].equal(two[1])
         cache.batch_select_indices(torch.tensor([1]))
-    # Outside the block the same cache goes on in transformers' own passes.
+    # Outside the block the same cache goes on in transformers' own passes, where the model can read it.
     fresh = DynamicCache(config=model.config)
     model(torch.cat([ids, ids[:, -1:]], 1), past_key_values=fresh)
-    close(model(ids[:, :1], past_key_values=cache).logits, model(ids[:, :1], past_key_values=fresh).logits)
+    with pytest.raises(UserError, match="install"):
+        model(ids[:, :1], past_key_values=copy.deepcopy(cache))
+    with installed(model):
+        close(model(ids[:, :1], past_key_values=cache).logits, model(ids[:, :1], past_key_values=fresh).logits)
 
 
 @torch.no_grad()

@@ -49,7 +49,9 @@ class NativePlan:
         body: Any = model.base_model
         self.info = describe_decoder(model)
         self._weights: list[Packed] = []
-        self._packing, self._kept, self._seen = packing, [], {}  # type: ignore[var-annotated]
+        self._packing = packing
+        self._kept: list[Any] = []
+        self._seen: dict[tuple[int, tuple[int, ...]], Packed] = {}
         self._sources: list[tuple[torch.Tensor, int, int]] = []
         self._rotary = body.rotary_emb
         self._kinds = self._rope_kinds()
@@ -191,11 +193,10 @@ class NativePlan:
 
     @staticmethod
     def _scale(module: Any) -> float:
+        if hasattr(module, "packed"):
+            return float(torch.tensor(module.scale).to(module.dtype))
         scale = getattr(module, "embed_scale", None)
-        if scale is None:
-            return 1.0
-        dtype = getattr(module, "dtype", None) or module.weight.dtype
-        return float(torch.as_tensor(scale).to(dtype))
+        return 1.0 if scale is None else float(torch.as_tensor(scale).to(module.weight.dtype))
 
     def _norm(self, module: Any) -> int | None:
         if module is None:
