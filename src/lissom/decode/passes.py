@@ -31,13 +31,13 @@ class NativePasses:
         plan: of the model's weights; made anew when a weight has changed.
     """
 
-    def __init__(self, model: PreTrainedModel, packing: Packing | None, kv_dtype: torch.dtype) -> None:
+    def __init__(self, model: PreTrainedModel, packing: Packing | None, kv_dtype: torch.dtype, planes: int = 2) -> None:
         """
         Raises:
             Unsupported: the model is not what the native pass computes.
         """
         self._model, self._packing, self._kv_dtype = model, packing, kv_dtype
-        self.plan = NativePlan(model, packing)
+        self.plan = NativePlan(model, packing, planes)
         self._hooks = [
             hooks
             for module in model.base_model.modules()
