@@ -12,6 +12,8 @@ FLOORS = (
     ("files",),
     ("devices", "kernels"),
     ("models",),
+    ("plugin",),
+    ("hook",),
     ("kv", "weights"),
     ("recipes", "evals"),
     ("evolve",),

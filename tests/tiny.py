@@ -8,7 +8,10 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
+    MistralConfig,
+    Phi3Config,
     PreTrainedModel,
+    Qwen2Config,
     Qwen3Config,
 )
 
@@ -39,12 +42,18 @@ _CONFIGS = {
         n_embd=64, n_layer=3, n_head=4, vocab_size=VOCAB, n_positions=512, initializer_range=0.3,
         bos_token_id=None, eos_token_id=None, pad_token_id=0,
     ),
+    "qwen2": lambda: Qwen2Config(
+        **_SHAPE, num_hidden_layers=3, num_key_value_heads=2, tie_word_embeddings=True,
+    ),
+    "mistral": lambda: MistralConfig(**_SHAPE, num_hidden_layers=3, num_key_value_heads=2, sliding_window=16),
+    "phi3": lambda: Phi3Config(**_SHAPE, num_hidden_layers=3, num_key_value_heads=2),
 }  # fmt: skip
-ARCHITECTURES = tuple(_CONFIGS)
+ARCHITECTURES = ("llama", "qwen3", "gemma3", "gpt2")
+ALL_ARCHITECTURES = tuple(_CONFIGS)  # where only weights matter, which is quick
 
 
 def tiny_model(architecture: str, attn_implementation: str = "sdpa") -> PreTrainedModel:
-    """A seeded model of one of `ARCHITECTURES`, fp32, on the CPU."""
+    """A seeded model of one of `ALL_ARCHITECTURES`, fp32, on the CPU."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(_CONFIGS[architecture](), attn_implementation=attn_implementation).eval()
     model.generation_config.pad_token_id = 0
@@ -53,3 +62,10 @@ def tiny_model(architecture: str, attn_implementation: str = "sdpa") -> PreTrain
 
 def random_ids(tokens: int, rows: int = 1, seed: int = 0) -> torch.Tensor:
     return torch.randint(1, VOCAB, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+class ByteTokenizer:
+    """A byte is a token: stands for a tokenizer where a text only has to become ids of the tiny models."""
+
+    def __call__(self, text: str, **options: object) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.tensor([[1 + byte % (VOCAB - 1) for byte in text.encode()]])}

@@ -5,21 +5,27 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lissom import hook
+
 if TYPE_CHECKING:
     from lissom.kv import AttentionMatching, CompactCache, Eviction, KVBudget, compact
     from lissom.models import load
+    from lissom.weights.quant import Quantize
 
 __version__ = "0.1.0"
-__all__ = ["AttentionMatching", "CompactCache", "Eviction", "KVBudget", "compact", "load"]
+__all__ = ["AttentionMatching", "CompactCache", "Eviction", "KVBudget", "Quantize", "compact", "load"]
 
 _HOMES = {
     "AttentionMatching": "lissom.kv",
     "CompactCache": "lissom.kv",
     "Eviction": "lissom.kv",
     "KVBudget": "lissom.kv",
+    "Quantize": "lissom.weights.quant",
     "compact": "lissom.kv",
     "load": "lissom.models",
 }
+
+hook.install()
 
 
 def __getattr__(name: str) -> Any:

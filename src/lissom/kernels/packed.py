@@ -152,6 +152,7 @@ def shapes(format: str, rows: int, columns: int, group: int = GROUP) -> dict[str
     if format.endswith("_k") and columns % SUPER:
         raise UserError(f"{format} needs a multiple of {SUPER} inputs; the matrix has {columns}.")
     byte, half = torch.uint8, torch.float16
+    found: dict[str, tuple[tuple[int, ...], torch.dtype]]
     found = {"quants": ((blocks, groups, 8 if format == "q8" else 4, BLOCK, 4), byte)}
     per_scale = group if not format.endswith("_k") else GROUP
     scales = (blocks, -(-columns // per_scale), BLOCK)

@@ -67,7 +67,8 @@ def test_rtn_covers_the_group(format):
 def test_rtn_is_the_oracle_s():
     """GGUF's Q4_0 and Q4_1 by their definition, in NumPy."""
     weight = matrix(5, 64).numpy()
-    for row, codes, scales in zip(weight, *(p.numpy() for p in _parts(rtn(torch.tensor(weight), GRIDS["q4"], 32)))):
+    coded = rtn(torch.tensor(weight), GRIDS["q4"], 32)
+    for row, codes, scales in zip(weight, coded.codes.numpy(), coded.scales.numpy(), strict=True):
         for g in range(2):
             block = row[32 * g : 32 * g + 32]
             scale = np.float16(block[np.abs(block).argmax()] / -8)
@@ -76,10 +77,6 @@ def test_rtn_is_the_oracle_s():
             assert np.array_equal(codes[32 * g : 32 * g + 32], wanted)
     coded = rtn(torch.tensor(weight), GRIDS["q4_min"], 32)
     assert np.array_equal(coded.mins.numpy(), weight.reshape(5, 2, 32).min(-1).astype(np.float16))
-
-
-def _parts(coded):
-    return coded.codes, coded.scales
 
 
 def test_zeros_and_constant_groups_are_exact():

@@ -1,4 +1,4 @@
-"""GPTQ: columns are rounded one after the other, and what is not yet rounded makes up for the error (arXiv 2210.17323)."""
+"""GPTQ (arXiv 2210.17323): columns are rounded one by one, and those that are left make up for the error."""
 
 from __future__ import annotations
 
