@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ _MODULES = (
 _LONG = 300  # characters that make a docstring prose
 
 
+@lru_cache(1)
 def builtin_text() -> str:
     """Long docstrings of Python's library: English and code, about 360 KB, on every machine, nothing imported."""
     found = []
