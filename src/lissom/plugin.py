@@ -63,10 +63,9 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         from lissom.models.packed_layers import skeleton
 
-        config = self.quantization_config
+        config, places = self.quantization_config, _places(model, self.quantization_config)
         for name, (format, group) in config.matrices.items():
-            place = _find(model, name)
-            if place is not None:
+            if (place := places.get(name)) is not None:
                 layer = skeleton(model.get_submodule(place), format, group, model.dtype)
                 if layer is None:
                     raise UserError(f"config.json does not fit the model: {place} is no matrix that can be packed.")
@@ -80,10 +79,10 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         from lissom.models.packed_layers import PackedEmbedding, PackedLinear
 
+        places = _places(model, self.quantization_config)
         for name, source in self.quantization_config.shared.items():
-            place, origin = _find(model, name), _find(model, source)
-            if place is not None and origin is not None:
-                model.get_submodule(place).hold(model.get_submodule(origin).packed)
+            if name in places and source in places:
+                model.get_submodule(places[name]).hold(model.get_submodule(places[source]).packed)
         for name, module in model.named_modules():
             if isinstance(module, PackedLinear | PackedEmbedding):
                 for kind, tensor in module.packed.tensors().items():
@@ -146,15 +145,16 @@ def _untie(model: nn.Module) -> None:
         model.all_tied_weights_keys = {}
 
 
-def _find(model: nn.Module, name: str) -> str | None:
-    """Where the module `name` lies in `model`, which may be the same model without its head."""
-    known = dict(model.named_modules())
-    for place in (name, name.removeprefix(f"{model.base_model_prefix}.")):
-        if place in known:
-            return place
-    if type(model).__name__ in (model.config.architectures or ()):
-        raise UserError(f"config.json does not fit the model: there is no {name}.")
-    return None
+def _places(model: nn.Module, config: PackedConfig) -> dict[str, str]:
+    """Where the packed modules lie in `model`, which may be the same model without its head."""
+    known, places = {name for name, _ in model.named_modules()}, {}
+    for name in config.matrices:
+        found = [place for place in (name, name.removeprefix(f"{model.base_model_prefix}.")) if place in known]
+        if found:
+            places[name] = found[0]
+        elif type(model).__name__ in (model.config.architectures or ()):
+            raise UserError(f"config.json does not fit the model: there is no {name}.")
+    return places
 
 
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8", torch.int8: "I8"}
