@@ -12,6 +12,8 @@ FLOORS = (
     ("files",),
     ("devices", "kernels"),
     ("models",),
+    ("plugin",),
+    ("hook",),
     ("kv", "weights"),
     ("decode",),  # runs over the storage of kv
     ("recipes", "evals", "export"),

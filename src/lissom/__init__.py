@@ -5,10 +5,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lissom import hook
+
 if TYPE_CHECKING:
     from lissom.decode import NativeDecode, Sampling, generate_text, generate_tokens
     from lissom.kv import AttentionMatching, CompactCache, Eviction, KVBudget, compact
     from lissom.models import load
+    from lissom.weights.quant import Quantize
 
 __version__ = "0.1.0"
 __all__ = [
@@ -17,6 +20,7 @@ __all__ = [
     "Eviction",
     "KVBudget",
     "NativeDecode",
+    "Quantize",
     "Sampling",
     "compact",
     "generate_text",
@@ -30,12 +34,15 @@ _HOMES = {
     "Eviction": "lissom.kv",
     "KVBudget": "lissom.kv",
     "NativeDecode": "lissom.decode",
+    "Quantize": "lissom.weights.quant",
     "Sampling": "lissom.decode",
     "compact": "lissom.kv",
     "generate_text": "lissom.decode",
     "generate_tokens": "lissom.decode",
     "load": "lissom.models",
 }
+
+hook.install()
 
 
 def __getattr__(name: str) -> Any:

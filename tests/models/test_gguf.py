@@ -90,7 +90,7 @@ def test_tied_weights_are_one_copy_and_dtype_is_of_the_activations(tmp_path):
     model, _ = lissom.load(path, torch.bfloat16, weights="packed")
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     assert embedding.quants.data_ptr() == head.quants.data_ptr()
-    assert embedding.scale == 16.0
+    assert embedding.embed_scale == 16.0
     output = model(torch.arange(5)[None], output_hidden_states=True)
     assert output.logits.dtype == torch.bfloat16 and {h.dtype for h in output.hidden_states} == {torch.bfloat16}
     assert embedding.scales.dtype == torch.float16 and not any(t.is_meta for t in model.buffers())

@@ -114,7 +114,7 @@ class Doubling:
     name: ClassVar[str] = "doubling"
     times: int = 1
 
-    def convert(self, model):
+    def convert(self, model, tokenizer=None):
         with torch.no_grad():
             model.lm_head.weight.mul_(2.0**self.times)
         return model

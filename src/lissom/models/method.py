@@ -47,7 +47,7 @@ class Method(Protocol):
     """A frozen dataclass of settings, registered as an entry point of the group `lissom.methods`.
 
     It is used in one of two ways: called with a model it is a context manager inside which the model runs with the
-    method, or it has `convert(model)`, which changes the weights in place and returns the model.
+    method, or it has `convert(model, tokenizer=None)`, which changes the weights in place and returns the model.
     """
 
     name: ClassVar[str]

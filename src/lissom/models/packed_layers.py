@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from lissom.kernels import packed as formats
 from lissom.kernels.packed import Packed, multiply, unpack
@@ -25,7 +26,11 @@ class _Product(torch.autograd.Function):
 
 
 class _PackedModule(nn.Module):
-    """Holds the tensors of a `Packed` as buffers of the same names."""
+    """Holds the tensors of a `Packed` as buffers of the same names.
+
+    Attributes:
+        shared: the tensors are another module's, which saves them: a tied head.
+    """
 
     def __init__(self, format: str, rows: int, columns: int, group: int, device: Any = None) -> None:
         super().__init__()
@@ -37,6 +42,14 @@ class _PackedModule(nn.Module):
     def packed(self) -> Packed:
         """The matrix, `[out_features, in_features]` or `[num_embeddings, embedding_dim]`."""
         return Packed(self.format, self.rows, self.columns, group=self.group, **dict(self.named_buffers(recurse=False)))
+
+    @property
+    def shared(self) -> bool:
+        return bool(self._non_persistent_buffers_set)
+
+    @shared.setter
+    def shared(self, value: bool) -> None:
+        self._non_persistent_buffers_set = set(self._buffers) if value else set()
 
     def hold(self, packed: Packed) -> None:
         """Take the tensors of `packed`, without a copy."""
@@ -91,8 +104,12 @@ class PackedLinear(_PackedModule):
 
 
 class PackedEmbedding(_PackedModule):
-    """`nn.Embedding` with packed, frozen weights. `dtype` is that of what it returns, `scale` what that is multiplied
-    with."""
+    """`nn.Embedding` with packed, frozen weights.
+
+    Attributes:
+        dtype: of what it returns.
+        embed_scale: what rows are multiplied with, as Gemma does.
+    """
 
     def __init__(
         self,
@@ -102,15 +119,16 @@ class PackedEmbedding(_PackedModule):
         group: int = formats.GROUP,
         device: Any = None,
         dtype: torch.dtype = torch.float32,
-        scale: float = 1.0,
+        embed_scale: float = 1.0,
     ) -> None:
         super().__init__(format, num_embeddings, embedding_dim, group, device)
-        self.num_embeddings, self.embedding_dim, self.dtype, self.scale = num_embeddings, embedding_dim, dtype, scale
+        self.num_embeddings, self.embedding_dim, self.dtype = num_embeddings, embedding_dim, dtype
+        self.embed_scale = embed_scale
 
     @classmethod
-    def of(cls, packed: Packed, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> PackedEmbedding:
+    def of(cls, packed: Packed, dtype: torch.dtype = torch.float32, embed_scale: float = 1.0) -> PackedEmbedding:
         """An embedding that holds `packed`, without a copy."""
-        layer = cls(packed.rows, packed.columns, packed.format, packed.group, device="meta", dtype=dtype, scale=scale)
+        layer = cls(packed.rows, packed.columns, packed.format, packed.group, "meta", dtype, embed_scale)
         layer.hold(packed)
         return layer
 
@@ -118,4 +136,42 @@ class PackedEmbedding(_PackedModule):
         """`ids` `[...]` to `[..., embedding_dim]`."""
         rows = unpack(self.packed.select(ids.flatten())).to(self.dtype).view(*ids.shape, self.embedding_dim)
         # The scale is rounded first, as in models that keep it as a tensor of their dtype.
-        return rows if self.scale == 1.0 else rows * torch.tensor(self.scale, dtype=self.dtype, device=rows.device)
+        factor = torch.tensor(self.embed_scale, dtype=self.dtype, device=rows.device)
+        return rows if self.embed_scale == 1.0 else rows * factor
+
+
+def skeleton(module: nn.Module, format: str, group: int, dtype: torch.dtype | None = None) -> _PackedModule | None:
+    """The packed layer that can take the place of `module`, without data (on the meta device).
+
+    None where it is no `nn.Linear`, `nn.Embedding` or `Conv1D` of GPT-2, or a subclass that computes something else.
+    """
+    kind = type(module)
+    if kind is nn.Linear:
+        bias = module.bias is not None
+        return PackedLinear(module.in_features, module.out_features, format, group, bias, "meta", dtype)
+    if kind is Conv1D:
+        return PackedLinear(module.nx, module.nf, format, group, True, "meta", dtype)
+    # Gemma's embeddings are a subclass that multiplies, with the factor in this attribute.
+    scale = getattr(module, "scalar_embed_scale", None if kind is not nn.Embedding else 1.0)
+    if isinstance(module, nn.Embedding) and scale is not None:
+        sizes = module.num_embeddings, module.embedding_dim
+        return PackedEmbedding(*sizes, format, group, "meta", dtype or torch.float32, float(scale))
+    return None
+
+
+def replace(model: nn.Module, name: str, packed: Packed, shared: bool = False) -> None:
+    """Put the packed layer with `packed` in the place of the module `name`, which is freed; its bias is kept.
+
+    Args:
+        shared: see `_PackedModule`.
+    """
+    module = model.get_submodule(name)
+    layer = skeleton(module, packed.format, packed.group, module.weight.dtype)
+    if layer is None or (layer.rows, layer.columns) != (packed.rows, packed.columns):
+        raise ValueError(f"{name} is no matrix of {packed.rows} x {packed.columns}.")
+    layer.hold(packed)
+    layer.shared = shared
+    if isinstance(layer, PackedLinear) and layer.bias is not None:
+        layer.bias = nn.Parameter(module.bias.detach(), requires_grad=False)
+    layer.train(module.training)
+    model.set_submodule(name, layer)

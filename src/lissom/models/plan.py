@@ -196,7 +196,7 @@ class NativePlan:
     @staticmethod
     def _scale(module: Any) -> float:
         if hasattr(module, "packed"):
-            return float(torch.tensor(module.scale).to(module.dtype))
+            return float(torch.tensor(module.embed_scale).to(module.dtype))
         scale = getattr(module, "embed_scale", None)
         return 1.0 if scale is None else float(torch.as_tensor(scale).to(module.weight.dtype))
 

@@ -117,7 +117,7 @@ class Recipe(BaseModel):
         """The model in its dtype, with every method applied that changes weights."""
         model, tokenizer = lissom.models.load(self.model, self.dtype, weights=self.weights)
         for method in self.halves()[0].build():
-            model = method.convert(model)
+            model = method.convert(model, tokenizer)
         return model, tokenizer
 
     @contextmanager
