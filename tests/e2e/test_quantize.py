@@ -68,14 +68,17 @@ def test_other_folders_are_not_written_over(lissom_cli, tiny_folder, tmp_path):
 
 
 def test_ctrl_c_leaves_nothing_half_written(tiny_folder, tmp_path):
-    command = [sys.executable, "-m", "lissom", "quantize", str(tiny_folder), "-o", str(tmp_path / "out")]
-    command += ["--calibration-tokens", "65536"]
+    output, pipe = tmp_path / "out", tmp_path / "text"
+    os.mkfifo(pipe)
+    command = [sys.executable, "-m", "lissom", "quantize", str(tiny_folder), "-o", str(output)]
+    command += ["--calibration", str(pipe), "--calibration-tokens", "65536"]
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
-    time.sleep(6)
+    pipe.write_text("all the king's horses and all the king's men " * 20000)  # returns when it has been read
+    time.sleep(1)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 2 and "Interrupted" in err and "Traceback" not in err
-    assert not list(tmp_path.iterdir())
+    assert list(tmp_path.iterdir()) == [pipe]
