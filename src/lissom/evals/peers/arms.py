@@ -61,8 +61,10 @@ ARMS: tuple[Arm, ...] = (
     Arm("transformers bf16", "transformers", "folder", {"dtype": "bfloat16"}),
     Arm("torch.compile fp32", "torch_compile", "folder", {"dtype": "float32"}, "torch.compile"),
     Arm("torch.compile bf16", "torch_compile", "folder", {"dtype": "bfloat16"}, "torch.compile"),
+    Arm("openvino int8", "openvino", "folder", {"bits": 8}, prepared=True),
+    Arm("openvino int4", "openvino", "folder", {"bits": 4}, prepared=True),
+    Arm("onnxruntime int4", "onnxruntime", "folder", prepared=True),
 )
-NAMES = tuple(dict.fromkeys(arm.runtime for arm in ARMS))
 
 
 def _words(arm: Arm) -> set[str]:

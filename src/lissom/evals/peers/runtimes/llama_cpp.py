@@ -1,6 +1,7 @@
 """llama.cpp by the low-level functions of llama-cpp-python, so that its Python layer costs next to nothing.
 
-Settings: `gguf`, `flash` (flash attention on or off), `threads`. The cache is F16, prompts are read 512 tokens at a time.
+Settings: `gguf`, `flash` (flash attention on or off), `threads`. The cache is F16; prompts are read 512 tokens at a
+time.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """`torch.compile` around transformers' decode step with a static cache. The prompt is read uncompiled, as transformers
-advises: compiling it would be done again for every length.
+advises: compiling it would be done again for every length. Weights are frozen into the step, which lets the compiler
+lay them out for its kernels; that is faster than without.
 
 Settings: `folder`, `dtype` (a torch dtype's name), `threads`.
 """
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._inductor.config as inductor
 import transformers
 from transformers import AutoModelForCausalLM, StaticCache
 
@@ -17,6 +19,7 @@ from transformers import AutoModelForCausalLM, StaticCache
 class Runtime:
     def __init__(self, settings: dict[str, Any]) -> None:
         torch.set_num_threads(settings["threads"])
+        inductor.freezing = True
         self._model = AutoModelForCausalLM.from_pretrained(
             settings["folder"], dtype=getattr(torch, settings["dtype"]), attn_implementation="sdpa"
         ).eval()
