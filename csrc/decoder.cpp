@@ -107,7 +107,7 @@ class Pass {
     const int64_t count = rows * wide;
     int64_t bytes = Arena::size<float>(count);
     if (integers_)
-      bytes += Arena::size<int8_t>(count) + 2 * Arena::size<float>(count / kGroup) + Arena::size<int32_t>(count / 16);
+      bytes += Arena::size<int8_t>(kPlanes * count) + 2 * Arena::size<float>(count / kGroup) + Arena::size<int32_t>(count / 16);
     if (halves_) bytes += Arena::size<uint16_t>(count);
     return bytes;
   }
@@ -116,9 +116,10 @@ class Pass {
     const int64_t count = rows * wide;
     Activations x{};
     x.rows = rows;
+    x.planes = plan_.planes;
     x.values = arena.take<float>(count);
     if (integers_) {
-      x.quants = arena.take<int8_t>(count);
+      x.quants = arena.take<int8_t>(kPlanes * count);
       x.scales = arena.take<float>(count / kGroup);
       x.sums = arena.take<float>(count / kGroup);
       x.totals = arena.take<int32_t>(count / 16);

@@ -23,6 +23,7 @@ enum Format : int64_t {
 
 constexpr int64_t kBlock = 16;  // interleaved output rows
 constexpr int64_t kGroup = 32;  // inputs that share a scale of the activations
+constexpr int64_t kPlanes = 2;  // bytes of an activation at most
 
 struct Matrix {
   int64_t format, rows, columns;  // of the matrix as it was: y[rows] = W x[columns]
@@ -38,8 +39,9 @@ struct Matrix {
 // Vectors that matrices are multiplied with, in the forms that the formats ask for.
 struct Activations {
   int64_t rows, columns;   // columns rounded up to kGroup
+  int64_t planes;          // bytes of a quant: with two its rounding is negligible, with one a product costs half
   const float* values;     // [rows][columns]
-  const int8_t* quants;    // [rows][columns]
+  const int8_t* quants;    // [rows][columns / 32][planes][32]: quant = 256 * the first plane + the second
   const float* scales;     // [rows][columns / 32]: value = scale * quant
   const float* sums;       // the same: sum of scale * quant over the group
   const int32_t* totals;   // [rows][columns / 16]: sum of quants
@@ -125,6 +127,7 @@ struct Plan {
   Matrix embedding, head;
   const float* final_norm;
   int64_t layer_count, rope_count, hidden, intermediate, query_heads, kv_heads, head_dim, activation;
+  int64_t planes;  // see Activations
   float epsilon, attention_scale, attention_softcap, final_softcap, embedding_scale;
 };
 

@@ -104,11 +104,11 @@ int attention_statistics(const AttentionStatistics& s, int threads) {
 }
 
 // target = m x for vectors [rows][columns rounded up to kGroup].
-int multiply(const Matrix& m, const float* values, int64_t rows, float* out, int threads) {
+int multiply(const Matrix& m, const float* values, int64_t rows, int64_t planes, float* out, int threads) {
   const Kernels& isa = kernels();
   const int64_t wide = (m.columns + kGroup - 1) / kGroup * kGroup, count = rows * wide;
   static thread_local std::vector<char> memory;
-  const int64_t bytes = count * 3 + count / kGroup * 16 + 4 * 64;
+  const int64_t bytes = count * (kPlanes + 2) + count / kGroup * 16 + 4 * 64;
   if (static_cast<int64_t>(memory.size()) < bytes) memory.resize(bytes);
   char* next = memory.data();
   const auto take = [&](int64_t size) {
@@ -119,9 +119,10 @@ int multiply(const Matrix& m, const float* values, int64_t rows, float* out, int
   Activations x{};
   x.rows = rows;
   x.columns = wide;
+  x.planes = planes;
   x.values = values;
   if (m.format >= kQ8) {
-    x.quants = reinterpret_cast<int8_t*>(take(count));
+    x.quants = reinterpret_cast<int8_t*>(take(kPlanes * count));
     x.scales = reinterpret_cast<float*>(take(count / kGroup * 4));
     x.sums = reinterpret_cast<float*>(take(count / kGroup * 4));
     x.totals = reinterpret_cast<int32_t*>(take(count / kGroup * 8));
@@ -178,8 +179,8 @@ int lissom_attention_statistics(const AttentionStatistics* arguments, int thread
   return guarded([&] { return attention_statistics(*arguments, threads); });
 }
 
-int lissom_multiply(const Matrix* matrix, const float* vectors, int64_t rows, float* out, int threads) {
-  return guarded([&] { return multiply(*matrix, vectors, rows, out, threads); });
+int lissom_multiply(const Matrix* matrix, const float* vectors, int64_t rows, int64_t planes, float* out, int threads) {
+  return guarded([&] { return multiply(*matrix, vectors, rows, planes, out, threads); });
 }
 
 // out [rows][columns] = the matrix, dequantised.

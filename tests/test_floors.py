@@ -13,6 +13,7 @@ FLOORS = (
     ("devices", "kernels"),
     ("models",),
     ("kv", "weights"),
+    ("decode",),  # runs over the storage of kv
     ("recipes", "evals", "export"),
     ("evolve",),
     ("report",),

@@ -6,18 +6,34 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lissom.decode import NativeDecode, Sampling, generate_text, generate_tokens
     from lissom.kv import AttentionMatching, CompactCache, Eviction, KVBudget, compact
     from lissom.models import load
 
 __version__ = "0.1.0"
-__all__ = ["AttentionMatching", "CompactCache", "Eviction", "KVBudget", "compact", "load"]
+__all__ = [
+    "AttentionMatching",
+    "CompactCache",
+    "Eviction",
+    "KVBudget",
+    "NativeDecode",
+    "Sampling",
+    "compact",
+    "generate_text",
+    "generate_tokens",
+    "load",
+]
 
 _HOMES = {
     "AttentionMatching": "lissom.kv",
     "CompactCache": "lissom.kv",
     "Eviction": "lissom.kv",
     "KVBudget": "lissom.kv",
+    "NativeDecode": "lissom.decode",
+    "Sampling": "lissom.decode",
     "compact": "lissom.kv",
+    "generate_text": "lissom.decode",
+    "generate_tokens": "lissom.decode",
     "load": "lissom.models",
 }
 

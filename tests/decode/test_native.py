@@ -303,7 +303,7 @@ def test_nan_weights_are_refused():
     "method", [AttentionMatching(ratio=0.3, min_tokens=32), Eviction(ratio=0.3, min_tokens=32)], ids=str
 )
 def test_compaction_goes_on_natively(architecture, method, calls):
-    """The prompt may need transformers' passes for its queries; the tokens behind it are native, biases included."""
+    """Prompt, repeat pass and the tokens behind them are native, biases included."""
     model, ids = tiny_model(architecture), random_ids(80)
     with method(model):
         wanted = model.generate(
@@ -311,7 +311,7 @@ def test_compaction_goes_on_natively(architecture, method, calls):
         )
     with EXACT(model), method(model):
         got = model.generate(ids, max_new_tokens=8, do_sample=False, return_dict_in_generate=True, output_logits=True)
-    assert calls[-7:] == [1] * 7
+    assert calls[0] == 80 and calls[-7:] == [1] * 7
     full = [layer for layer in got.past_key_values.layers if not layer.is_sliding]
     assert all(layer.store.lengths.max() < 50 for layer in full)
     close(torch.stack(got.logits), torch.stack(wanted.logits))

@@ -54,7 +54,7 @@ def made(format: str, rows: int, columns: int, group: int, seed: int) -> tuple[P
 
 
 def rounded(x: torch.Tensor) -> np.ndarray:
-    """Activations as integer formats see them: 8 bits, one scale for 32."""
+    """Activations of one byte as integer formats see them, with one scale for 32."""
     padded = torch.nn.functional.pad(x, (0, -x.shape[1] % 32)).numpy().reshape(len(x), -1, 32)
     scale = np.abs(padded).max(-1, keepdims=True) / np.float32(127)
     inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
@@ -85,22 +85,23 @@ def on(isa: str, work):
     odd=st.integers(0, 31),
     group=st.sampled_from([32, 64, 128]),
     vectors=st.integers(1, 40),
+    planes=st.sampled_from([1, 2]),
     seed=st.integers(0, 1000),
 )
 @settings(max_examples=12, deadline=None)
-def test_products_are_those_of_the_format(isa, format, rows, columns, odd, group, vectors, seed):
+def test_products_are_those_of_the_format(isa, format, rows, columns, odd, group, vectors, planes, seed):
     columns, group = (256 * (1 + columns // 4), 32) if format.endswith("_k") else (32 * columns - odd, group)
     packed, weight = made(format, rows, columns, group, seed)
     x = torch.from_numpy(np.random.default_rng(seed + 1).standard_normal((vectors, columns)).astype(np.float32))
     bias = torch.linspace(-1, 1, rows)
-    got = on(isa, lambda: formats.multiply(x, packed, bias)).numpy()
-    seen = x.double().numpy()
+    got = on(isa, lambda: formats.multiply(x, packed, bias, planes)).numpy()
+    seen, exact = x.double().numpy(), 3e-6
     if isa != "reference" and format not in FLOATS:
-        seen = rounded(x)
+        seen, exact = (rounded(x), exact) if planes == 1 else (seen, 1e-4)  # 15 bits and a sign
     if isa == "avx512_bf16" and format == "bf16" and vectors > 16:
         seen = x.bfloat16().double().numpy()
     wanted = seen @ weight.T + bias.numpy()
-    np.testing.assert_allclose(got, wanted, atol=3e-6 * max(1.0, np.abs(wanted).max()), rtol=1e-5)
+    np.testing.assert_allclose(got, wanted, atol=exact * max(1.0, np.abs(wanted).max()), rtol=1e-5)
     unpacked = on(isa, lambda: formats.unpack(packed)).numpy()
     np.testing.assert_allclose(unpacked, weight, atol=1e-6 * np.abs(weight).max(), rtol=1e-6)
 
@@ -177,5 +178,7 @@ def test_padding_and_extremes_do_not_reach_the_result():
     packed = formats.pack_codes(codes, torch.ones(16, 2), None, "q8")
     x = torch.stack([torch.full((64,), 127.0), torch.zeros(64), torch.full((64,), -127.0)])
     for isa in native.available_isas():
-        got = on(isa, lambda: formats.multiply(x, packed))
-        assert got[:, 0].tolist() == [127.0 * 127 * 64, 0.0, -127.0 * 127 * 64], isa
+        for planes in (1, 2):
+            got = on(isa, lambda planes=planes: formats.multiply(x, packed, None, planes))
+            wanted = torch.tensor([127.0 * 127 * 64, 0.0, -127.0 * 127 * 64])
+            torch.testing.assert_close(got[:, 0], wanted, rtol=2e-5, atol=0, msg=isa)

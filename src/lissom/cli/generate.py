@@ -26,14 +26,23 @@ def generate(
     kv_budget: str = typer.Option(None, metavar="SIZE", help="Keep the KV cache within this, e.g. 8MB."),
     max_new_tokens: int = typer.Option(128, min=1, help="Tokens to generate at most."),
     temperature: float = typer.Option(0.0, min=0.0, help="0 is greedy."),
+    top_k: int = typer.Option(0, min=0, help="Draw from the k most likely tokens only; 0 is all."),
+    top_p: float = typer.Option(1.0, min=0.0, max=1.0, help="Draw from the likeliest tokens of this mass only."),
+    min_p: float = typer.Option(
+        0.0, min=0.0, max=1.0, help="Draw from tokens of this share of the likeliest one only."
+    ),
+    repetition_penalty: float = typer.Option(1.0, help="Above 1: what was said already is less likely."),
+    stop: list[str] = typer.Option([], "--stop", metavar="TEXT", help="End before this text; may be repeated."),
+    native: bool = typer.Option(True, "--native/--no-native", help="Run in native code where the model allows."),
+    kv: str = typer.Option("bf16", help="Keys and values of native passes: bf16, int8 or fp32."),
     dtype: str = typer.Option(None, help="float32, bfloat16, float16 or auto. [default: the recipe's, or auto]"),
     seed: int = typer.Option(0, min=0, max=2**61, help="Seed, where temperature is above 0."),
 ) -> None:
     """Generate an answer and print it as it comes."""
     import torch
     from rich.console import Console
-    from transformers import TextStreamer
 
+    from lissom.decode import NativeDecode, Sampling, generate_text
     from lissom.errors import UserError
     from lissom.kv import KVBudget, file
     from lissom.kv.document import document_ids, question_ids
@@ -44,14 +53,19 @@ def generate(
         raise UserError("The prompt is empty.")
     if any(0xD800 <= ord(letter) < 0xE000 for letter in prompt):
         raise UserError("The prompt is no text in UTF-8.")
-    if 0 < temperature < 1e-3:
-        raise UserError(f"--temperature {temperature} is next to greedy: use 0 for that, or at least 0.001.")
+    sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p, seed)
     if cache is not None and document is not None:
         raise UserError("Give either --cache or --document: a cache file holds its document already.")
     text = None if document is None else read_text(document)
     chosen = _recipe(model, recipe, dtype)
+    methods = chosen.build()
     if kv_budget:
-        chosen = Recipe.of(*chosen.build(), KVBudget(kv_budget), **chosen.model_dump(exclude={"methods"}))
+        methods.append(KVBudget(kv_budget))
+    facts = chosen.model_dump(exclude={"methods"})
+    if native and not any(isinstance(method, NativeDecode) for method in methods):
+        methods.insert(0, NativeDecode(kv=kv))  # type: ignore[arg-type]
+        facts |= {} if dtype else {"weights": "packed"}  # a dtype that is asked for is that of dense weights
+    chosen = Recipe.of(*methods, **facts)
     with Console(stderr=True).status(f"loading {model}"):
         network, tokenizer = chosen.load_model()
     stored, tokens = None, torch.empty(1, 0, dtype=torch.int64)
@@ -69,18 +83,19 @@ def generate(
             f"The prompt has {ids.shape[1]} tokens and {max_new_tokens} are to come; the model reads at most {limit}. "
             "Shorten the document or --max-new-tokens."
         )
-    ids = ids.to(network.device)
-    torch.manual_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     with chosen.running(network):
-        network.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            past_key_values=stored,
+        pieces = generate_text(
+            network,
+            tokenizer,
+            ids.to(network.device),
             max_new_tokens=max_new_tokens,
-            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-            **sampling,
+            sampling=sampling,
+            cache=stored,
+            stop_strings=stop,
         )
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    print()
 
 
 def _recipe(model: str, file: Path | None, dtype: str | None) -> Recipe:

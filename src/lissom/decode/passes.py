@@ -31,13 +31,13 @@ class NativePasses:
         plan: of the model's weights; made anew when a weight has changed.
     """
 
-    def __init__(self, model: PreTrainedModel, packing: Packing | None, kv_dtype: torch.dtype) -> None:
+    def __init__(self, model: PreTrainedModel, packing: Packing | None, kv_dtype: torch.dtype, planes: int = 2) -> None:
         """
         Raises:
             Unsupported: the model is not what the native pass computes.
         """
         self._model, self._packing, self._kv_dtype = model, packing, kv_dtype
-        self.plan = NativePlan(model, packing)
+        self.plan = NativePlan(model, packing, planes)
         self._hooks = [
             hooks
             for module in model.base_model.modules()
@@ -61,8 +61,8 @@ class NativePasses:
         for layer, window in zip(cache.layers, self.plan.windows, strict=False):
             if not isinstance(layer, CompactLayer):
                 raise NotNative(f"the cache has a {type(layer).__name__}")
-            if layer.observer is not None:
-                raise NotNative("a method reads the queries of this pass")
+            if layer.observer is not None and layer.in_order:
+                raise NotNative("a method compacts each layer on the way")
             if window and not (isinstance(layer, WindowLayer) and layer.window == window):
                 raise NotNative("the cache has other windows than the model")
             if layer.store is None:
@@ -117,6 +117,8 @@ class NativePasses:
             self.plan.refresh(int(positions.max()) + 1)
         followed = [layer for layer in layers if type(layer).after_pass is not CompactLayer.after_pass]
         recent = max((layer.queries_wanted for layer in followed), default=0)
+        observed = [layer for layer in layers if layer.observer is not None]
+        scaling = float(self.plan.plan.attention_scale)
         queries: list[torch.Tensor] = []
         done = 0
         for first in range(0, tokens, chunk):
@@ -124,18 +126,22 @@ class NativePasses:
             here = [token - first for token in wanted if first <= token < last]
             part = logits[:, done : done + len(here)] if here else None
             holes = None if gaps is None else self._holes(gaps, layers, last - first, tokens - last)
-            taken = self._query_buffer(rows * (last - first)) if last > tokens - recent else None
+            taken = self._query_buffer(rows * (last - first)) if observed or last > tokens - recent else None
             self._step(layers, ids[:, first:last], positions[:, first:last], holes, here, part, taken)
-            if taken is not None:
-                queries.append(taken.unflatten(1, (rows, last - first))[:, :, max(0, tokens - recent - first) :])
+            if taken is not None:  # [layers, rows, heads, tokens, head_dim]
+                seen = taken.unflatten(1, (rows, last - first)).transpose(2, 3)
+                for layer in observed:
+                    layer.observer(layer, seen[layer.index], scaling, first)
+                if last > tokens - recent:
+                    queries.append(seen[:, :, :, max(0, tokens - recent - first) :])
             done += len(here)
             if progress is not None:
                 progress(last)
-        whole = torch.cat(queries, 2).transpose(2, 3) if queries else None  # [layers, rows, heads, tokens, head_dim]
+        whole = torch.cat(queries, 3) if queries else None
         for layer in followed:
             visible = torch.ones(rows, layer.tail, dtype=torch.bool) if mask is None else mask[:, -layer.tail :].bool()
             own = None if whole is None else whole[layer.index]
-            layer.after_pass(own, visible, float(self.plan.plan.attention_scale))
+            layer.after_pass(own, visible, scaling)
         return logits
 
     def _query_buffer(self, vectors: int) -> torch.Tensor:

@@ -194,7 +194,7 @@ def _probe(model: PreTrainedModel, ids: torch.Tensor, full: Cache) -> tuple[torc
     if not (isinstance(full, CompactCache) and isinstance(cache, CompactCache)):
         return model(ids, past_key_values=cache).logits, probes
     for _, layer in cache.compact_layers():
-        layer.observer = lambda layer, query, scaling: queries.append((query, scaling))
+        layer.observer = lambda layer, query, scaling, first: queries.append((query, scaling))
     logits = model(ids, past_key_values=cache).logits
     layers = zip(cache.compact_layers(), full.compact_layers(), queries, strict=True)
     for (_, after), (_, before), (query, scaling) in layers:

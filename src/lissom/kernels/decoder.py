@@ -48,7 +48,7 @@ class Plan(ctypes.Structure):
             (name, ctypes.c_int64)
             for name in (
                 *("layer_count", "rope_count", "hidden", "intermediate"),
-                *("query_heads", "kv_heads", "head_dim", "activation"),
+                *("query_heads", "kv_heads", "head_dim", "activation", "planes"),
             )
         ),
         *(

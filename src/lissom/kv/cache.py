@@ -18,7 +18,7 @@ from lissom.kv.storage import Block, RaggedStore
 from lissom.models import describe_decoder
 from lissom.models.attention import AttentionHandle, install
 
-Observer = Callable[["CompactLayer", torch.Tensor, float], None]
+Observer = Callable[["CompactLayer", torch.Tensor, float, int], None]
 
 # Up to here one pass over the ragged blocks is cheaper than making them dense; above, matrix products pay.
 _FEW_QUERIES = 16
@@ -38,7 +38,9 @@ class CompactLayer(CacheLayerMixin):
         logical: tokens read so far, padding included.
         index: of the layer in the model.
         tail: entries at the end of every block that stand for the last `tail` tokens, one for one.
-        observer: called with (layer, query, scaling) before each attention, where a compaction wants the queries.
+        observer: called with (layer, query, scaling, first), where a compaction wants the queries `[rows, query heads,
+            tokens, head_dim]` from token `first` of the pass on; their keys and values are stored already.
+        in_order: whether the observer changes the storage, and must be called before the layer's attention.
     """
 
     is_sliding = False
@@ -53,6 +55,7 @@ class CompactLayer(CacheLayerMixin):
         self.logical = 0
         self.tail = 0
         self.observer: Observer | None = None
+        self.in_order = False
 
     @property
     def is_initialized(self) -> bool:  # type: ignore[override]
@@ -109,7 +112,7 @@ class CompactLayer(CacheLayerMixin):
             softcap: logit soft cap; a few queries only.
         """
         if self.observer is not None:
-            self.observer(self, query, scaling)
+            self.observer(self, query, scaling, 0)
         assert self.store is not None
         if mask is not None:
             mask = mask[:, 0, :, -self.tail :].expand(query.shape[0], -1, -1)

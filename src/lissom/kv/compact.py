@@ -381,12 +381,12 @@ def _compact_on_the_way(cache: Cache, method: Compactor, recorder: QueryRecorder
     Layer l then sees queries that have passed the compacted layers below it: on-policy fitting in one pass.
     """
 
-    def observe(layer: CompactLayer, query: torch.Tensor, scaling: float) -> None:
-        recorder.observe(layer, query, scaling)
+    def observe(layer: CompactLayer, query: torch.Tensor, scaling: float, first: int) -> None:
+        recorder.observe(layer, query, scaling, first)
         compact_layer(layer, method, recorder)
 
     for _, layer in compact_layers(cache):
-        layer.observer = observe
+        layer.observer, layer.in_order = observe, True
 
 
 def _problem(

@@ -91,14 +91,14 @@ class QueryRecorder:
     def recording(self, cache: Cache) -> Iterator[None]:
         """Record every forward pass inside the block."""
         layers = [layer for _, layer in compact_layers(cache)]
-        before = [layer.observer for layer in layers]
+        before = [(layer.observer, layer.in_order) for layer in layers]
         for layer in layers:
-            layer.observer = self.observe
+            layer.observer, layer.in_order = self.observe, False
         try:
             yield
         finally:
-            for layer, observer in zip(layers, before, strict=True):
-                layer.observer = observer
+            for layer, (observer, in_order) in zip(layers, before, strict=True):
+                layer.observer, layer.in_order = observer, in_order
 
     def expect(self, first_position: int, visible: torch.Tensor) -> None:
         """Announce a forward pass over tokens from `first_position` with padding mask `visible` `[rows, tokens]`."""
@@ -114,12 +114,14 @@ class QueryRecorder:
         others = torch.randperm(last, generator=generator)[: max(0, self.limit - (len(tokens) - last))].sort().values
         return tokens[torch.cat([others, torch.arange(last, len(tokens))])]
 
-    def observe(self, layer: CompactLayer, query: torch.Tensor, scaling: float) -> None:
-        """Keep the announced tokens' queries; the observer of a `CompactLayer`."""
+    def observe(self, layer: CompactLayer, query: torch.Tensor, scaling: float, first: int) -> None:
+        """Keep the announced tokens' queries, which may come in stretches; the observer of a `CompactLayer`."""
         assert self._picks, "expect() comes before the forward pass"
         self._scaling[layer.index] = scaling
-        for row, picked in enumerate(self._picks):
-            queries = query[row, :, picked.to(query.device)].detach()
+        last = first + query.shape[2]
+        for row, picks in enumerate(self._picks):
+            picked = picks[(picks >= first) & (picks < last)]
+            queries = query[row, :, (picked - first).to(query.device)].detach()
             self._queries.setdefault((layer.index, row), []).append(queries)
             if self.own_mass:
                 mass = _own_mass(layer, row, queries, scaling, picked, self._shown[row])
@@ -144,6 +146,7 @@ def _own_mass(
     assert store is not None
     blocks = [store.block(row * store.heads + head) for head in range(store.heads)]
     keys = torch.stack([block.keys[len(block.keys) - layer.tail :] for block in blocks]).float()
+    shown = shown[: layer.tail]
     bias = torch.zeros(shown.shape, device=keys.device).masked_fill_(~shown.to(keys.device), -torch.inf)
     found = attention_statistics(
         query.float().reshape(store.heads, -1, query.shape[-1]),

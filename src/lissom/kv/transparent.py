@@ -24,9 +24,9 @@ def _both(first: Observer | None, second: Observer) -> Observer:
     if first is None:
         return second
 
-    def observe(layer: CompactLayer, query: torch.Tensor, scaling: float) -> None:
-        first(layer, query, scaling)
-        second(layer, query, scaling)
+    def observe(layer: CompactLayer, query: torch.Tensor, scaling: float, begin: int) -> None:
+        first(layer, query, scaling, begin)
+        second(layer, query, scaling, begin)
 
     return observe
 
@@ -71,7 +71,7 @@ def compacted_after_prefill(model: PreTrainedModel, method: Compactor) -> Iterat
         cache, ids, visible, recorder = states.pending
         states.pending = None
         for _, layer in compact_layers(cache):
-            layer.observer = None
+            layer.observer, layer.in_order = None, False
         with torch.no_grad():
             study(model, cache, ids, visible, method, recorder)
             if not method.on_policy:

@@ -63,9 +63,25 @@ def fingerprint(model: PreTrainedModel) -> str:
     settings = [getattr(config, name, None) for name in ("rope_parameters", "sliding_window", "query_pre_attn_scalar")]
     facts = (model.config.model_type, describe_decoder(model), json.dumps(settings, sort_keys=True, default=str))
     digest = hashlib.sha256(repr(facts).encode())
-    for name, weight in sorted(model.state_dict().items()):
-        flat = weight.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 16)][:16].to(torch.bfloat16).view(torch.int16).cpu()
+    for name, sample in sorted(_samples(model).items()):
         digest.update(name.encode())
-        digest.update(sample.numpy().tobytes())
+        digest.update(sample.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _samples(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Up to 16 values of every weight; of packed ones, of what they stand for, by the name of the dense weight."""
+    samples, inside = {}, []
+    for name, module in model.named_modules():
+        packed = getattr(module, "packed", None)
+        if packed is None:
+            continue
+        places = torch.arange(0, packed.rows * packed.columns, max(1, packed.rows * packed.columns // 16))[:16]
+        rows = packed.select(places // packed.columns).unpack()
+        samples[f"{name}.weight"] = rows[torch.arange(len(places)), places % packed.columns]
+        inside += [f"{name}.{part}" for part in packed.tensors()]
+    for name, weight in model.state_dict().items():
+        if name not in inside:
+            flat = weight.detach().flatten()
+            samples[name] = flat[:: max(1, flat.numel() // 16)][:16]
+    return samples

@@ -36,8 +36,9 @@ class NativePlan:
         windows: of each layer, 0 where it sees everything.
     """
 
-    def __init__(self, model: PreTrainedModel, packing: Packing | None = None) -> None:
-        """
+    def __init__(self, model: PreTrainedModel, packing: Packing | None = None, planes: int = 2) -> None:
+        """`planes`: bytes of an activation that meets integer weights.
+
         Raises:
             Unsupported: the model is not what the native pass computes.
         """
@@ -75,6 +76,7 @@ class NativePlan:
             *(len(layers), len(self._kinds), config.hidden_size, mlp.down_proj.in_features),
             *(self.info.num_attention_heads, self.info.num_key_value_heads, self.info.head_dim),
             decoder.ACTIVATIONS[name],
+            planes,
             self._epsilon(body.norm),
             first.scaling,
             0.0,

@@ -21,6 +21,7 @@ from lissom.recipes.registry import build, explained
 
 FILE_NAME = "recipe.yaml"
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Weights = Literal["dense", "packed"]
 
 
 class Recipe(BaseModel):
@@ -29,6 +30,7 @@ class Recipe(BaseModel):
     Attributes:
         model: asset, model folder, .gguf file or Hub id.
         dtype: of the weights; `auto` is the checkpoint's own.
+        weights: `dense`, or `packed`: a GGUF file computes with its own blocks.
         threads: of PyTorch and the native kernels; None leaves them as they are.
         methods: in the order in which they are applied, each `{key: settings}`; in YAML a bare key is enough.
     """
@@ -37,6 +39,7 @@ class Recipe(BaseModel):
 
     model: str = DEFAULT_MODEL
     dtype: Dtype = "auto"
+    weights: Weights = "dense"
     threads: int | None = Field(default=None, ge=1)
     methods: tuple[dict[str, dict[str, Any]], ...] = ()
 
@@ -112,7 +115,7 @@ class Recipe(BaseModel):
 
     def load_model(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model in its dtype, with every method applied that changes weights."""
-        model, tokenizer = lissom.models.load(self.model, self.dtype)
+        model, tokenizer = lissom.models.load(self.model, self.dtype, weights=self.weights)
         for method in self.halves()[0].build():
             model = method.convert(model)
         return model, tokenizer
@@ -135,6 +138,7 @@ class Recipe(BaseModel):
     def label(self) -> str:
         """The recipe in a few words, for tables and plots."""
         words: list[str] = [self.dtype] if self.dtype != "auto" else []
+        words += ["packed"] if self.weights == "packed" else []
         words += [f"{self.threads} thread{'s' * (self.threads > 1)}"] if self.threads else []
         words += [str(method) for method in self.build()]
         return " + ".join(words) or "untouched"
