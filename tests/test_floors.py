@@ -14,7 +14,8 @@ FLOORS = (
     ("models",),
     ("kv", "weights"),
     ("decode",),  # runs over the storage of kv
-    ("recipes", "evals", "export"),
+    ("recipes", "export"),
+    ("evals",),  # also of what was exported
     ("evolve",),
     ("report",),
     ("cli",),

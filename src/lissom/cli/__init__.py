@@ -11,7 +11,9 @@ import typer
 from lissom import __version__
 from lissom.errors import UserError
 
-COMMANDS = ("optimize", "apply", "compare", "generate", "compact", "budgets", "export", "check", "assets", "doctor")
+COMMANDS = (
+    "optimize", "apply", "compare", "generate", "compact", "budgets", "export", "check", "bench", "assets", "doctor",
+)  # fmt: skip
 
 _INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt
 

@@ -1,10 +1,10 @@
-"""What is compared: lissom in its three ways of running, and what a user would pick instead."""
+"""What is compared: lissom in the ways it can run, and what a user would pick instead."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,14 +47,18 @@ class Arm:
 OURS = "lissom"
 
 
-def _lissom(name: str, through: str = "loop", ratio: float = 1.0) -> Arm:
-    return Arm(name, "lissom", "model", {"through": through, "ratio": ratio, "weights": "auto", "kv": "bf16"})
+_NATIVE = {"weights": "auto", "kv": "bf16", "activations": "int16"}
+
+
+def _lissom(name: str, **changes: Any) -> Arm:
+    return Arm(name, "lissom", "model", {"through": "loop", "ratio": 1.0, **_NATIVE, **changes})
 
 
 ARMS: tuple[Arm, ...] = (
     _lissom(OURS),
     _lissom("lissom generate()", through="generate"),
-    _lissom("lissom, cache ÷ 10", ratio=0.1),
+    _lissom("lissom int8 activations", activations="int8"),
+    _lissom("lissom cache ÷ 10", ratio=0.1),
     Arm("llama.cpp, plain", "llama_cpp", "gguf", {"flash": False}, "llama.cpp"),
     Arm("llama.cpp, flash attention", "llama_cpp", "gguf", {"flash": True}, "llama.cpp"),
     Arm("transformers fp32", "transformers", "folder", {"dtype": "float32"}),
@@ -68,28 +72,27 @@ ARMS: tuple[Arm, ...] = (
 
 
 def _words(arm: Arm) -> set[str]:
-    """What --only may call an arm."""
-    return {arm.name, arm.label, arm.runtime, arm.label.split()[0].rstrip(","), arm.runtime.replace("_", ".")}
+    """What an arm, with others, may be called in a choice."""
+    return {arm.name, arm.label, arm.label.split()[0]}
 
 
-def choose(only: Sequence[str] = (), weights: str = "auto", kv: str = "bf16") -> tuple[Arm, ...]:
+def choose(only: Sequence[str] = (), **native: str) -> tuple[Arm, ...]:
     """The arms that `only` names, by runtime (`lissom`, `llama.cpp`) or one by one; all of them where it is empty.
 
     Args:
-        weights, kv: of `NativeDecode`; `auto` is the layers' own where the model is packed, else int4.
+        native: settings of `NativeDecode` that all of lissom's arms have instead of their own; weights="auto" is the
+            layers' own where the model is packed, else int4.
 
     Raises:
         UserError: a name is unknown.
     """
     for name in only:
         if not any(name in _words(arm) for arm in ARMS):
-            known = dict.fromkeys(arm.label.split()[0].rstrip(",") for arm in ARMS)
+            known = dict.fromkeys(arm.label.split()[0] for arm in ARMS)
             raise UserError(f"There is no runtime {name!r} to compare with. Known: {', '.join(known)}.")
     chosen = [arm for arm in ARMS if not only or _words(arm) & set(only)]
-    ours = {"weights": weights, "kv": kv}
     return tuple(
-        Arm(arm.name, arm.runtime, arm.needs, {**arm.settings, **ours}) if arm.runtime == "lissom" else arm
-        for arm in chosen
+        replace(arm, settings={**arm.settings, **native}) if arm.runtime == "lissom" else arm for arm in chosen
     )
 
 

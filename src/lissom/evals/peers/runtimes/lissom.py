@@ -1,7 +1,7 @@
 """lissom itself: native decode through its own loop, through `model.generate()`, or behind a compacted cache.
 
-Settings: `model`, `weights` and `kv` (see `NativeDecode`), `through` (`loop` or `generate`), `ratio` (of the cache to
-keep, 1 for all of it), `threads`.
+Settings: `model`, `weights`, `kv` and `activations` (see `NativeDecode`), `through` (`loop` or `generate`), `ratio` (of
+the cache to keep, 1 for all of it), `threads`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class Runtime:
         self._through = settings["through"]
         self._model, _ = lissom.load(settings["model"], weights="packed")
         self._inside = ExitStack()
-        self._inside.enter_context(NativeDecode(weights=settings["weights"], kv=settings["kv"])(self._model))
+        native_decode = NativeDecode(**{name: settings[name] for name in ("weights", "kv", "activations")})
+        self._inside.enter_context(native_decode(self._model))
         if settings["ratio"] < 1:
             # The cheapest queries: only the steps behind the compacted cache are of interest.
             method = AttentionMatching(ratio=settings["ratio"], queries="context")
