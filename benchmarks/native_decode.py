@@ -1,5 +1,5 @@
-"""Native decode against what one would use instead: decoding behind 512 and 8192 tokens, the time to the first token, and
-a model of a billion parameters beside the memory's bandwidth.
+"""Native decode against what one would use instead: decoding behind 512 and 8192 tokens, the time to the first token,
+and a model of a billion parameters beside the memory's bandwidth.
 
 A killed run goes on behind the last part that was measured, unless lissom was changed since. Runtimes that another
 Python has are used where LISSOM_LLAMA_CPP_PYTHON, LISSOM_OPENVINO_PYTHON or LISSOM_ONNXRUNTIME_PYTHON names it."""
@@ -22,7 +22,7 @@ from lissom.cli.common import bars
 from lissom.devices.machine import describe, measure_bandwidth
 from lissom.devices.meters import threads
 from lissom.evals.journal import Journal
-from lissom.evals.peers import OURS, Comparison, Size, choose, compare, summarise
+from lissom.evals.peers import ARMS, OURS, Comparison, Size, compare, summarise
 from lissom.evals.random_model import random_llama
 from lissom.evals.stats import median_interval
 from lissom.report.peers import result, rows, tables
@@ -39,6 +39,7 @@ class Part:
 
     Attributes:
         name: first word of its rows.
+        arms: by their labels.
         layers: of the random model; 0 is `MODEL`.
         bandwidth: whether the memory's bandwidth is measured around it.
     """
@@ -66,7 +67,7 @@ def parts(quick: bool, counts: Sequence[int]) -> list[Part]:
             Part("first token", 128, most, (OURS, INT8, "transformers bf16"), Size(reads=2, rounds=0)),
             Part("billion", 64, most, (OURS, INT8, "llama.cpp"), size, layers=2, bandwidth=True),
         ]
-    known = tuple(dict.fromkeys(arm.label for arm in choose()))
+    known = tuple(dict.fromkeys(arm.label for arm in ARMS))
     decode, long = Size(reads=3, rounds=9), Size(long_reads=1, rounds=7)
     return [
         *(Part("decode", 512, count, known, decode) for count in counts),
@@ -93,7 +94,8 @@ def measure(part: Part, progress) -> dict:
     """The comparison as plain values, with bytes per second read before and after it."""
     model = str(random_llama(part.layers)) if part.layers else MODEL
     speeds = [bandwidth(part.threads)] if part.bandwidth else []
-    found = compare(model, (part.context,), (part.threads,), choose(part.arms), part.size, progress)
+    arms = tuple(arm for arm in ARMS if arm.label in part.arms)
+    found = compare(model, (part.context,), (part.threads,), arms, part.size, progress)
     if part.bandwidth:
         speeds.append(bandwidth(part.threads))
     return {"comparison": found.to_dict(), "bandwidth": speeds}
