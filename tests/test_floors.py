@@ -16,7 +16,8 @@ FLOORS = (
     ("hook",),
     ("kv", "weights"),
     ("decode",),  # runs over the storage of kv
-    ("recipes", "evals", "export"),
+    ("recipes", "export"),
+    ("evals",),  # also of what was exported
     ("evolve",),
     ("report",),
     ("cli",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,3 +30,25 @@ def paired_bootstrap(
     draws = np.random.default_rng(seed).integers(0, len(values), (samples, len(values)))
     low, high = np.quantile(values[draws].mean(1), [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(values.mean()), float(low), float(high))
+
+
+def median_interval(values: Sequence[float], samples: int = 4000, level: float = 0.95, seed: int = 0) -> Interval:
+    """Median with its percentile bootstrap interval; of few values that is next to their range."""
+    known = np.asarray(values, dtype=float)
+    draws = np.random.default_rng(seed).integers(0, len(known), (samples, len(known)))
+    low, high = np.quantile(np.median(known[draws], 1), [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(np.median(known)), float(low), float(high))
+
+
+def ratio_interval(
+    above: Sequence[float], below: Sequence[float], samples: int = 4000, level: float = 0.95, seed: int = 0
+) -> Interval:
+    """Median of `above` / median of `below`, positive values of the same rounds, with its bootstrap interval over
+    rounds; where their numbers differ they are drawn apart."""
+    one, other = np.asarray(above, dtype=float), np.asarray(below, dtype=float)
+    random = np.random.default_rng(seed)
+    first = random.integers(0, len(one), (samples, len(one)))
+    second = first if len(one) == len(other) else random.integers(0, len(other), (samples, len(other)))
+    ratios = np.median(one[first], 1) / np.median(other[second], 1)
+    low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(np.median(one) / np.median(other)), float(low), float(high))

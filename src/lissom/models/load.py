@@ -50,7 +50,7 @@ def load(
         dtype = _DTYPES[dtype]
     if weights not in ("dense", "packed"):
         raise UserError(f"weights={weights!r}: expected 'dense' or 'packed'.")
-    source, file = _locate(str(name_or_path), weights == "packed")
+    source, file = locate(str(name_or_path), weights == "packed")
     if file is not None and dtype == "auto":
         dtype = torch.float32
     if file is not None and weights == "packed":
@@ -74,7 +74,7 @@ def _say(text: str) -> None:
     print(f"lissom: {text}", file=sys.stderr)
 
 
-def _locate(name: str, packed: bool) -> tuple[str, str | None]:
+def locate(name: str, packed: bool) -> tuple[str, str | None]:
     """What `from_pretrained` takes: (folder or Hub id, GGUF file name or None); `packed`: a GGUF file where one is."""
     path = Path(name)
     models = [asset.name for asset in assets.ASSETS.values() if asset.kind == "model"]
