@@ -19,7 +19,7 @@ from lissom.recipes import Recipe
 def measured(loss, size, first, decode):
     return Measured(
         Recipe(),
-        [{"cache_bytes": size, "scores": []}],
+        [{"cache_bytes": size, "weight_bytes": 0, "scores": []}],
         [Timing(1, first, first, decode, 1.0, None)],
         Interval(loss, loss, loss),
     )
