@@ -2,9 +2,9 @@
 
 The search is a ladder. First how the model runs (native passes, the file's own blocks, dtype, threads), then its
 weights in fewer bits, then every other method, each rung on the best of the ones below that spends at most half of the
-accepted loss; then the most promising once more on the next best runtime. Each rung measures a little of every candidate (one document, one
-timed run), drops what another beats in everything, and measures the rest on the survivors. At the end the recommended
-recipe is measured beside other runtimes.
+accepted loss; then the most promising once more on the next best runtime. Each rung measures a little of every
+candidate (one document, one timed run), drops what another beats in everything, and measures the rest on the survivors.
+At the end the recommended recipe is measured beside other runtimes.
 """
 
 from __future__ import annotations
