@@ -63,8 +63,8 @@ class NativeDecode:
             raise UserError(f"activations={self.activations!r}: expected one of {', '.join(_PLANES)}.")
 
     def __str__(self) -> str:
-        others = ", ".join(f"{name}={value}" for name, value in changed(self).items())
-        return f"{self.name} ({others})" if others else self.name
+        others = ", ".join(f"{name} {value}" for name, value in changed(self).items())
+        return f"native ({others})" if others else "native"
 
     @classmethod
     def candidates(cls, context: SearchContext) -> Sequence[Self]:

@@ -15,7 +15,7 @@ from lissom.report.results import cells
 
 _COLOURS = ("#3b6ef5", "#e0701b", "#169b72", "#a34bd6", "#c9a400", "#d03d6c")
 _GREY = "#8a93a3"
-_PEER_HEADINGS = {"decode ratio": "lissom is faster by", "first token ratio": "lissom is sooner by"}
+_PEER_HEADINGS = {"decode ratio": "lissom is faster by", "first": "first token", "first ratio": "lissom is sooner by"}
 _PEERS_EXPLAINED = (
     "What one would run instead, measured in this run, in turns, each in a process of its own, on prompts of the "
     "documents' length, at its own generation loop. (The tables of recipes time transformers' <code>generate()</code>, "

@@ -83,8 +83,8 @@ def _line(here: dict[tuple[str, str], Value], label: str, ours: str) -> dict[str
         "tokens/s": "" if decode is None else f"{decode.interval.estimate:.1f}",
         "[95 %]": "" if decode is None else f"{decode.interval.low:.1f}–{decode.interval.high:.1f}",
         "decode ratio": _factor(here, "decode", label, ours),
-        "first token": "" if first is None else f"{first.interval.estimate:.3f} s",
-        "first token ratio": _factor(here, "first token", label, ours),
+        "first": "" if first is None else f"{first.interval.estimate:.3f} s",
+        "first ratio": _factor(here, "first token", label, ours),
         "memory": "" if peak is None else f"{peak.rounds[0] / 1e6:.0f} MB",
     }
 
@@ -108,7 +108,7 @@ def tables(comparison: Comparison) -> list[Table]:
             left = heading == "runtime"
             table.add_column(
                 f"{OURS} x" if "ratio" in heading else heading,
-                min_width=20 if left else None,
+                min_width=18 if left else None,
                 justify="left" if left else "right",
                 no_wrap=not left,
             )

@@ -83,14 +83,17 @@ def cells(m: Measured, outcome: Outcome) -> dict[str, str]:
 
 
 def table(outcome: Outcome, everything: bool = False) -> Table:
-    """The Pareto front (or `everything`), best quality first; the chosen recipe is marked."""
-    wanted = outcome.measured if everything else (outcome.base, *outcome.front)
+    """The Pareto front within the accepted loss (or `everything`), best quality first; the chosen recipe is marked."""
+    acceptable = [m for m in outcome.front if m.loss.estimate <= outcome.max_loss]
+    wanted = outcome.measured if everything else (outcome.base, *acceptable)
     shown = sorted({id(m): m for m in wanted}.values(), key=lambda m: m.loss.estimate)
-    title = f"{'Recipes' if everything else 'Pareto front'} ({len(outcome.measured)} measured)"
+    heading = f"Pareto front within a loss of {outcome.max_loss:.1%}"
+    more = f", {len(outcome.front) - len(acceptable)} more beyond it" if len(acceptable) < len(outcome.front) else ""
+    title = f"{'Recipes' if everything else heading} ({len(outcome.measured)} measured{more})"
     view = Table(title=title, box=SIMPLE, padding=(0, 1, 0, 0))  # narrow: eighty columns show everything
     view.add_column("recipe", min_width=18)
-    for heading in ("loss", "facts", "first", "decode", "weights", "cache", "memory", "energy"):
-        view.add_column(heading, justify="right", no_wrap=True)
+    for name in ("loss", "facts", "first", "decode", "weights", "cache"):
+        view.add_column(name, justify="right", no_wrap=True)
     device = outcome.profile
     for m in shown:
         view.add_row(
@@ -101,7 +104,5 @@ def table(outcome: Outcome, everything: bool = False) -> Table:
             f"{1 / device.decode(m):.1f}/s",
             f"{m.weight_bytes / 1e6:.0f} MB",
             f"{m.cache_bytes / 1e6:.1f} MB",
-            "" if m.peak_bytes is None else f"{m.peak_bytes / 1e9:.2f} GB",
-            "n/a" if m.energy is None else f"{m.energy:.0f} J",
         )
     return view
