@@ -62,9 +62,13 @@ def generate(
     if kv_budget:
         methods.append(KVBudget(kv_budget))
     facts = chosen.model_dump(exclude={"methods"})
-    if native and not any(isinstance(method, NativeDecode) for method in methods):
+    if not native:
+        methods = [method for method in methods if not isinstance(method, NativeDecode)]
+    elif not any(isinstance(method, NativeDecode) for method in methods):
         methods.insert(0, NativeDecode(kv=kv))  # type: ignore[arg-type]
-        facts |= {} if dtype else {"weights": "packed"}  # a dtype that is asked for is that of dense weights
+        # A dtype that is asked for is that of dense weights, and a method that changes weights begins with those.
+        dense = dtype or any(hasattr(method, "convert") for method in methods)
+        facts |= {} if dense else {"weights": "packed"}
     chosen = Recipe.of(*methods, **facts)
     with Console(stderr=True).status(f"loading {model}"):
         network, tokenizer = chosen.load_model()
