@@ -7,6 +7,7 @@
 #include <pthread.h>
 #include <sched.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -43,22 +44,28 @@ class Pool {
   // has the pool, `work` runs on the caller alone: it must take its share from a common counter.
   static void run(int64_t helpers, const std::function<void()>& work) {
     if (helpers <= 0 || busy_.test_and_set(std::memory_order_acquire)) return work();
-    if (const OpenMp parallel = openmp())
-      parallel([](void* given) { (*static_cast<const std::function<void()>*>(given))(); },
-               const_cast<std::function<void()>*>(&work), static_cast<unsigned>(helpers + 1), 0);
+    if (const OpenMp* openmp = OpenMp::here())
+      openmp->parallel([](void* given) { (*static_cast<const std::function<void()>*>(given))(); },
+                       const_cast<std::function<void()>*>(&work),
+                       static_cast<unsigned>(std::min<int64_t>(helpers + 1, openmp->limit())), 0);
     else
       instance().share(helpers, work);
     busy_.clear(std::memory_order_release);
   }
 
  private:
-  // The entry of GNU's OpenMP library, which others provide too: (function, its argument, threads, flags).
-  using OpenMp = void (*)(void (*)(void*), void*, unsigned, unsigned);
-  static OpenMp openmp() {
-    watch_forks();
-    static const OpenMp found = reinterpret_cast<OpenMp>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-    return forked_ ? nullptr : found;
-  }
+  // Entries of GNU's OpenMP library, which others provide too.
+  struct OpenMp {
+    void (*parallel)(void (*)(void*), void*, unsigned threads, unsigned flags);
+    int (*limit)();  // it ends the process where more threads are not to be had
+
+    static const OpenMp* here() {
+      watch_forks();
+      static const OpenMp found = {reinterpret_cast<decltype(parallel)>(dlsym(RTLD_DEFAULT, "GOMP_parallel")),
+                                   reinterpret_cast<decltype(limit)>(dlsym(RTLD_DEFAULT, "omp_get_max_threads"))};
+      return forked_ || !found.parallel || !found.limit ? nullptr : &found;
+    }
+  };
 
   static void watch_forks() {
     // After a fork only the forking thread exists, so the child begins with a pool of its own. Neither is ever
