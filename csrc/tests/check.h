@@ -14,7 +14,7 @@ class Random {
   int64_t below(int64_t count) { return static_cast<int64_t>(engine_() % static_cast<uint64_t>(count)); }
   int64_t between(int64_t first, int64_t last) { return first + below(last - first + 1); }
   bool chance(int64_t of = 2) { return below(of) == 0; }
-  double uniform(double size = 1.0) { return size * (2.0 * static_cast<double>(engine_() >> 11) / 9007199254740992.0 - 1.0); }
+  double uniform(double size = 1.0) { return size * (std::ldexp(static_cast<double>(engine_() >> 11), -52) - 1.0); }
   template <typename T>
   T one_of(std::initializer_list<T> choices) {
     return choices.begin()[below(static_cast<int64_t>(choices.size()))];
@@ -146,7 +146,7 @@ class Weights {
     if (format_ == kF16) return value_of_half(read<uint16_t>(quants_, (block * even + k) * 16 + lane));
     if (format_ == kBF16)
       return value_of_bfloat16(read<uint16_t>(quants_, ((block * even / 2 + k / 2) * 16 + lane) * 2 + k % 2));
-    const auto half = [&](const std::vector<uint8_t>& from, int64_t at) { return value_of_half(read<uint16_t>(from, at)); };
+    const auto half = [&](const auto& from, int64_t at) { return value_of_half(read<uint16_t>(from, at)); };
     if (format_ == kQ8) return half(scales_, scale) * (quants_[(group * 8 + chunk) * 64 + place] - 128);
     const int nibble = quants_[(group * 4 + chunk / 2) * 64 + place] >> chunk % 2 * 4 & 15;
     switch (format_) {
@@ -268,14 +268,15 @@ class Store {
 inline void expect(const std::string& what, int64_t index, double got, double wanted, double tolerance) {
   if (std::fabs(got - wanted) <= tolerance) return;
   char text[200];
-  std::snprintf(text, sizeof text, ": number %lld is %.9g, expected %.9g within %.2g", static_cast<long long>(index), got,
-                wanted, tolerance);
+  std::snprintf(text, sizeof text, ": number %lld is %.9g, expected %.9g within %.2g", static_cast<long long>(index),
+                got, wanted, tolerance);
   throw std::runtime_error(what + text);
 }
 
 // "rows 3, columns 40": what a failing case was.
 inline std::string described(std::initializer_list<std::pair<const char*, int64_t>> numbers) {
   std::string text;
-  for (const auto& [name, number] : numbers) text += (text.empty() ? "" : ", ") + std::string(name) + " " + std::to_string(number);
+  for (const auto& [name, number] : numbers)
+    text += (text.empty() ? "" : ", ") + std::string(name) + " " + std::to_string(number);
   return text;
 }

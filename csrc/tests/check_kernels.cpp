@@ -146,17 +146,19 @@ void check_targets(Random& random) {
       std::vector<float> scratch(kernels().multiply_scratch(c.columns));
       kernels().quantise(x, 0, c.count);
       kernels().multiply(c.weights.matrix, first, last - first, x, target, scratch.data());
-      const std::string what = c.what + ", output " + std::to_string(output) + ", activation " + std::to_string(target.activation);
+      const std::string what = c.what + ", " + described({{"output", output}, {"activation", target.activation}});
       for (int64_t v = 0; v < c.count; ++v)
         for (int64_t row = 0; row < stride; ++row) {
           const double old = before[v * stride + row];
           double wanted = old;
           if (row >= first * 16 && row < std::min(last * 16, c.rows)) {
             const double product = c.wanted(v, row);
-            wanted = output == kStore ? product : output == kAdd ? old + product : old * activated(product, target.activation);
+            wanted = output == kStore ? product : old + product;
+            if (output == kGate) wanted = old * activated(product, target.activation);
           }
           // No activation is steeper than 1.2.
-          expect(what, v * stride + row, out[v * stride + row], wanted, 1.2 * c.tolerance(v) + 1e-6 * std::fabs(wanted));
+          const double tolerance = 1.2 * c.tolerance(v) + 1e-6 * std::fabs(wanted);
+          expect(what, v * stride + row, out[v * stride + row], wanted, tolerance);
         }
     }
 }
@@ -435,7 +437,7 @@ class Decoder {
           if (m->rows)
             for (const double y : product(*m, x)) query[v].push_back(y);
         for (int64_t h = 0; h < plan.query_heads + plan.kv_heads; ++h)
-          turn(layer, positions[v], query[v].data() + h * size, h < plan.query_heads ? layer.query_norm : layer.key_norm);
+          turn(layer, h < plan.query_heads ? layer.query_norm : layer.key_norm, positions[v], query[v].data() + h * size);
         for (int64_t i = 0; i < heads; ++i) {
           const int64_t place = (l * vectors + v) * heads + i;
           expect(what + ", queries", place, queries[place], query[v][i], slack * (1 + largest(query[v])));
@@ -510,7 +512,7 @@ class Decoder {
     if (norm) branch = normed(branch, norm);
     for (size_t i = 0; i < stream.size(); ++i) stream[i] += branch[i];
   }
-  void turn(const Layer& layer, int64_t position, double* vector, const float* norm) const {
+  void turn(const Layer& layer, const float* norm, int64_t position, double* vector) const {
     if (norm) {
       const std::vector<double> out = normed(std::vector<double>(vector, vector + plan.head_dim), norm);
       std::copy(out.begin(), out.end(), vector);
@@ -567,7 +569,7 @@ void check_threads(Random& random) {
   const auto compare = [&] {
     std::string wrong;
     for (int64_t trial = 0; trial < 12; ++trial)
-      if (logits(1 + trial % 4) != alone) wrong = std::to_string(1 + trial % 4) + " threads give another result than one";
+      if (logits(1 + trial % 4) != alone) wrong = std::to_string(1 + trial % 4) + " threads give another result";
     return wrong;
   };
   std::string here, there;
@@ -581,8 +583,9 @@ void check_threads(Random& random) {
 
 int main() {
   const std::pair<const char*, std::function<void(Random&)>> checks[] = {
-      {"multiply", check_multiply},     {"unpack", check_unpack}, {"targets", check_targets}, {"attention", check_attention},
-      {"statistics", check_statistics}, {"decode", check_decode}, {"threads", check_threads},
+      {"multiply", check_multiply},   {"unpack", check_unpack},         {"targets", check_targets},
+      {"attention", check_attention}, {"statistics", check_statistics}, {"decode", check_decode},
+      {"threads", check_threads},
   };
   for (int isa = 0; isa <= lissom_best_isa(); ++isa) {
     lissom_set_isa(isa);
