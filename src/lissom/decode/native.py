@@ -17,12 +17,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lissom.decode.passes import NativePasses, NotNative, Unsupported
 from lissom.errors import UserError
+from lissom.kernels import native
 from lissom.kernels import packed as formats
 from lissom.kernels.packed import Packed
 from lissom.models.attention import installed
-from lissom.models.method import SearchContext, described
+from lissom.models.method import SearchContext, changed
 from lissom.models.packed_layers import PackedEmbedding, PackedLinear
-from lissom.models.plan import Packing
+from lissom.models.plan import ARCHITECTURES, Packing
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class NativeDecode:
     """
 
     name: ClassVar[str] = "native-decode"
+    runtime: ClassVar[bool] = True
 
     weights: Literal["native", "int8", "int4", "bf16"] = "native"
     kv: Literal["bf16", "int8", "fp32"] = "bf16"
@@ -61,12 +63,19 @@ class NativeDecode:
             raise UserError(f"activations={self.activations!r}: expected one of {', '.join(_PLANES)}.")
 
     def __str__(self) -> str:
-        return described(self, self.name)
+        others = ", ".join(f"{name} {value}" for name, value in changed(self).items())
+        return f"native ({others})" if others else "native"
 
     @classmethod
     def candidates(cls, context: SearchContext) -> Sequence[Self]:
-        """See `lissom.models.method.Method`."""
-        return [cls(), cls(kv="int8")] if context.quick else [cls(), cls(kv="int8"), cls("int8"), cls("int4")]
+        """See `lissom.models.method.Method`.
+
+        Without low-bit weights: `quantize` under native passes computes the same and keeps no second copy of them.
+        """
+        if native.library() is None or context.architecture not in ARCHITECTURES:
+            return []
+        integers = [cls(activations="int8")] if context.weight_bits < 16 else []
+        return [cls(), *integers, cls(kv="int8")]
 
     def __call__(self, model: PreTrainedModel) -> AbstractContextManager[None]:
         return self._inside(model)
@@ -205,3 +214,16 @@ def _packed_modules(model: PreTrainedModel, passes: NativePasses, wanted: bool) 
     finally:
         for parent, name, child in before:
             setattr(parent, name, child)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of the weights that lie in memory: the model's own and, in a block of `NativeDecode`, what it has packed
+    for itself besides. Shared ones count once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    runner = model.__dict__.get("forward")
+    if isinstance(runner, _Runner):
+        tensors += runner.passes.plan.tensors()
+    sizes: dict[int, int] = {}
+    for tensor in tensors:
+        sizes[tensor.data_ptr()] = max(sizes.get(tensor.data_ptr(), 0), tensor.nbytes)
+    return sum(sizes.values())

@@ -158,6 +158,10 @@ class NativePlan:
             self._weights.append(packed)
         return packed
 
+    def tensors(self) -> list[torch.Tensor]:
+        """The weights that the plan was made of, and those that it computes with."""
+        return [t for t, _, _ in self._sources] + [t for packed in self._weights for t in packed.tensors().values()]
+
     @property
     def nbytes(self) -> int:
         """Bytes of all weight matrices."""
