@@ -19,6 +19,7 @@ from lissom.decode.passes import NativePasses, NotNative, Unsupported
 from lissom.errors import UserError
 from lissom.kernels import packed as formats
 from lissom.kernels.packed import Packed
+from lissom.kernels.rounding import GRIDS, rtn
 from lissom.models.attention import installed
 from lissom.models.method import SearchContext, described
 from lissom.models.packed_layers import PackedEmbedding, PackedLinear
@@ -76,7 +77,8 @@ class NativeDecode:
         if self.weights == "bf16":
             return formats.pack_floats(weight, "bf16")
         whole = self.weights == "int8" or name in ("lm_head", "embed_tokens")
-        return formats.pack_nearest(weight, "q8" if whole else "q4_min")
+        formats.check_finite(weight)
+        return rtn(weight.detach(), GRIDS["q8" if whole else "q4_min"], formats.GROUP).pack()
 
     def _passes(self, model: PreTrainedModel, packing: Packing | None) -> NativePasses:
         return NativePasses(model, packing, _KV[self.kv], _PLANES[self.activations])

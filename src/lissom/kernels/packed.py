@@ -264,30 +264,6 @@ def pack_q6_k(codes: torch.Tensor, scales: torch.Tensor, supers: torch.Tensor) -
     )
 
 
-def pack_nearest(weight: torch.Tensor, format: str, group: int = GROUP) -> Packed:
-    """`weight` `[rows, columns]` in `q8`, `q4` or `q4_min`, each weight rounded to the nearest code of its group.
-
-    Raises:
-        UserError: a weight is not a finite number.
-    """
-    check_finite(weight)
-    shapes(format, weight.shape[0], weight.shape[1], group)
-    groups = F.pad(weight.detach().float(), (0, -weight.shape[1] % group)).unflatten(1, (-1, group))
-    if format == "q4_min":
-        mins = groups.amin(-1).to(torch.float16)
-        span = groups.amax(-1) - mins.float()
-        low, top, zero = mins.float()[..., None], 15, 0
-    else:
-        mins, low = None, torch.zeros(())
-        top, zero = (127, 128) if format == "q8" else (7, 8)
-        span = groups.abs().amax(-1)
-    scales = (span / top).to(torch.float16)
-    steps = scales.float()[..., None]
-    codes = torch.where(steps > 0, (groups - low) / steps, 0.0).round().clamp(-zero, 15 if format == "q4_min" else top)
-    codes = (codes + zero).to(torch.uint8).flatten(1)[:, : weight.shape[1]]
-    return pack_codes(codes, scales, mins, format, group)
-
-
 def check_finite(weight: torch.Tensor) -> None:
     """Raise a `UserError` where a weight is NaN or infinite."""
     if not bool(torch.isfinite(weight).all()):
