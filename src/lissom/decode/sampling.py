@@ -58,19 +58,31 @@ class Sampler:
         self._seen = ids
 
     def draw(self, logits: torch.Tensor) -> torch.Tensor:
-        """One token per row `[rows]` from `logits` `[rows, vocabulary]`."""
+        """One token per row `[rows]` from `logits` `[rows, vocabulary]`.
+
+        Raises:
+            UserError: a logit is NaN.
+        """
         settings = self.sampling
         if settings.repetition_penalty != 1.0:
             logits = penalised(logits, self._seen, settings.repetition_penalty)
         if settings.temperature == 0:
-            tokens = logits.argmax(-1)
+            tokens = logits.argmax(-1)  # a NaN where there is one
+            _check(logits.gather(-1, tokens[:, None]))
         else:
             values, places = candidates(logits / settings.temperature, settings.top_k, settings.top_p, settings.min_p)
-            chosen = torch.multinomial(values.softmax(-1), 1, generator=self._generator)
+            shares = values.softmax(-1)
+            _check(shares[:, 0])  # one NaN makes all of them NaN
+            chosen = torch.multinomial(shares, 1, generator=self._generator)
             tokens = places.gather(-1, chosen)[:, 0]
         if settings.repetition_penalty != 1.0:
             self._seen = torch.cat([self._seen, tokens[:, None]], 1)
         return tokens
+
+
+def _check(numbers: torch.Tensor) -> None:
+    if bool(numbers.isnan().any()):
+        raise UserError("The model's logits are NaN: its weights are damaged, or overflow in its dtype.")
 
 
 def penalised(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
@@ -89,7 +101,7 @@ def candidates(
     """
     vocabulary = logits.shape[-1]
     if not top_k and top_p == 1.0 and min_p == 0.0:
-        return logits, torch.arange(vocabulary).expand_as(logits)
+        return logits, torch.arange(vocabulary, device=logits.device).expand_as(logits)
     count = min(top_k or _FIRST, vocabulary)
     while True:
         values, places = logits.topk(count)

@@ -264,10 +264,10 @@ def pack_q6_k(codes: torch.Tensor, scales: torch.Tensor, supers: torch.Tensor) -
     )
 
 
-def check_finite(weight: torch.Tensor) -> None:
+def check_finite(weight: torch.Tensor, name: str = "A weight matrix") -> None:
     """Raise a `UserError` where a weight is NaN or infinite."""
     if not bool(torch.isfinite(weight).all()):
-        raise UserError("A weight matrix has NaN or infinite values: the model is damaged.")
+        raise UserError(f"{name} has NaN or infinite values: the model is damaged.")
 
 
 def _codes(packed: Packed) -> torch.Tensor:
@@ -324,7 +324,7 @@ def unpack(packed: Packed) -> torch.Tensor:
     """`packed.unpack()` by the native kernel where there is one."""
     if native.library() is None or packed.quants.device.type != "cpu":
         return packed.unpack()
-    out = torch.empty(packed.rows, packed.columns)
+    out = torch.empty(packed.rows, packed.columns, dtype=torch.float32, device="cpu")
     native.call("unpack", packed.matrix(), ctypes.c_void_p(out.data_ptr()))
     return out
 
@@ -345,7 +345,7 @@ def multiply(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None = None, 
         return F.linear(x, packed.unpack().to(x.dtype), None if bias is None else bias.to(x.dtype))
     values = F.pad(x.detach().float(), (0, -packed.columns % GROUP)).reshape(-1, -(-packed.columns // GROUP) * GROUP)
     values = values.contiguous()
-    out = torch.empty(len(values), packed.rows)
+    out = torch.empty(len(values), packed.rows, dtype=torch.float32, device="cpu")
     kept = None if bias is None else F.pad(bias.detach().float(), (0, -packed.rows % BLOCK)).contiguous()
     numbers = (ctypes.c_int64(len(values)), ctypes.c_int64(planes))
     arguments: tuple[Any, ...] = (ctypes.c_void_p(values.data_ptr()), *numbers)

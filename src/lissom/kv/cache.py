@@ -198,7 +198,7 @@ class CompactLayer(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.store is not None:
-            self.store.select_rows(torch.arange(self.store.rows).repeat_interleave(repeats))
+            self.store.select_rows(torch.arange(self.store.rows, device="cpu").repeat_interleave(repeats))
 
     def offload(self) -> None:
         raise UserError("A compacted cache cannot be offloaded.")

@@ -44,16 +44,22 @@ class NativePlan:
         """
         if native.library() is None:
             raise Unsupported("this installation has no native kernels")
+        if not isinstance(model, PreTrainedModel):
+            raise Unsupported(f"it is a {_kind(model)}")
         config = model.config.get_text_config(decoder=True)
         if model.config.model_type not in ARCHITECTURES:
             raise Unsupported(f"the architecture {model.config.model_type!r} is not supported yet")
+        for place, module in model.named_modules():
+            if place and "forward" in vars(module):
+                raise Unsupported(f"the forward function of {place} has been exchanged")
         body: Any = model.base_model
         self.info = describe_decoder(model)
         self._weights: list[Packed] = []
         self._packing = packing
         self._kept: list[Any] = []
         self._seen: dict[tuple[int, tuple[int, ...]], Packed] = {}
-        self._sources: list[tuple[torch.Tensor, int, int]] = []
+        self._sources: list[_Source] = []
+        self._model, self._modules = model, list(model.modules())
         self._rotary = body.rotary_emb
         self._kinds = self._rope_kinds()
         self.windows = tuple(
@@ -90,7 +96,7 @@ class NativePlan:
         attention, mlp = layer.self_attn, layer.mlp
         for module in (layer, attention, mlp):
             if not type(module).__module__.startswith("transformers.models."):
-                raise Unsupported(f"layer {index} has a {type(module).__name__} of {type(module).__module__}")
+                raise Unsupported(f"layer {index} has a {_kind(module)}")
         where = f"layers.{index}."
         none = formats.Matrix()
         if hasattr(attention, "qkv_proj"):
@@ -128,28 +134,35 @@ class NativePlan:
         self._kept.append(tensor)
         return tensor.data_ptr()
 
-    def _watch(self, *tensors: torch.Tensor | None) -> None:
-        self._sources += [(t, t.data_ptr(), t._version) for t in tensors if t is not None]
+    def _watch(self, module: nn.Module, *names: str) -> None:
+        for name in names:
+            owner = module._parameters if name in module._parameters else module._buffers
+            tensor = owner[name]
+            assert tensor is not None
+            self._sources.append((owner, name, tensor, tensor.data_ptr(), _version(tensor)))
 
     def _pack(self, module: Any, name: str) -> Packed:
         """The packed weights of a linear layer or an embedding."""
         packed = getattr(module, "packed", None)
         if packed is None:
             if type(module) is not nn.Linear and not isinstance(module, nn.Embedding):
-                raise Unsupported(f"{name} is a {type(module).__name__}")
+                raise Unsupported(f"{name} is a {_kind(module)}")
             weight = module.weight
             if weight.device.type != "cpu":
                 raise Unsupported(f"the weights are on {weight.device}")
             if weight.dtype not in formats.OF_DTYPE:
                 raise Unsupported(f"{name} is {weight.dtype}")
-            self._watch(weight)
+            self._watch(module, "weight")
             key = (weight.data_ptr(), tuple(weight.shape))
             if key not in self._seen:
                 dense = formats.OF_DTYPE[weight.dtype]
                 self._seen[key] = self._packing(weight, name) if self._packing else formats.pack_floats(weight, dense)
             packed = self._seen[key]
         else:
-            self._watch(*packed.tensors().values())
+            self._watch(module, *packed.tensors())
+            for part, tensor in packed.tensors().items():
+                if tensor.is_floating_point() and not tensor.is_meta:
+                    formats.check_finite(tensor, f"{name}.{part}")
         if packed.quants.device.type != "cpu":
             raise Unsupported(f"the weights are on {packed.quants.device}")
         if all(
@@ -163,16 +176,18 @@ class NativePlan:
         """Bytes of all weight matrices."""
         return sum(packed.nbytes for packed in self._weights)
 
-    def _bias(self, bias: torch.Tensor | None) -> torch.Tensor | None:
+    def _bias(self, module: Any, name: str) -> torch.Tensor | None:
+        bias = getattr(module, "bias", None)
         if bias is None:
             return None
-        self._watch(bias)
+        self._watch(module, "bias")
+        formats.check_finite(bias, f"{name}.bias")
         padded = F.pad(bias.detach().float(), (0, -len(bias) % formats.BLOCK)).contiguous()
         self._kept.append(padded)
         return padded
 
     def _linear(self, module: Any, name: str) -> formats.Matrix:
-        return self._pack(module, name).matrix(self._bias(getattr(module, "bias", None)))
+        return self._pack(module, name).matrix(self._bias(module, name))
 
     def _halves(self, module: Any, name: str) -> tuple[formats.Matrix, formats.Matrix]:
         """The two halves of a fused layer, without a copy."""
@@ -196,7 +211,7 @@ class NativePlan:
     @staticmethod
     def _scale(module: Any) -> float:
         if hasattr(module, "packed"):
-            return float(torch.tensor(module.embed_scale).to(module.dtype))
+            return float(torch.tensor(module.embed_scale, device="cpu").to(module.dtype))
         scale = getattr(module, "embed_scale", None)
         return 1.0 if scale is None else float(torch.as_tensor(scale).to(module.weight.dtype))
 
@@ -205,7 +220,8 @@ class NativePlan:
             return None
         if "RMSNorm" not in type(module).__name__:
             raise Unsupported(f"a {type(module).__name__} is no RMSNorm")
-        self._watch(module.weight)
+        self._watch(module, "weight")
+        formats.check_finite(module.weight, "The weight of a norm")
         weight = module.weight.detach().float()
         return self._keep((1.0 + weight if type(module).__name__.startswith("Gemma") else weight.clone()).contiguous())
 
@@ -233,7 +249,8 @@ class NativePlan:
             layer_type = kind.removesuffix("_")
             if any(word in (types[layer_type] if kind else types) for word in ("dynamic", "longrope")):
                 extra = (layer_type,) if kind else ()
-                self._rotary(torch.empty(1), torch.tensor([[length - 1]]), *extra)
+                last = torch.tensor([[length - 1]], device="cpu")
+                self._rotary(torch.empty(1, device="cpu"), last, *extra)
             frequencies = getattr(self._rotary, f"{kind}inv_freq").detach().float().contiguous()
             scaling = getattr(self._rotary, f"{kind}attention_scaling")
             self._ropes[number] = decoder.Rope(frequencies.data_ptr(), 2 * len(frequencies), float(scaling))
@@ -246,6 +263,34 @@ class NativePlan:
             "dynamic" in kind or "longrope" in kind for kind in (types.values() if isinstance(types, dict) else [types])
         )
 
-    def is_current(self) -> bool:
-        """Whether no weight has moved or changed since the plan was made."""
-        return all(t.data_ptr() == pointer and t._version == version for t, pointer, version in self._sources)
+    def is_current(self, thorough: bool = True) -> bool:
+        """Whether no weight has moved or changed, and no module was exchanged, since the plan was made.
+
+        Args:
+            thorough: look at all of them. Otherwise at two weights only, in next to no time, which shows a model that
+                was moved, trained or loaded anew as a whole.
+        """
+        sources = self._sources if thorough else (self._sources[0], self._sources[-1])
+        for owner, name, tensor, pointer, version in sources:
+            if tensor.data_ptr() != pointer or _version(tensor) != version or owner.get(name) is not tensor:
+                return False
+        if not thorough:
+            return True
+        modules = list(self._model.modules())
+        return len(modules) == len(self._modules) and all(
+            now is then and (now is self._model or "forward" not in vars(now))
+            for now, then in zip(modules, self._modules, strict=True)
+        )
+
+
+# The module's own dictionary, the name in it, and what lay there when the plan was made.
+_Source = tuple[dict[str, torch.Tensor | None], str, torch.Tensor, int, int]
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """A number that changes when the tensor is written to. Those of inference mode do not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _kind(module: Any) -> str:
+    return f"{type(module).__name__} of {type(module).__module__}"

@@ -87,10 +87,7 @@ def quantize(
         raise UserError("The model is quantised already: start from its original weights.")
     layers = matrices(model)
     for name, parameter in model.named_parameters():
-        try:
-            check_finite(parameter)
-        except UserError as error:
-            raise UserError(f"{name} has NaN or infinite values: the model is damaged.") from error
+        check_finite(parameter, name)
     ids = None
     if settings.needs_text:
         length = min(_WINDOW, describe_decoder(model).max_position_embeddings)
