@@ -7,6 +7,7 @@ import logging
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny import close, random_ids, tiny_model
 from transformers import DynamicCache, StaticCache
 
@@ -246,8 +247,6 @@ def patch(model):
 
 
 def adapt(model):
-    from peft import LoraConfig
-
     model.add_adapter(LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
     model.eval()
 
@@ -256,16 +255,15 @@ CHANGES = {
     "layers.1.up_proj is a Sequential": exchange,
     "forward function of model.layers.1.mlp": patch,
     "q_proj is torch.float64": lambda model: model.double(),
+    "q_proj is a Linear of peft": adapt,
 }
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("words", [*CHANGES, "q_proj is a Linear of peft"])
+@pytest.mark.parametrize("words", CHANGES)
 def test_a_model_that_becomes_what_is_not_supported(words, calls, caplog):
     """Inside the block: noticed at the next prompt, and at single tokens from then on."""
-    if "peft" in words:
-        pytest.importorskip("peft")
-    model, change = tiny_model("llama"), {**CHANGES, "q_proj is a Linear of peft": adapt}[words]
+    model, change = tiny_model("llama"), CHANGES[words]
     with caplog.at_level(logging.WARNING, "lissom"), EXACT(model):
         model(IDS)
         change(model)
@@ -357,15 +355,12 @@ def test_packed_weights_that_change_are_noticed():
 class TestAdapters:
     @staticmethod
     def adapted(model):
-        from peft import LoraConfig, get_peft_model
-
         config = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
         return get_peft_model(model, config).eval()
 
     @torch.no_grad()
     @pytest.mark.parametrize("inner", [False, True])
     def test_those_that_are_active_count(self, inner, calls, caplog):
-        pytest.importorskip("peft")
         model = tiny_model("llama")
         plain = copy.deepcopy(model)(IDS).logits
         adapted = self.adapted(model)
@@ -379,7 +374,6 @@ class TestAdapters:
 
     @torch.no_grad()
     def test_merged_ones_run_natively(self, calls):
-        pytest.importorskip("peft")
         model = self.adapted(tiny_model("llama"))
         wanted = model(IDS).logits
         merged = model.merge_and_unload()

@@ -51,11 +51,12 @@ class Sampling:
 class Sampler:
     """Draws tokens for one generation."""
 
-    def __init__(self, sampling: Sampling, ids: torch.Tensor) -> None:
-        """`ids` `[rows, tokens]` is the prompt."""
+    def __init__(self, sampling: Sampling, ids: torch.Tensor, mask: torch.Tensor | None = None) -> None:
+        """`ids` `[rows, tokens]` is the prompt, `mask` of the same shape is 0 where it is padding (on the left)."""
         self.sampling = sampling
         self._generator = torch.Generator().manual_seed(sampling.seed)
-        self._seen = ids
+        # Nobody has said the padding: what the row ends with stands for it, as it counts once however often it is there.
+        self._seen = ids if mask is None else torch.where(mask.bool(), ids, ids[:, -1:])
 
     def draw(self, logits: torch.Tensor) -> torch.Tensor:
         """One token per row `[rows]` from `logits` `[rows, vocabulary]`.
