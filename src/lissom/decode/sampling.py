@@ -55,7 +55,7 @@ class Sampler:
         """`ids` `[rows, tokens]` is the prompt, `mask` of the same shape is 0 where it is padding (on the left)."""
         self.sampling = sampling
         self._generator = torch.Generator().manual_seed(sampling.seed)
-        # Nobody has said the padding: what the row ends with stands for it, as it counts once however often it is there.
+        # Nobody has said the padding. What the row ends with stands for it: no token counts twice.
         self._seen = ids if mask is None else torch.where(mask.bool(), ids, ids[:, -1:])
 
     def draw(self, logits: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -62,6 +63,7 @@ class NativePlan:
         self._model, self._modules = model, list(model.modules())
         self._rotary = body.rotary_emb
         self._kinds = self._rope_kinds()
+        self._frequencies: dict[int, torch.Tensor] = {}
         self.windows = tuple(
             self._window(layer.self_attn, config) if slides else 0
             for layer, slides in zip(body.layers, self.info.sliding, strict=False)
@@ -243,18 +245,34 @@ class NativePlan:
         return self._kinds.index(f"{kind}_") if len(self._kinds) > 1 else 0
 
     def refresh(self, length: int) -> None:
-        """Take the frequencies that hold for sequences of `length` tokens; few types of scaling depend on it."""
+        """Take the frequencies that hold for sequences of `length` tokens; few types of scaling depend on it.
+
+        They are those of a model that has read nothing else: in transformers a longer sequence, perhaps of another
+        thread, leaves its frequencies to the next one.
+        """
         types = self._rotary.rope_type
         for number, kind in enumerate(self._kinds):
             layer_type = kind.removesuffix("_")
-            if any(word in (types[layer_type] if kind else types) for word in ("dynamic", "longrope")):
-                extra = (layer_type,) if kind else ()
+            rotary, rope_type = self._rotary, types[layer_type] if kind else types
+            frequencies = getattr(rotary, f"{kind}inv_freq")
+            if "dynamic" in rope_type or rope_type == "longrope":
+                rotary = self._own_rotary
+                setattr(rotary, f"{kind}max_seq_len_cached", rotary.original_max_seq_len)
                 last = torch.tensor([[length - 1]], device="cpu")
-                self._rotary(torch.empty(1, device="cpu"), last, *extra)
-            frequencies = getattr(self._rotary, f"{kind}inv_freq").detach().float().contiguous()
-            scaling = getattr(self._rotary, f"{kind}attention_scaling")
+                rotary(torch.empty(1, device="cpu"), last, *((layer_type,) if kind else ()))
+                frequencies = getattr(rotary, f"{kind}inv_freq")
+                if "dynamic" in rope_type and length <= rotary.original_max_seq_len:
+                    frequencies = getattr(rotary, f"{kind}original_inv_freq")
+            frequencies = frequencies.detach().to(torch.float32, copy=True).contiguous()
+            scaling = getattr(rotary, f"{kind}attention_scaling")
             self._ropes[number] = decoder.Rope(frequencies.data_ptr(), 2 * len(frequencies), float(scaling))
-            self.__dict__.setdefault("_frequencies", {})[number] = frequencies  # keeps it alive
+            self._frequencies[number] = frequencies  # keeps it alive
+
+    @cached_property
+    def _own_rotary(self) -> Any:
+        """A rotary module that nobody else changes."""
+        with torch.device("cpu"):
+            return type(self._rotary)(config=self._rotary.config)
 
     @property
     def rotations_depend_on_length(self) -> bool:
