@@ -268,7 +268,7 @@ def weight_bytes(model: nn.Module) -> int:
     tensors = [*model.parameters(), *model.buffers()]
     runner = model.__dict__.get("forward")
     if isinstance(runner, _Runner):
-        tensors += runner.passes.plan.tensors()
+        tensors += runner.passes().plan.tensors()
     sizes: dict[int, int] = {}
     for tensor in tensors:
         sizes[tensor.data_ptr()] = max(sizes.get(tensor.data_ptr(), 0), tensor.nbytes)

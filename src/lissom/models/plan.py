@@ -175,7 +175,7 @@ class NativePlan:
 
     def tensors(self) -> list[torch.Tensor]:
         """The weights that the plan was made of, and those that it computes with."""
-        return [t for t, _, _ in self._sources] + [t for packed in self._weights for t in packed.tensors().values()]
+        return [source[2] for source in self._sources] + [t for p in self._weights for t in p.tensors().values()]
 
     @property
     def nbytes(self) -> int:
