@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lissom.devices.meters import Timing
+from lissom.devices.profiles import Profile
 from lissom.errors import UserError
+from lissom.evals.peers import Comparison
 from lissom.evals.stats import Interval
 from lissom.evolve.measure import Measured
 from lissom.evolve.optimize import Outcome, compare, costs, dominates, gain, optimize
@@ -19,7 +22,7 @@ from lissom.recipes import Recipe
 def measured(loss, size, first, decode):
     return Measured(
         Recipe(),
-        [{"cache_bytes": size, "scores": []}],
+        [{"cache_bytes": size, "weight_bytes": 0, "scores": []}],
         [Timing(1, first, first, decode, 1.0, None)],
         Interval(loss, loss, loss),
     )
@@ -62,6 +65,60 @@ def test_the_search_finds_the_best_recipe_within_the_floor():
     assert optimize(FakeBench(), 0.0, 10, profile=fake_profile()).best.label == "untouched"
 
 
+def test_native_passes_come_first_and_everything_else_on_top_of_them():
+    bench = FakeBench(architecture="llama", packed=True)
+    outcome = optimize(bench, 0.04, 10, profile=fake_profile())
+    best = outcome.best.recipe
+    assert best.weights == "packed" and list(best.methods[0]) == ["native-decode"]
+    assert "attention-matching" in best.methods[1] and len(best.methods) == 2
+    others = [m.recipe for m in outcome.measured if m is not outcome.base]
+    assert all(recipe.weights == "packed" and "native-decode" in recipe.methods[0] for recipe in others)
+    assert {tuple(recipe.methods[0]["native-decode"].items()) for recipe in others if len(recipe.methods) == 2} == {
+        (("kv", "int8"),), (),
+    }  # fmt: skip
+    assert outcome.base.label == "untouched"
+
+
+def test_of_a_dense_checkpoint_the_weights_are_next():
+    bench = FakeBench(architecture="llama")
+    outcome = optimize(bench, 0.04, 10, profile=fake_profile())
+    keys = [[key for step in m.recipe.methods for key in step] for m in outcome.measured]
+    assert keys[:3] == [[], ["native-decode"], ["native-decode"]]
+    assert ["quantize", "native-decode"] in keys
+    # Four bits would spend most of the accepted loss; what comes on top begins with eight.
+    assert {m.recipe.methods[0]["quantize"]["bits"] for m in outcome.measured if len(m.recipe.methods) == 3} == {8}
+    assert outcome.best.memory == outcome.best.weight_bytes + outcome.best.cache_bytes < outcome.base.memory / 3
+
+
+def test_the_recommended_recipe_is_compared_with_peers_in_what_time_is_left():
+    bench, asked = FakeBench(architecture="llama", packed=True), []
+
+    def peers(recipe, deadline):
+        asked.append((recipe, deadline - time.monotonic()))
+        return Comparison("m", [], {"llama.cpp": "is not installed"}, [])
+
+    outcome = optimize(bench, 0.04, 2, profile=fake_profile(), peers=peers)
+    assert outcome.peers.failed and len(asked) == 1
+    assert asked[0][0] == outcome.best.recipe and 60 < asked[0][1] <= 120
+
+
+def test_peers_are_left_out_where_times_are_predicted_and_after_ctrl_c():
+    def peers(recipe, deadline):
+        raise AssertionError
+
+    elsewhere = Profile("a board", measured=False)
+    assert optimize(FakeBench(), 0.04, 2, profile=elsewhere, peers=peers).finished
+    assert optimize(FakeBench(stop_after=9), 0.04, 2, profile=fake_profile(), peers=peers).interrupted
+
+
+def test_ctrl_c_while_peers_are_measured_keeps_the_search():
+    def peers(recipe, deadline):
+        raise KeyboardInterrupt
+
+    outcome = optimize(FakeBench(), 0.04, 2, profile=fake_profile(), peers=peers)
+    assert outcome.interrupted and outcome.peers is None and outcome.best is not outcome.base
+
+
 def test_the_dominated_are_dropped_early():
     bench = FakeBench()
     optimize(bench, 0.04, 10, profile=fake_profile())
@@ -69,8 +126,8 @@ def test_the_dominated_are_dropped_early():
         label: sum(kind == "timing" and name == label for kind, name, _ in bench.calls) for _, label, _ in bench.calls
     }
     # Eviction loses ten times as much quality as attention matching for the same bytes and time.
-    assert rounds["bfloat16 + h2o 50%"] == 1
-    assert rounds["bfloat16 + attention-matching 25%"] == bench.workload.rounds
+    assert rounds["bfloat16 + 8-bit rtn + h2o 50%"] == 1
+    assert rounds["bfloat16 + 8-bit rtn + attention-matching 25%"] == bench.workload.rounds
     assert rounds["untouched"] > bench.workload.rounds  # timed again beside the candidates
 
 
@@ -132,7 +189,7 @@ def test_what_is_recommended_was_measured_fully_however_early_the_search_ended(m
     bench = FakeBench()
     clock = iter(range(10**6))
     monkeypatch.setattr("lissom.evolve.optimize.time.monotonic", lambda: float(next(clock)))
-    outcome = optimize(bench, 0.05, 20 / 60, profile=fake_profile())  # twenty looks at the clock
+    outcome = optimize(bench, 0.05, 30 / 60, profile=fake_profile())  # thirty looks at the clock
     assert not outcome.finished and outcome.untried and outcome.best is not outcome.base
     assert len(outcome.best.timings) >= bench.workload.rounds
     assert len(outcome.best.quality) == bench.workload.documents

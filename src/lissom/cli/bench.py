@@ -45,7 +45,7 @@ def bench(
         task = bar.add_task("starting", total=None)
         from lissom.decode import NativeDecode
         from lissom.evals.peers import Size, choose, compare
-        from lissom.report.peers import result, tables
+        from lissom.report.peers import result, tables, unmeasured
 
         NativeDecode(weights="native" if weights == "auto" else weights, kv=kv)  # type: ignore[arg-type]  # may raise
         comparison = compare(
@@ -65,8 +65,8 @@ def bench(
         out = Console()
         for table in tables(comparison):
             out.print(table)
-        for name, reason in comparison.failed.items():
-            out.print(f"Not measured: {name}: {reason}", highlight=False, markup=False)
+        for reason in unmeasured(comparison):
+            out.print(f"Not measured: {reason}", highlight=False, markup=False)
         for note in comparison.notes:
             out.print(note, highlight=False, markup=False)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import typer
@@ -35,10 +36,17 @@ def optimize(
     ),
     prefer: str = typer.Option("balanced", help="speed, memory, or balanced (the geometric mean of both gains)."),
     quick: bool = typer.Option(False, "--quick", help="Fewer candidates and questions: under three minutes."),
+    peers: bool = typer.Option(
+        True, "--peers/--no-peers", help="Measure llama.cpp, torch.compile, OpenVINO, ONNX Runtime beside it."
+    ),
     output: Path = typer.Option(Path("lissom-report"), "--output", "-o", help="Folder of the report."),
     json_file: str = JSON,
 ) -> None:
     """Find the recipe that makes MODEL small and fast on this machine within a quality floor, by measuring.
+
+    First how it runs (native passes, the file's own blocks, dtype, threads), then low-bit weights, then what acts on
+    the KV cache. The result is compared with the other runtimes that are installed (`lissom bench --help` says how they
+    are found).
 
     A second run goes on with what was measured; Ctrl-C keeps it and still writes the report.
     """
@@ -67,6 +75,7 @@ def optimize(
         from lissom.devices.profiles import Profile
         from lissom.evolve.measure import QUICK, Bench, Workload
         from lissom.evolve.optimize import optimize as search
+        from lissom.evolve.peers import beside_peers
 
         profile = Profile.load(device)
         bench = Bench(model, QUICK if quick else Workload(), journal)
@@ -75,10 +84,15 @@ def optimize(
     with bars(console) as bar:
         task = bar.add_task("untouched model", total=None)
 
+        said = ""
+
         def show(label: str, done: int, planned: int) -> None:
+            nonlocal said
             bar.update(task, description=label, completed=done, total=planned)
-            if not console.is_terminal:  # no bar there: a line for each measurement
-                console.print(f"{done + 1} of about {planned}: {label}", highlight=False, soft_wrap=True)
+            line = f"{min(done + 1, planned)} of about {planned}: {label}"
+            if not console.is_terminal and line != said:  # no bar there: a line for each measurement
+                console.print(line, highlight=False, soft_wrap=True)
+            said = line
 
         outcome = search(
             bench,
@@ -87,9 +101,11 @@ def optimize(
             prefer=prefer,  # type: ignore[arg-type]
             quick=quick,
             profile=profile,
+            peers=partial(beside_peers, bench, quick=quick, progress=show) if peers else None,
             progress=show,
         )
     from lissom.evolve.optimize import answer_seconds
+    from lissom.report import peers as beside
     from lissom.report.page import page
     from lissom.report.results import result, table
 
@@ -110,16 +126,23 @@ def optimize(
             out.print(f"Nothing measured was better than the untouched model within a loss of {floor:.1%}.")
         else:
             whole = answer_seconds(base, profile) / answer_seconds(best, profile)
-            speed, small = base.decode / best.decode, base.cache_bytes / best.cache_bytes
+            speed, small = base.decode / best.decode, base.memory / best.memory
             out.print(
                 f"Best within a loss of {floor:.1%}: [bold]{best.label}[/bold] "
-                f"(whole answer {whole:.2f}x, decode {speed:.2f}x, cache ÷ {small:.1f})",
+                f"(whole answer {whole:.2f}x, decode {speed:.2f}x, memory of weights and cache ÷ {small:.1f})",
                 highlight=False,
             )
         for label, reason in outcome.failed.items():
             out.print(f"Not measurable here: {label}: {reason}", highlight=False, markup=False)
         if outcome.untried:
             out.print(f"Not tried yet: {', '.join(outcome.untried)}.", highlight=False, markup=False)
+        if outcome.peers:
+            for view in beside.tables(outcome.peers):
+                out.print(view)
+            for line in (*outcome.peers.notes, *(f"Not compared: {r}" for r in beside.unmeasured(outcome.peers))):
+                out.print(line, highlight=False, markup=False, soft_wrap=True)
+        elif peers and not profile.measured:
+            out.print(f"Other runtimes are not compared: they can only be measured on {profile.name} itself.")
         out.print(f"Report: {html}   Results: {results}   Recipe: {recipe}", highlight=False, soft_wrap=True)
         out.print(f"Use it:\n  {command}", highlight=False, markup=False, soft_wrap=True)
     if not outcome.finished:

@@ -11,7 +11,7 @@ Inside, a forward pass is one call of a C++ kernel that goes through all layers,
 """
 
 from lissom.decode.loop import Answer, generate_text, generate_tokens
-from lissom.decode.native import NativeDecode
+from lissom.decode.native import NativeDecode, weight_bytes
 from lissom.decode.sampling import Sampling
 
-__all__ = ["Answer", "NativeDecode", "Sampling", "generate_text", "generate_tokens"]
+__all__ = ["Answer", "NativeDecode", "Sampling", "generate_text", "generate_tokens", "weight_bytes"]

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from lissom.decode import weight_bytes
 from lissom.devices.machine import describe
 from lissom.devices.meters import Timing, peak_memory, time_generation
 from lissom.errors import UserError
@@ -21,10 +24,16 @@ from lissom.evals.journal import Journal
 from lissom.evals.perplexity import nll_behind
 from lissom.evals.stats import Interval, paired_bootstrap
 from lissom.evals.texts import Document, planted_documents
+from lissom.kernels import native
 from lissom.kv.cache import cache_bytes
 from lissom.kv.document import document_ids, question_ids
 from lissom.models import describe_decoder, fingerprint
+from lissom.models.load import locate
+from lissom.models.method import SearchContext
+from lissom.models.packed_layers import weight_count
 from lissom.recipes import Recipe
+
+logger = logging.getLogger(__name__)
 
 _PART = 32  # tokens of following text that are one unit of the bootstrap
 
@@ -80,6 +89,16 @@ class Measured:
         return _mean(record["cache_bytes"] for record in self.quality)
 
     @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights in memory, with whatever is packed besides; see `lissom.decode.weight_bytes`."""
+        return int(self.quality[0]["weight_bytes"])
+
+    @property
+    def memory(self) -> float:
+        """Bytes of weights and KV cache together."""
+        return self.weight_bytes + self.cache_bytes
+
+    @property
     def first_token(self) -> float:
         """Seconds to the first token, median."""
         return float(np.median([timing.first_token for timing in self.timings]))
@@ -115,18 +134,29 @@ def _mean(numbers: Any) -> float:
 
 
 class Bench:
-    """Measures recipes of one model on one workload. What the journal already has is not measured again."""
+    """Measures recipes of one model on one workload. What the journal already has is not measured again.
+
+    Attributes:
+        base: the untouched model's recipe.
+        packed: whether the model has blocks of its own (a GGUF file) that can be computed with.
+        own_dtype: of the checkpoint.
+        tokens: of a document.
+    """
 
     def __init__(self, model: str, workload: Workload, journal: Journal) -> None:
         self.base, self.workload, self.journal = Recipe(model=model), workload, journal
-        self._loaded: tuple[str, PreTrainedModel] | None = None
+        self._held: dict[str, PreTrainedModel] = {}
         self._teachers: dict[int, list[Teacher]] = {}
+        own = self._own_blocks()
         network, self.tokenizer = self._load(self.base)
-        self.own_dtype = network.dtype
+        self.packed, self.own_dtype, self.architecture = own is not None, network.dtype, network.config.model_type
+        self.weight_bits = 8 * weight_bytes(own or network) / weight_count(own or network)
         info = describe_decoder(network)
         self.tokens = self._fitting(info.max_position_embeddings)
         facts = describe()
-        self._key = _digest([fingerprint(network), asdict(workload), facts["machine"]["cpu"], facts["versions"]])
+        self._key = _digest(
+            [fingerprint(network), asdict(workload), facts["machine"]["cpu"], native.status().isa, facts["versions"]]
+        )
         self.documents = planted_documents(self.tokenizer, workload.documents, self.tokens)
 
     def _fitting(self, limit: int) -> int:
@@ -135,31 +165,54 @@ class Bench:
             raise UserError(f"The model reads at most {limit} tokens; measuring a recipe needs about 350.")
         return min(self.workload.tokens, room)
 
+    def _own_blocks(self) -> PreTrainedModel | None:
+        """The model with the blocks of its GGUF file, where it has one whose types are known."""
+        if locate(self.base.model, packed=True)[1] is None:
+            return None
+        try:
+            return self._load(self.base.model_copy(update={"weights": "packed"}))[0]
+        except UserError as error:
+            logger.warning("The file's own blocks are not used: %s", error)
+            return None
+
+    def context(self, cache_bytes: float, quick: bool) -> SearchContext:
+        """The job, as methods are told of it."""
+        return SearchContext(self.tokens, int(cache_bytes), quick, self.architecture, self.weight_bits)
+
     def _load(self, recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         model, tokenizer = recipe.load_model()
-        self._loaded = (self._weights(recipe), model)
+        self._held[self.weights(recipe)] = model
         return model, tokenizer
 
     @staticmethod
-    def _weights(recipe: Recipe) -> str:
+    def weights(recipe: Recipe) -> str:
         """What decides which weights lie in memory."""
-        return json.dumps([recipe.model, recipe.dtype, recipe.halves()[0].methods], sort_keys=True, default=str)
+        facts = [recipe.model, recipe.dtype, recipe.weights, recipe.halves()[0].methods]
+        return json.dumps(facts, sort_keys=True, default=str)
 
     def model(self, recipe: Recipe) -> PreTrainedModel:
-        """The model with the recipe's weights. One is held at a time, so that memory is never twice the model's."""
-        if self._loaded is None or self._loaded[0] != self._weights(recipe):
-            self._loaded = None
+        """The model with the recipe's weights. Several are held, so that runs can be interleaved without loading again,
+        as long as they and a further one take a quarter of the machine's memory; otherwise one."""
+        key = self.weights(recipe)
+        if key in self._held:
+            self._held[key] = self._held.pop(key)  # the latest one used comes last
+        else:
+            sizes = [weight_bytes(model) for model in self._held.values()]
+            room = psutil.virtual_memory().total // 4 - max(sizes, default=0)
+            while self._held and sum(sizes) > room:
+                del self._held[next(iter(self._held))], sizes[0]
             self._load(recipe)
-        assert self._loaded is not None
-        return self._loaded[1]
+        return self._held[key]
 
-    def identity(self, kind: str, number: int, recipe: Recipe) -> str:
+    def identity(self, kind: str, number: int, recipe: Recipe, circumstances: Any = None) -> str:
         """Key of one measurement in the journal. Threads do not change what a model says, only how fast."""
         facts = recipe.model_dump(exclude={"model", "threads", "methods"})
         # Every setting, so that a default that changes is measured again.
         facts["methods"] = [[method.name, asdict(method)] for method in recipe.build()]
         if kind != "quality":
             facts["threads"] = recipe.threads or torch.get_num_threads()
+        if circumstances is not None:
+            facts["circumstances"] = circumstances
         return f"{kind}/{number}/{self._key}/{_digest(facts)}"
 
     def quality(self, recipe: Recipe, number: int) -> dict[str, Any]:
@@ -179,6 +232,7 @@ class Bench:
                 "scores": [asdict(score(model, self.tokenizer, ids, cache, [teacher])[0]) for teacher in teachers],
                 "following": [float(part.mean()) for part in nll_behind(model, cache, following).split(_PART)],
                 "cache_bytes": cache_bytes(cache),
+                "weight_bytes": weight_bytes(model),
             }
         return self.journal.add(identity, record)
 

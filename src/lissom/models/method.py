@@ -15,11 +15,15 @@ class SearchContext:
         tokens: tokens that are read before the first question.
         cache_bytes: bytes of the full KV cache after them.
         quick: a short search: two or three candidates of each kind are enough.
+        architecture: `model_type` of the model's config.
+        weight_bits: bits per weight of the checkpoint as it is, scales included: a GGUF file's blocks may have five.
     """
 
     tokens: int
     cache_bytes: int
     quick: bool = False
+    architecture: str = ""
+    weight_bits: float = 32.0
 
 
 def changed(method: Any) -> dict[str, Any]:
@@ -48,6 +52,8 @@ class Method(Protocol):
 
     It is used in one of two ways: called with a model it is a context manager inside which the model runs with the
     method, or it has `convert(model, tokenizer=None)`, which changes the weights in place and returns the model.
+
+    A class attribute `runtime = True` says that it is a way to run the model, which all others are measured on top of.
     """
 
     name: ClassVar[str]

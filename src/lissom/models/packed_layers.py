@@ -175,3 +175,9 @@ def replace(model: nn.Module, name: str, packed: Packed, shared: bool = False) -
         layer.bias = nn.Parameter(module.bias.detach(), requires_grad=False)
     layer.train(module.training)
     model.set_submodule(name, layer)
+
+
+def weight_count(model: nn.Module) -> int:
+    """Number of weights, of packed matrices as many as they stand for; shared ones count once."""
+    packed = {m.quants.data_ptr(): m.rows * m.columns for m in model.modules() if isinstance(m, _PackedModule)}
+    return sum(packed.values()) + sum(parameter.numel() for parameter in model.parameters())

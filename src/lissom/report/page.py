@@ -10,10 +10,18 @@ import plotly.io
 
 from lissom.evolve.measure import Measured
 from lissom.evolve.optimize import ANSWER_TOKENS, Outcome, answer_seconds, costs
+from lissom.report import peers
 from lissom.report.results import cells
 
 _COLOURS = ("#3b6ef5", "#e0701b", "#169b72", "#a34bd6", "#c9a400", "#d03d6c")
 _GREY = "#8a93a3"
+_PEER_HEADINGS = {"decode ratio": "lissom is faster by", "first": "first token", "first ratio": "lissom is sooner by"}
+_PEERS_EXPLAINED = (
+    "What one would run instead, measured in this run, in turns, each in a process of its own, on prompts of the "
+    "documents' length, at its own generation loop. (The tables of recipes time transformers' <code>generate()</code>, "
+    "which costs about a millisecond a token more.) Of a runtime's settings the fastest counts. transformers itself is "
+    "the untouched model below. Memory is the peak of the process, loading included."
+)
 
 
 def page(outcome: Outcome, command: str) -> str:
@@ -31,6 +39,7 @@ def page(outcome: Outcome, command: str) -> str:
         "verdict": _verdict(outcome),
         "command": escape(command),
         "recipe": escape(outcome.best.recipe.to_yaml()),
+        "peers": _peers(outcome),
         "table": _table(outcome),
         "facts": _facts(outcome),
     }
@@ -127,9 +136,11 @@ def pareto_plot(outcome: Outcome) -> go.Figure:
 
 
 def memory_plot(outcome: Outcome) -> go.Figure:
-    """Bytes of the cache against quality loss."""
-    figure = go.Figure(layout=_layout("Memory against quality", "KV cache (MB, log scale)", "quality loss (%)"))
-    x = {id(m): m.cache_bytes / 1e6 for m in outcome.measured}
+    """Bytes of weights and cache against quality loss."""
+    figure = go.Figure(
+        layout=_layout("Memory against quality", "weights and KV cache (MB, log scale)", "quality loss (%)")
+    )
+    x = {id(m): m.memory / 1e6 for m in outcome.measured}
     y = {id(m): 100 * m.loss.estimate for m in outcome.measured}
     _scatter(outcome, figure, x, y)
     ticks = [step * 10.0**power for power in range(-6, 7) for step in (1, 2, 5)]
@@ -165,12 +176,13 @@ def _cards(outcome: Outcome) -> str:
     whole, before = answer_seconds(best, device), answer_seconds(base, device)
     speed = device.decode(base) / device.decode(best)
     first = device.first_token(base) / device.first_token(best)
-    small = base.cache_bytes / best.cache_bytes
+    held = f"weights {best.weight_bytes / 1e6:.0f} of {base.weight_bytes / 1e6:.0f} MB, "
+    held += f"KV cache {best.cache_bytes / 1e6:.1f} of {base.cache_bytes / 1e6:.1f} MB"
     facts = [
         (f"{before / whole:.2f}×", "speed of a whole answer", f"{whole:.1f} s: document and {ANSWER_TOKENS} tokens"),
         (f"{speed:.2f}×", "decode speed", f"{1 / device.decode(best):.1f} tokens/s"),
         (f"{first:.2f}×", "speed to the first token", f"{device.first_token(best):.2f} s"),
-        (f"÷ {small:.1f}", "KV cache", f"{best.cache_bytes / 1e6:.1f} of {base.cache_bytes / 1e6:.1f} MB"),
+        (f"÷ {base.memory / best.memory:.1f}", "memory", held),
         (f"{best.loss.estimate:.1%}", "quality loss", f"accepted: {outcome.max_loss:.1%}"),
     ]
     return "".join(
@@ -201,6 +213,29 @@ def _table(outcome: Outcome) -> str:
         inside = "".join(f"<td>{escape(value)}</td>" for value in cells(m, outcome).values())
         lines.append(f'<tr class="{kind}">{inside}</tr>')
     return f"<table><thead><tr>{headings}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+
+
+def _peers(outcome: Outcome) -> str:
+    """The recommended recipe beside other runtimes, as a section; nothing where it was not compared."""
+    comparison = outcome.peers
+    if comparison is None:
+        return ""
+    parts = []
+    for place, lines in peers.cells(comparison).items():
+        headings = "".join(f"<th>{escape(_PEER_HEADINGS.get(name, name))}</th>" for name in lines[0])
+        rows = "".join(
+            f'<tr class="{"best" if number == 0 else ""}">'
+            + "".join(
+                f"<td>{escape(value)}{'×' if value and 'ratio' in name else ''}</td>" for name, value in line.items()
+            )
+            + "</tr>"
+            for number, line in enumerate(lines)
+        )
+        parts.append(f"<p>{escape(peers.title(comparison, *place))}</p>")
+        parts.append(f"<table><thead><tr>{headings}</tr></thead><tbody>{rows}</tbody></table>")
+    notes = [*comparison.notes, *(f"Not compared: {reason}" for reason in peers.unmeasured(comparison))]
+    parts += [f'<p class="soft">{escape(note)}</p>' for note in notes]
+    return f'<section><h2>Beside other runtimes</h2><p class="soft">{_PEERS_EXPLAINED}</p>{"".join(parts)}</section>'
 
 
 def _facts(outcome: Outcome) -> str:

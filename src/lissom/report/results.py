@@ -10,6 +10,7 @@ from rich.table import Table
 from lissom.devices.machine import describe
 from lissom.evolve.measure import Measured
 from lissom.evolve.optimize import Outcome, answer_seconds
+from lissom.report import peers
 from lissom.report.rows import Result, Row
 
 
@@ -28,7 +29,9 @@ def result(outcome: Outcome) -> Result:
             _row(m, "whole answer", answer_seconds(m, profile), "s", answer_seconds(base, profile), **speed),
             _timed(m, "first token", [profile.first_token(t) for t in m.timings], "s", profile.first_token(base)),
             _timed(m, "decode", [profile.decode(t) for t in m.timings], "s/token", profile.decode(base)),
+            _row(m, "weights", m.weight_bytes, "bytes", base.weight_bytes, n=1),
             _row(m, "KV cache", m.cache_bytes, "bytes", base.cache_bytes, n=len(m.quality)),
+            _row(m, "weights and cache", m.memory, "bytes", base.memory, n=len(m.quality)),
         ]
         if m.peak_bytes is not None and base.peak_bytes is not None:
             rows.append(_row(m, "peak memory", m.peak_bytes, "bytes", base.peak_bytes, n=1))
@@ -44,6 +47,9 @@ def result(outcome: Outcome) -> Result:
         "failed": outcome.failed,
         "untried": outcome.untried,
     }
+    if outcome.peers is not None:
+        rows += peers.rows(outcome.peers, "peers/")
+        facts["peers"] = peers.facts(outcome.peers)
     return Result("optimize", rows, facts=describe() | facts | profile.facts())
 
 
@@ -69,6 +75,7 @@ def cells(m: Measured, outcome: Outcome) -> dict[str, str]:
         "first token": f"{first:.2f} s ({profile.first_token(base) / first:.2f}x)",
         "decode": f"{1 / decode:.1f} tok/s ({profile.decode(base) / decode:.2f}x)",
         "runs": str(len(m.timings)),
+        "weights": f"{m.weight_bytes / 1e6:.0f} MB ({m.weight_bytes / base.weight_bytes:.0%})",
         "KV cache": f"{m.cache_bytes / 1e6:.1f} MB ({m.cache_bytes / base.cache_bytes:.0%})",
         "peak memory": "" if m.peak_bytes is None else f"{m.peak_bytes / 1e6:.0f} MB",
         "energy": "n/a" if m.energy is None else f"{m.energy:.1f} J",
@@ -76,14 +83,17 @@ def cells(m: Measured, outcome: Outcome) -> dict[str, str]:
 
 
 def table(outcome: Outcome, everything: bool = False) -> Table:
-    """The Pareto front (or `everything`), best quality first; the chosen recipe is marked."""
-    wanted = outcome.measured if everything else (outcome.base, *outcome.front)
+    """The Pareto front within the accepted loss (or `everything`), best quality first; the chosen recipe is marked."""
+    acceptable = [m for m in outcome.front if m.loss.estimate <= outcome.max_loss]
+    wanted = outcome.measured if everything else (outcome.base, *acceptable)
     shown = sorted({id(m): m for m in wanted}.values(), key=lambda m: m.loss.estimate)
-    title = f"{'Recipes' if everything else 'Pareto front'} ({len(outcome.measured)} measured)"
+    heading = f"Pareto front within a loss of {outcome.max_loss:.1%}"
+    more = f", {len(outcome.front) - len(acceptable)} more beyond it" if len(acceptable) < len(outcome.front) else ""
+    title = f"{'Recipes' if everything else heading} ({len(outcome.measured)} measured{more})"
     view = Table(title=title, box=SIMPLE, padding=(0, 1, 0, 0))  # narrow: eighty columns show everything
     view.add_column("recipe", min_width=18)
-    for heading in ("loss", "facts", "first", "decode", "cache", "memory", "energy"):
-        view.add_column(heading, justify="right", no_wrap=True)
+    for name in ("loss", "facts", "first", "decode", "weights", "cache"):
+        view.add_column(name, justify="right", no_wrap=True)
     device = outcome.profile
     for m in shown:
         view.add_row(
@@ -92,8 +102,7 @@ def table(outcome: Outcome, everything: bool = False) -> Table:
             f"{m.recall:.0%}",
             f"{device.first_token(m):.2f} s",
             f"{1 / device.decode(m):.1f}/s",
+            f"{m.weight_bytes / 1e6:.0f} MB",
             f"{m.cache_bytes / 1e6:.1f} MB",
-            "" if m.peak_bytes is None else f"{m.peak_bytes / 1e9:.2f} GB",
-            "n/a" if m.energy is None else f"{m.energy:.0f} J",
         )
     return view

@@ -10,11 +10,11 @@ own where `LISSOM_<RUNTIME>_PYTHON` names one. This process asks them in turns:
 Not compared: torchao, whose int8 and int4 products are slower than fp32 on a CPU.
 """
 
-from lissom.evals.peers.arms import ARMS, OURS, Arm, choose
+from lissom.evals.peers.arms import ARMS, OURS, RECOMMENDED, Arm, choose, recommended
 from lissom.evals.peers.compare import Comparison, Figure, Size, compare
 from lissom.evals.peers.summary import METRICS, Metric, Value, summarise
 
 __all__ = [
-    "ARMS", "METRICS", "OURS", "Arm", "Comparison", "Figure", "Metric", "Size", "Value", "choose", "compare",
-    "summarise",
+    "ARMS", "METRICS", "OURS", "RECOMMENDED", "Arm", "Comparison", "Figure", "Metric", "Size", "Value", "choose",
+    "compare", "recommended", "summarise",
 ]  # fmt: skip

@@ -45,7 +45,7 @@ class Arm:
 
 
 OURS = "lissom"
-
+RECOMMENDED = f"{OURS} recommended"
 
 _NATIVE = {"weights": "auto", "kv": "bf16", "activations": "int16"}
 
@@ -69,6 +69,11 @@ ARMS: tuple[Arm, ...] = (
     Arm("openvino int4", "openvino", "folder", {"bits": 4}, prepared=True),
     Arm("onnxruntime int4", "onnxruntime", "folder", prepared=True),
 )
+
+
+def recommended(recipe: Mapping[str, Any]) -> Arm:
+    """lissom as a recipe has it, given as the plain values of its fields."""
+    return Arm(RECOMMENDED, "lissom", "model", {"through": "loop", "recipe": dict(recipe)})
 
 
 def _words(arm: Arm) -> set[str]:
@@ -130,8 +135,11 @@ class Material:
             reason = str(error).strip().splitlines()[0][:300]
             raise UserError(f"{self.model} cannot be loaded as a causal language model: {reason}") from error
 
-    def settings(self, arm: Arm, threads: int) -> dict[str, Any]:
+    def settings(self, arm: Arm, threads: int, deadline: float = float("inf")) -> dict[str, Any]:
         """Everything that the arm's runtime is opened with.
+
+        Args:
+            deadline: time of `time.monotonic` at which the making of files is given up.
 
         Raises:
             UserError, Failed: the files cannot be made.
@@ -140,7 +148,7 @@ class Material:
         if found.get("weights") == "auto":
             found["weights"] = "native" if self._gguf else "int4"
         if arm.prepared:
-            found["export"] = self._once(arm.name, lambda path: self._prepare(arm, found | {"export": str(path)}))
+            found["export"] = self._once(arm.name, lambda path: _prepare(arm, found | {"export": str(path)}, deadline))
         return found
 
     def _file(self, needs: Files) -> str:
@@ -171,10 +179,10 @@ class Material:
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)
 
-    @staticmethod
-    def _prepare(arm: Arm, settings: dict[str, Any]) -> None:
-        with Worker(arm.runtime, settings["threads"]) as worker:
-            worker.prepare(settings)
+
+def _prepare(arm: Arm, settings: dict[str, Any], deadline: float) -> None:
+    with Worker(arm.runtime, settings["threads"], deadline) as worker:
+        worker.prepare(settings)
 
 
 def scratch() -> tempfile.TemporaryDirectory[str]:

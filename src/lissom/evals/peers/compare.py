@@ -16,10 +16,12 @@ import torch
 from lissom.devices.meters import interleaved
 from lissom.errors import UserError
 from lissom.evals.peers.arms import Arm, Material, choose, scratch
-from lissom.evals.peers.process import Failed, Worker
+from lissom.evals.peers.process import Failed, OutOfTime, Worker
 
 Progress = Callable[[str, int, int], None]
 _WARM_PROMPT, _WARM_STEPS = 64, 4
+# However late it is, an arm that is loaded has so many seconds to warm up: its loading would be wasted otherwise.
+_GRACE = 10.0
 _SETTLE = 0.02  # seconds between two arms: the threads of the one before may still be waiting for more, busily
 
 
@@ -75,12 +77,22 @@ class Figure:
 
 @dataclass
 class Comparison:
-    """Figures of all arms, and why some have none (name to reason)."""
+    """Figures of all arms, and why some have none (name to reason).
+
+    Attributes:
+        hurried: the time was too short for an arm or a round.
+    """
 
     model: str
     figures: list[Figure]
     failed: dict[str, str]
     notes: list[str]
+    hurried: bool = False
+
+    def fail(self, arm: Arm, error: Exception) -> None:
+        """Note why an arm has no figures."""
+        self.failed[arm.name] = str(error)
+        self.hurried |= isinstance(error, OutOfTime)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for a journal."""
@@ -90,7 +102,7 @@ class Comparison:
     def of_dict(cls, facts: dict[str, Any]) -> Comparison:
         """The inverse of `to_dict`."""
         figures = [Figure(**figure) for figure in facts["figures"]]
-        return cls(facts["model"], figures, facts["failed"], facts["notes"])
+        return cls(facts["model"], figures, facts["failed"], facts["notes"], facts["hurried"])
 
 
 def compare(
@@ -100,6 +112,7 @@ def compare(
     arms: Sequence[Arm] = (),
     size: Size = Size(),
     progress: Progress = lambda what, done, total: None,
+    deadline: float = float("inf"),
 ) -> Comparison:
     """Measure arms on one model, interleaved.
 
@@ -112,6 +125,8 @@ def compare(
         threads: one comparison for each count; default: as many as PyTorch uses.
         arms: see `choose`; default: all.
         progress: told what is being done, and how much is done of how much.
+        deadline: time of `time.monotonic` after which no further arm is loaded and no further round begun. An arm that
+            is loaded by then is measured once at least.
 
     Raises:
         UserError: the model is unknown, or reads fewer tokens.
@@ -126,9 +141,9 @@ def compare(
         counter = _Counter(progress, total)
         for count in threads:
             with ExitStack() as stack:
-                workers = _open(arms, material, count, stack, found, counter)
+                workers = _open(arms, material, count, stack, found, counter, deadline)
                 for context in contexts:
-                    _measure(workers, material, count, context, size, found, counter)
+                    _measure(workers, material, count, context, size, found, counter, deadline)
     return found
 
 
@@ -157,18 +172,26 @@ class _Counter:
 
 
 def _open(
-    arms: Sequence[Arm], material: Material, threads: int, stack: ExitStack, found: Comparison, counter: _Counter
+    arms: Sequence[Arm],
+    material: Material,
+    threads: int,
+    stack: ExitStack,
+    found: Comparison,
+    counter: _Counter,
+    deadline: float,
 ) -> dict[Arm, Worker]:
     workers = {}
     for arm in arms:
         counter.say(f"loading {arm.name}")
         try:
-            settings = material.settings(arm, threads)
-            worker = stack.enter_context(Worker(arm.runtime, threads))
+            if time.monotonic() > deadline:
+                raise OutOfTime("there was no time for it")
+            settings = material.settings(arm, threads, deadline)
+            worker = stack.enter_context(Worker(arm.runtime, threads, deadline))
             worker.open(settings)
             workers[arm] = worker
         except (Failed, UserError) as error:
-            found.failed[arm.name] = str(error)
+            found.fail(arm, error)
         counter.add(f"loaded {arm.name}")
     return workers
 
@@ -181,6 +204,7 @@ def _measure(
     size: Size,
     found: Comparison,
     counter: _Counter,
+    deadline: float,
 ) -> None:
     """One context, of every arm that has not failed yet."""
     limit = getattr(material.config, "max_position_embeddings", None) or context + size.new
@@ -199,13 +223,15 @@ def _measure(
             time.sleep(_SETTLE)
             work(workers[arm])
         except Failed as error:
-            found.failed[arm.name] = str(error)
+            found.fail(arm, error)
         counter.add(f"{arm.name}: {what}")
 
     def warm(worker: Worker) -> None:
         # As the first calls compile and allocate. The capacity is what is compiled for.
+        worker.deadline = max(deadline, time.monotonic() + _GRACE)
         worker.ask("read", ids=ids[:_WARM_PROMPT], capacity=capacity)
         worker.ask("step", count=_WARM_STEPS)
+        worker.deadline = float("inf")
 
     def read(arm: Arm, worker: Worker) -> None:
         answer = worker.ask("read", ids=ids, capacity=capacity)
@@ -224,6 +250,8 @@ def _measure(
         attempt(arm, f"{where}, warming up", warm)
     for work, repeats, doing in ((read, size.reads_of(context), "reading"), (step, size.rounds, "decoding")):
         turns = {arm.name: partial(attempt, arm, f"{where}, {doing}", partial(work, arm)) for arm in workers}
-        for _ in interleaved(turns, repeats):
-            pass
+        for number, _ in enumerate(interleaved(turns, repeats)):
+            if (number + 1) % len(turns) == 0 and number + 1 < repeats * len(turns) and time.monotonic() > deadline:
+                found.hurried = True
+                break
     found.figures += [figure for arm, figure in figures.items() if arm.name not in found.failed]

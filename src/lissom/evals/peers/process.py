@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,10 @@ _PATIENCE = 3600  # seconds for one answer: a long prompt on one thread, a compi
 
 class Failed(Exception):
     """A runtime cannot be measured; says why in a line."""
+
+
+class OutOfTime(Failed):
+    """It might be measured if there were more time."""
 
 
 def python_of(runtime: str) -> str:
@@ -36,18 +41,20 @@ class Worker:
 
     Attributes:
         facts: what the runtime says about itself.
+        deadline: time of `time.monotonic` at which the process is ended if an answer is still waited for.
     """
 
-    def __init__(self, runtime: str, threads: int) -> None:
+    def __init__(self, runtime: str, threads: int, deadline: float = float("inf")) -> None:
         """
         Args:
             runtime: a module of `lissom.evals.peers.runtimes`.
             threads: that libraries may use.
+            deadline: see above.
 
         Raises:
             Failed: its Python cannot be run.
         """
-        self._runtime, self.facts = runtime, dict[str, Any]()
+        self._runtime, self.facts, self.deadline = runtime, dict[str, Any](), deadline
         count = str(threads)
         environment = os.environ | {name: count for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
         environment |= {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
@@ -75,11 +82,12 @@ class Worker:
 
         Raises:
             Failed: it could not be done, or the process ended.
+            OutOfTime: it was not done in time.
         """
         assert self._process.stdin is not None and self._process.stdout is not None
         if self._process.stdin.closed:
             raise Failed("the process was ended")
-        timer = threading.Timer(_PATIENCE, self._kill)
+        timer = threading.Timer(max(0.0, min(_PATIENCE, self.deadline - time.monotonic())), self._kill)
         timer.start()
         try:
             self._process.stdin.write((json.dumps({"do": do, **arguments}) + "\n").encode())
@@ -89,6 +97,8 @@ class Worker:
             line = b""
         finally:
             timer.cancel()
+        if not line and time.monotonic() >= self.deadline:
+            raise OutOfTime("there was no time for it")
         if not line:
             raise Failed(f"the process ended: {self._last_words()}")
         answer: dict[str, Any] = json.loads(line)

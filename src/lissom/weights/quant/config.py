@@ -125,9 +125,12 @@ class Quantize:
 
     @classmethod
     def candidates(cls, context: SearchContext) -> list[Self]:
-        """See `lissom.models.method.Method`."""
-        quick = [cls(bits=8, method="rtn"), cls(bits=4, method="search")]
-        return quick if context.quick else [*quick, cls(bits=4), cls(bits=4, group_size=64)]
+        """See `lissom.models.method.Method`. Only what makes the checkpoint clearly smaller."""
+        four = [cls(bits=4, method="search")] if context.quick else [cls(bits=4, method="search"), cls(bits=4)]
+        return [
+            *([cls(bits=8, method="rtn")] if context.weight_bits > 12 else []),
+            *(four if context.weight_bits > 8 else []),
+        ]
 
     def __str__(self) -> str:
         words = f"{self.bits}-bit {self.method}" if not self.mixed else f"4/8-bit {self.method}"

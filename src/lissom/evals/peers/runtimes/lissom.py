@@ -1,7 +1,7 @@
 """lissom itself: native decode through its own loop, through `model.generate()`, or behind a compacted cache.
 
-Settings: `model`, `weights`, `kv` and `activations` (see `NativeDecode`), `through` (`loop` or `generate`), `ratio` (of
-the cache to keep, 1 for all of it), `threads`.
+Settings: `model`, `through` (`loop` or `generate`), `threads`, and either `recipe` (the fields of a `Recipe`) or
+`weights`, `kv` and `activations` (see `NativeDecode`) and `ratio` (of the cache to keep, 1 for all of it).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from lissom.decode import NativeDecode, generate_tokens
 from lissom.kernels import native
 from lissom.kv import AttentionMatching
 from lissom.models.packed_layers import PackedLinear
+from lissom.recipes import Recipe
 
 
 @dataclass
@@ -37,18 +38,24 @@ class _Emit(BaseStreamer):
         pass
 
 
+def _native(settings: dict[str, Any]) -> Recipe:
+    methods: list[Any] = [NativeDecode(**{name: settings[name] for name in ("weights", "kv", "activations")})]
+    if settings["ratio"] < 1:
+        # The cheapest queries: only the steps behind the compacted cache are of interest.
+        methods.append(AttentionMatching(ratio=settings["ratio"], queries="context"))
+    return Recipe.of(*methods, model=settings["model"], dtype="float32", weights="packed")
+
+
 class Runtime:
     def __init__(self, settings: dict[str, Any]) -> None:
         torch.set_num_threads(settings["threads"])
         self._through = settings["through"]
-        self._model, _ = lissom.load(settings["model"], weights="packed")
+        recipe = (
+            Recipe(**settings["recipe"] | {"model": settings["model"]}) if "recipe" in settings else _native(settings)
+        )
+        self._model, _ = recipe.load_model()
         self._inside = ExitStack()
-        native_decode = NativeDecode(**{name: settings[name] for name in ("weights", "kv", "activations")})
-        self._inside.enter_context(native_decode(self._model))
-        if settings["ratio"] < 1:
-            # The cheapest queries: only the steps behind the compacted cache are of interest.
-            method = AttentionMatching(ratio=settings["ratio"], queries="context")
-            self._inside.enter_context(method(self._model))
+        self._inside.enter_context(recipe.running(self._model))
         linears = [module for module in self._model.modules() if isinstance(module, PackedLinear)]
         self.facts = {
             "lissom": lissom.__version__,
