@@ -437,7 +437,7 @@ class Decoder {
           if (m->rows)
             for (const double y : product(*m, x)) query[v].push_back(y);
         for (int64_t h = 0; h < plan.query_heads + plan.kv_heads; ++h)
-          turn(layer, h < plan.query_heads ? layer.query_norm : layer.key_norm, positions[v], query[v].data() + h * size);
+          turn(layer, h < plan.query_heads ? layer.query_norm : layer.key_norm, positions[v], &query[v][h * size]);
         for (int64_t i = 0; i < heads; ++i) {
           const int64_t place = (l * vectors + v) * heads + i;
           expect(what + ", queries", place, queries[place], query[v][i], slack * (1 + largest(query[v])));
