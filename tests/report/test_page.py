@@ -4,10 +4,12 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pytest
 from evolve.fake import FakeBench, fake_profile
 
+from lissom.evals.peers import RECOMMENDED, Comparison, Figure
 from lissom.evolve.optimize import optimize
 from lissom.report.page import page
 from lissom.report.results import result, table
@@ -39,9 +41,30 @@ def test_results_have_the_one_shape(outcome, tmp_path):
     assert decode["ratio"] == pytest.approx(2.0)
 
 
-def test_the_table_marks_the_best(outcome):
-    assert table(outcome).row_count == len({id(m) for m in (outcome.base, *outcome.front)})
+def test_the_table_has_the_front_within_the_accepted_loss(outcome):
+    within = [m for m in outcome.front if m.loss.estimate <= outcome.max_loss]
+    assert len(within) < len(outcome.front)
+    assert table(outcome).row_count == len({id(m) for m in (outcome.base, *within)})
     assert table(outcome, everything=True).row_count == len(outcome.measured)
+
+
+def test_other_runtimes_are_a_section_and_rows(outcome, tmp_path):
+    figures = [
+        Figure(name, label, 2, 1000, [first] * 3, [1 / rate] * 3, [1], 10**8)
+        for name, label, rate, first in (
+            (RECOMMENDED, RECOMMENDED, 300, 0.1), ("lissom", "lissom", 200, 0.2), ("flash", "llama.cpp", 100, 0.4),
+        )
+    ]  # fmt: skip
+    compared = replace(outcome, peers=Comparison("m", figures, {"openvino int8": "no <openvino>"}, ["A note."]))
+    html = page(compared, "command")
+    section = html[html.index("Beside other runtimes") :].partition("</section>")[0]
+    assert "llama.cpp" in section and "3.00×" in section and "4.00×" in section
+    assert "Not compared: openvino int8: no &lt;openvino&gt;" in section and "A note." in section
+    facts = result(compared).to_dict()
+    rows = {row["name"]: row for row in facts["rows"]}
+    assert rows["peers/threads 2/context 1000/lissom recommended against llama.cpp/decode"]["ratio"] == pytest.approx(3)
+    assert facts["peers"]["failed"] == {"openvino int8": "no <openvino>"}
+    assert "Beside other runtimes" not in page(outcome, "command")
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (apt install chromium)")

@@ -144,7 +144,7 @@ class Material:
         Raises:
             UserError, Failed: the files cannot be made.
         """
-        found = {**arm.settings, arm.needs: self._file(arm.needs), "threads": threads}
+        found = {**arm.settings, arm.needs: self._file(arm.needs), "threads": threads, "scratch": str(self._scratch)}
         if found.get("weights") == "auto":
             found["weights"] = "native" if self._gguf else "int4"
         if arm.prepared:

@@ -2,12 +2,14 @@
 advises: compiling it would be done again for every length. Weights are frozen into the step, which lets the compiler
 lay them out for its kernels; that is faster than without.
 
-Settings: `folder`, `dtype` (a torch dtype's name), `threads`.
+Settings: `folder`, `dtype` (a torch dtype's name), `threads`, `scratch` (a folder for what is compiled).
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +22,8 @@ class Runtime:
     def __init__(self, settings: dict[str, Any]) -> None:
         torch.set_num_threads(settings["threads"])
         inductor.freezing = True
+        # Not the user's: a process that is ended while it compiles leaves broken files behind, which are used again.
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(settings["scratch"]) / "torch.compile")
         self._model = AutoModelForCausalLM.from_pretrained(
             settings["folder"], dtype=getattr(torch, settings["dtype"]), attn_implementation="sdpa"
         ).eval()
