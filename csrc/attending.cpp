@@ -9,7 +9,7 @@ constexpr int64_t kStretch = 512;     // entries of a part
 
 }  // namespace
 
-Attending::Attending(const Attention& a, const Kernels& isa) : a_(a), isa_(isa) {
+Attending::Attending(const Attention& a, const Kernels& isa, int64_t times) : a_(a), isa_(isa), extents_(times) {
   tokens_ = std::max<int64_t>(1, std::min(a.tokens, kTileVectors / group()));
 }
 
@@ -18,7 +18,7 @@ int64_t Attending::scratch() const {
   return isa_.attend_scratch(a_.head_dim, vectors) + vectors * (a_.head_dim + 2) + 32;
 }
 
-void Attending::prepare() {
+void Attending::prepare(int64_t time) {
   const KeyValues& store = *a_.store;
   units_.clear();
   const bool few = a_.tokens <= tokens_;
@@ -43,6 +43,7 @@ void Attending::prepare() {
       } while (begin < end);
     }
   }
+  extents_[time] = {static_cast<int64_t>(units_.size()), split_};
   // The longest first: a thread that takes a long one last would let the others wait.
   if (!few) std::stable_sort(units_.begin(), units_.end(), [](const Unit& a, const Unit& b) { return a.end - a.begin > b.end - b.begin; });
   if (split_) parts_.resize(units_.size() * tokens_ * group() * (a_.head_dim + 2));

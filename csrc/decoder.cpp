@@ -89,7 +89,7 @@ class Pass {
     gated_ = take_activations(arena, vectors_, wide);
     last_ = take_activations(arena, wanted, wide);
     attention_.query = fused_out_;
-    Attending attending(attention_, isa_);
+    Attending attending(attention_, isa_, plan_.layer_count);
     int64_t columns = 0;
     for (const int64_t size : {plan_.hidden, heads_, plan_.intermediate}) columns = std::max(columns, size);
     const int64_t scratch = std::max(isa_.multiply_scratch(columns), attending.scratch());
@@ -222,7 +222,7 @@ class Pass {
       const auto take = [&](int64_t first, int64_t last) {
         prepare(attended, first, last, heads_, [](int64_t, float*) {});
       };
-      attending.run(member, [&] {
+      attending.run(member, index, [&] {
         if (vectors_ <= kFewRows) take(0, vectors_);
       });
       if (vectors_ > kFewRows)
@@ -327,7 +327,7 @@ class Pass {
     attention_.store = &store;
     attention_.window = layer.window;
     attention_.out = const_cast<float*>(input_.values);
-    attending.prepare();
+    attending.prepare(index);
   }
 
   const Plan& plan_;

@@ -80,11 +80,11 @@ int ragged_attention(const Attention& a, int threads) {
     if (store.starts[i] < 0 || store.lengths[i] < 0 || store.starts[i] > store.capacity - store.lengths[i]) return -1;
     work += store.lengths[i] * a.query_heads / a.kv_heads * a.tokens * a.head_dim;
   }
-  Attending attending(a, kernels());
-  attending.prepare();
+  Attending attending(a, kernels(), 1);
+  attending.prepare(0);
   // Waking a thread costs about as much as some hundred thousand multiply-adds.
   Team team(Attending::kPhases, std::min<int64_t>(work / 300000 + 1, threads), attending.scratch());
-  team.run([&](Team::Member& member) { attending.run(member, [] {}); });
+  team.run([&](Team::Member& member) { attending.run(member, 0, [] {}); });
   return 0;
 }
 

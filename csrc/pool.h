@@ -1,8 +1,13 @@
-// A pool of threads that sleep when idle. It grows to what is asked for and lives as long as the process.
+// Threads that wait for work. Where the process has OpenMP already, as with PyTorch, they are OpenMP's: after work of
+// PyTorch's they spin for some milliseconds, and other threads would have to share the cores with them. Elsewhere, and
+// after a fork, which OpenMP does not survive, it is a pool of our own, which sleeps when idle, grows to what is asked for
+// and lives as long as the process.
 #pragma once
+#include <dlfcn.h>
 #include <pthread.h>
 #include <sched.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -39,19 +44,41 @@ class Pool {
   // has the pool, `work` runs on the caller alone: it must take its share from a common counter.
   static void run(int64_t helpers, const std::function<void()>& work) {
     if (helpers <= 0 || busy_.test_and_set(std::memory_order_acquire)) return work();
-    instance().share(helpers, work);
+    if (const OpenMp* openmp = OpenMp::here())
+      openmp->parallel([](void* given) { (*static_cast<const std::function<void()>*>(given))(); },
+                       const_cast<std::function<void()>*>(&work),
+                       static_cast<unsigned>(std::min<int64_t>(helpers + 1, openmp->limit())), 0);
+    else
+      instance().share(helpers, work);
     busy_.clear(std::memory_order_release);
   }
 
  private:
-  static Pool& instance() {
+  // Entries of GNU's OpenMP library, which others provide too.
+  struct OpenMp {
+    void (*parallel)(void (*)(void*), void*, unsigned threads, unsigned flags);
+    int (*limit)();  // it ends the process where more threads are not to be had
+
+    static const OpenMp* here() {
+      watch_forks();
+      static const OpenMp found = {reinterpret_cast<decltype(parallel)>(dlsym(RTLD_DEFAULT, "GOMP_parallel")),
+                                   reinterpret_cast<decltype(limit)>(dlsym(RTLD_DEFAULT, "omp_get_max_threads"))};
+      return forked_ || !found.parallel || !found.limit ? nullptr : &found;
+    }
+  };
+
+  static void watch_forks() {
     // After a fork only the forking thread exists, so the child begins with a pool of its own. Neither is ever
     // destroyed: its threads may sleep in it until the process ends.
     static const int registered = pthread_atfork(nullptr, nullptr, [] {
+      forked_ = true;
       current_ = new Pool;
       busy_.clear();
     });
     (void)registered;
+  }
+
+  static Pool& instance() {
     if (!current_) current_ = new Pool;
     return *current_;
   }
@@ -96,6 +123,7 @@ class Pool {
   std::atomic<int64_t> pending_{0};
   std::atomic<uint64_t> round_{0};
 
+  static inline bool forked_ = false;
   static inline Pool* current_ = nullptr;
   static inline std::atomic_flag busy_ = ATOMIC_FLAG_INIT;
 };

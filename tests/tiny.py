@@ -76,6 +76,11 @@ def random_ids(tokens: int, rows: int = 1, seed: int = 0) -> torch.Tensor:
     return torch.randint(1, VOCAB, (rows, tokens), generator=torch.Generator().manual_seed(seed))
 
 
+def close(got: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Equal but for the rounding of fp32, which grows with the largest logit."""
+    torch.testing.assert_close(got, wanted, atol=2e-5 * float(wanted.abs().max()), rtol=1e-4)
+
+
 class ByteTokenizer:
     """A byte is a token: stands for a tokenizer where a text only has to become ids of the tiny models."""
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import copy
 import gc
-import logging
 import os
 import threading
 
 import pytest
 import torch
-from tiny import DECODERS, random_ids, tiny_model
-from transformers import DynamicCache, StaticCache
+from tiny import DECODERS, close, random_ids, tiny_model
+from transformers import DynamicCache
 
 from lissom.decode import NativeDecode, generate_tokens
-from lissom.decode.passes import NativePasses
 from lissom.errors import UserError
 from lissom.kernels import native
 from lissom.kv import AttentionMatching, Eviction, KVBudget
@@ -23,25 +21,6 @@ from lissom.models.attention import installed
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no native kernels")
 EXACT = NativeDecode(kv="fp32")
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """How many tokens each native pass read, in the test."""
-    seen: list[int] = []
-    read = NativePasses.read
-
-    def counted(self, cache, ids, *args, **kwargs):
-        logits = read(self, cache, ids, *args, **kwargs)
-        seen.append(ids.shape[1])
-        return logits
-
-    monkeypatch.setattr(NativePasses, "read", counted)
-    return seen
-
-
-def close(got: torch.Tensor, wanted: torch.Tensor) -> None:
-    torch.testing.assert_close(got, wanted, atol=2e-5 * float(wanted.abs().max()), rtol=1e-4)
 
 
 @torch.no_grad()
@@ -218,59 +197,6 @@ def test_native_and_other_passes_take_turns(architecture, calls):
         parts.append(model(inputs_embeds=model.get_input_embeddings()(ids[:, 30:]), past_key_values=cache).logits)
     close(torch.cat(parts, 1), wanted)
     assert calls == [10, *[1] * 10]
-
-
-@torch.no_grad()
-def test_what_is_not_supported_falls_back_and_says_so_once(calls, caplog):
-    model, ids = tiny_model("llama"), random_ids(20)
-    wanted = model(ids).logits
-    gaps = torch.ones_like(ids)
-    gaps[0, [3, 4, 9]] = 0
-    masked = model(ids, attention_mask=gaps).logits
-    jumps = torch.arange(20)[None] * 2
-    jumped = model(ids, position_ids=jumps).logits
-    with caplog.at_level(logging.WARNING), EXACT(model):
-        for _ in range(2):
-            close(model(ids, attention_mask=gaps).logits, masked)
-            close(model(ids, position_ids=jumps).logits, jumped)
-            static = StaticCache(config=model.config, max_cache_len=32)
-            close(model(ids, past_key_values=static).logits, wanted)
-        with torch.enable_grad():
-            loss = model(ids, labels=ids).loss
-            loss.backward()
-        assert model.lm_head.weight.grad is not None
-        hidden = []
-        hook = model.model.layers[1].register_forward_hook(lambda *parts: hidden.append(parts[-1]))
-        close(model(ids).logits, wanted)
-        hook.remove()
-        assert len(hidden) == 1 and not calls
-        close(model(ids).logits, wanted)
-    assert calls == [20]
-    said = [record.message for record in caplog.records]
-    assert len(said) == 3 and all("runs without native decode" in text for text in said)
-
-
-def test_unsupported_models_run_as_before(caplog):
-    model, ids = tiny_model("gpt2"), random_ids(10)
-    wanted = model(ids).logits
-    with caplog.at_level(logging.WARNING), NativeDecode()(model):
-        assert model(ids).logits.equal(wanted)
-    assert "architecture 'gpt2' is not supported" in caplog.text
-    llama = tiny_model("llama")
-    llama.model.layers[1].mlp.up_proj = torch.nn.Sequential(llama.model.layers[1].mlp.up_proj)
-    with NativeDecode()(llama):
-        pass
-    assert "layers.1.up_proj is a Sequential" in caplog.text
-
-
-@torch.no_grad()
-def test_changed_weights_are_noticed():
-    model, ids = tiny_model("llama"), random_ids(20)
-    with EXACT(model):
-        model(ids)
-        model.model.layers[0].mlp.up_proj.weight.mul_(2)
-        changed = model(ids).logits
-    close(changed, model(ids).logits)
 
 
 @torch.no_grad()

@@ -5,7 +5,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import tiny_model
 from transformers import (
+    GenerationConfig,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
@@ -70,3 +72,28 @@ def test_the_same_seed_draws_the_same_tokens():
 def test_bad_settings_are_refused(settings):
     with pytest.raises(UserError, match=next(iter(settings))):
         Sampling(**settings)
+
+
+@pytest.mark.parametrize(
+    "top_k,top_p,min_p", [(0, 1.0, 0.0), (40, 1.0, 0.0), (0, 0.8, 0.0), (0, 1.0, 0.05), (30, 0.9, 0.02)]
+)
+@pytest.mark.parametrize("temperature,penalty", [(0.7, 1.0), (1.3, 1.2), (1.0, 0.8)])
+def test_the_distribution_is_that_of_transformers(temperature, penalty, top_k, top_p, min_p):
+    """All settings together, in transformers' order."""
+    generator = torch.Generator().manual_seed(0)
+    logits, seen = 3 * torch.randn(4, 700, generator=generator), torch.randint(0, 700, (4, 30), generator=generator)
+    given = {"temperature": temperature, "repetition_penalty": penalty, "top_p": top_p, "do_sample": True}
+    config = GenerationConfig(**given, top_k=top_k or None, min_p=min_p or None)
+    processors = tiny_model("llama")._get_logits_processor(config, input_ids_seq_length=30, encoder_input_ids=seen)
+    wanted = processors(seen, logits).softmax(-1)
+    values, places = candidates(penalised(logits, seen, penalty) / temperature, top_k, top_p, min_p)
+    got = torch.zeros_like(logits).scatter(1, places, values.softmax(-1))
+    torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-4)
+    assert len(processors) == sum([temperature != 1, penalty != 1, top_k > 0, top_p < 1, min_p > 0])
+
+
+def test_padding_is_not_penalised():
+    ids, logits = torch.tensor([[3, 3, 5, 6], [3, 1, 5, 6]]), torch.zeros(2, 9)
+    logits[:, 3], logits[:, 4] = 2.0, 1.9
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    assert Sampler(Sampling(repetition_penalty=2.0), ids, mask).draw(logits).tolist() == [3, 4]

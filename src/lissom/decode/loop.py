@@ -52,7 +52,7 @@ def generate_tokens(
         raise UserError(f"The prompt has {ids.shape[-1]} tokens, the cache has read {read}: there is nothing to read.")
     stop = end_tokens(model) if stop is None else stop
     ends = torch.tensor(list(stop), device=ids.device)
-    sampler = Sampler(sampling, ids)
+    sampler = Sampler(sampling, ids, mask)
     positions = None if mask is None else (mask.long().cumsum(1) - 1).clamp(min=0)
     new, done = ids[:, read:], torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     places = None if positions is None else positions[:, read:]

@@ -20,9 +20,10 @@ from lissom.errors import UserError
 from lissom.kernels import native
 from lissom.kernels import packed as formats
 from lissom.kernels.packed import Packed
+from lissom.kernels.rounding import GRIDS, rtn
 from lissom.models.attention import installed
 from lissom.models.method import SearchContext, changed
-from lissom.models.packed_layers import PackedEmbedding, PackedLinear
+from lissom.models.packed_layers import PackedLinear, skeleton
 from lissom.models.plan import ARCHITECTURES, Packing
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,14 @@ _IGNORED = ("cache_position", "return_dict")
 @dataclass(frozen=True)
 class NativeDecode:
     """Run every pass of the model, prompt and tokens, in native code; what cannot be runs as before.
+
+    Why a model or a pass runs as before is logged, once for each reason: hooks on modules inside the model,
+    `output_attentions` or `output_hidden_states`, gradients, adapters that are not merged, architectures, masks and
+    caches that the native pass does not know.
+
+    Weights that change inside the block are noticed when the next prompt is read, and at every token where all of them
+    change or move; weights that were packed for the block (`weights` other than `native`) stay what they were when it
+    was entered.
 
     Attributes:
         weights: `native` is each layer's own (packed ones as they are, dense ones in their dtype); `bf16`, `int8` or
@@ -85,7 +94,8 @@ class NativeDecode:
         if self.weights == "bf16":
             return formats.pack_floats(weight, "bf16")
         whole = self.weights == "int8" or name in ("lm_head", "embed_tokens")
-        return formats.pack_nearest(weight, "q8" if whole else "q4_min")
+        formats.check_finite(weight)
+        return rtn(weight.detach(), GRIDS["q8" if whole else "q4_min"], formats.GROUP).pack()
 
     def _passes(self, model: PreTrainedModel, packing: Packing | None) -> NativePasses:
         return NativePasses(model, packing, _KV[self.kv], _PLANES[self.activations])
@@ -119,6 +129,7 @@ class _Runner:
     def __init__(self, model: PreTrainedModel, passes: NativePasses, remake: Callable[[], NativePasses] | None) -> None:
         """`remake` makes the passes anew when a weight has changed; None where they are packed once for the block."""
         self._model, self._passes, self._remake = model, passes, remake
+        self._unsupported = ""  # why the model, as it has become, has no passes
         self._plain = model.forward
         self._said: set[str] = set()
 
@@ -127,11 +138,27 @@ class _Runner:
         model = memo.get(id(self._model), self._model)
         return types.MethodType(type(model).forward, model)
 
-    @property
-    def passes(self) -> NativePasses:
-        """Of the weights as they are now, or as they were packed when the block was entered."""
-        if self._remake is not None and not self._passes.plan.is_current():
-            self._passes = self._remake()
+    def passes(self, thorough: bool = True) -> NativePasses:
+        """Of the weights as they are now, or as they were packed when the block was entered.
+
+        Args:
+            thorough: whether to look for every change (see `NativePlan.is_current`).
+
+        Raises:
+            NotNative: the model has become one that is not supported.
+        """
+        if self._remake is None:
+            return self._passes
+        if self._unsupported and not thorough:
+            raise NotNative(self._unsupported)
+        if self._unsupported or not self._passes.plan.is_current(thorough):
+            try:
+                passes = self._passes = self._remake()
+            except Unsupported as error:
+                self._unsupported = str(error)
+                raise NotNative(self._unsupported) from error
+            self._unsupported = ""
+            return passes
         return self._passes
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -149,7 +176,7 @@ class _Runner:
             return self._native(given)
         except NotNative as error:
             reason = str(error)
-            if reason and reason not in self._said:
+            if reason not in self._said:
                 self._said.add(reason)
                 logger.warning("A pass runs without native decode: %s.", reason)
             return self._plain(*args, **kwargs)
@@ -157,11 +184,18 @@ class _Runner:
     def _native(self, given: dict[str, Any]) -> CausalLMOutputWithPast:
         for name, value in given.items():
             if name not in _KNOWN and name not in _IGNORED and value is not None and value is not False:
-                # What a caller asks for on purpose falls back without a word.
-                raise NotNative("" if name in ("labels", "inputs_embeds") or name.startswith("output_") else name)
+                self._check_attentions(name, given.get("past_key_values"))
+                raise NotNative(f"{name} is given")
+        config = self._model.config
+        for name in ("output_attentions", "output_hidden_states"):
+            if given.get(name) is None and getattr(config, name, False):
+                self._check_attentions(name, given.get("past_key_values"))
+                raise NotNative(f"{name} is set in the model's config")
         ids, cache, mask = given.get("input_ids"), given.get("past_key_values"), given.get("attention_mask")
-        if ids is None or given.get("return_dict") is False:
-            raise NotNative("")
+        if ids is None or ids.ndim != 2:
+            raise NotNative("the input is not [rows, tokens]")
+        if given.get("return_dict") is False or not getattr(config, "return_dict", True):
+            raise NotNative("a tuple is wanted")
         if ids.device.type != "cpu":
             raise NotNative(f"the input is on {ids.device}")
         if torch.is_grad_enabled() and any(p.requires_grad for p in self._model.parameters()):
@@ -170,25 +204,33 @@ class _Runner:
             raise NotNative("the model is in training mode")
         if mask is not None and (not isinstance(mask, torch.Tensor) or mask.ndim != 2):
             raise NotNative("the attention mask is not [rows, tokens]")
-        passes = self._passes if ids.shape[1] == 1 else self.passes
+        passes = self.passes(thorough=ids.shape[1] > 1)
         if passes.has_hooks():
-            raise NotNative("")
+            raise NotNative("a module inside the model has a hook")
         own = cache is None
         if own:
-            cache = DynamicCache(config=self._model.config)
+            cache = DynamicCache(config=config)
         if not isinstance(cache, DynamicCache):
             raise NotNative(f"the cache is a {type(cache).__name__}")
         passes.adopt(cache)
         keep = self._kept(given.get("logits_to_keep", 0), ids.shape[1])
         logits = passes.read(cache, ids, given.get("position_ids"), mask, keep)
         use = given.get("use_cache")
-        wanted = self._model.config.get_text_config().use_cache if use is None else use
+        wanted = config.get_text_config().use_cache if use is None else use
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache if wanted or not own else None)
+
+    @staticmethod
+    def _check_attentions(name: str, cache: Any) -> None:
+        if name == "output_attentions" and any(getattr(layer, "store", None) for layer in getattr(cache, "layers", ())):
+            raise UserError(
+                "The weights of the attention over a cache in lissom's storage cannot be returned: give "
+                "output_attentions from the first pass on."
+            )
 
     @staticmethod
     def _kept(wanted: Any, tokens: int) -> list[int] | None:
         if isinstance(wanted, torch.Tensor):
-            kept = torch.arange(tokens)[wanted].tolist()
+            kept = torch.arange(tokens, device="cpu")[wanted].tolist()
             if kept != sorted(kept):
                 raise NotNative("logits_to_keep is not in order")
             return kept
@@ -205,11 +247,15 @@ def _packed_modules(model: PreTrainedModel, passes: NativePasses, wanted: bool) 
                 packed = passes.plan.packed_of(child)
                 if packed is None:
                     continue
+                layer = skeleton(child, packed.format, packed.group, child.weight.dtype)
+                assert layer is not None
+                layer.hold(packed)
+                if isinstance(layer, PackedLinear) and layer.bias is not None:
+                    layer.bias = nn.Parameter(child.bias.detach(), requires_grad=False)
+                # Whoever listens to the one listens to the other.
+                layer.__dict__.update({key: hooks for key, hooks in vars(child).items() if "_hooks" in key})
                 before.append((parent, name, child))
-                if isinstance(child, nn.Linear):
-                    setattr(parent, name, PackedLinear.of(packed, child.bias))
-                elif type(child) is nn.Embedding:
-                    setattr(parent, name, PackedEmbedding.of(packed, child.weight.dtype))
+                setattr(parent, name, layer)
         yield
     finally:
         for parent, name, child in before:
@@ -222,7 +268,7 @@ def weight_bytes(model: nn.Module) -> int:
     tensors = [*model.parameters(), *model.buffers()]
     runner = model.__dict__.get("forward")
     if isinstance(runner, _Runner):
-        tensors += runner.passes.plan.tensors()
+        tensors += runner.passes().plan.tensors()
     sizes: dict[int, int] = {}
     for tensor in tensors:
         sizes[tensor.data_ptr()] = max(sizes.get(tensor.data_ptr(), 0), tensor.nbytes)

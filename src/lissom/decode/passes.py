@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch.nn.modules import module as every_module
 from transformers import DynamicCache, PreTrainedModel
 
 from lissom.errors import UserError
 from lissom.kernels import decoder
 from lissom.kernels.ragged_attention import KeyValues
-from lissom.kv.cache import CompactLayer, WindowLayer, exchange_layers, exchange_windows
+from lissom.kv.cache import CompactCache, CompactLayer, WindowLayer, exchange_layers, exchange_windows
 from lissom.models.plan import NativePlan, Packing, Unsupported
 
 # Tokens of all rows that one native call reads at most: enough that unpacking the weights does not matter.
@@ -38,20 +41,29 @@ class NativePasses:
         """
         self._model, self._packing, self._kv_dtype = model, packing, kv_dtype
         self.plan = NativePlan(model, packing, planes)
-        self._hooks = [
+        self._hooks: list[dict[int, Any]] = [
             hooks
-            for module in model.base_model.modules()
+            for module in model.modules()
+            if module is not model  # whose own hooks run around its forward function, ours or not
             for hooks in (module._forward_hooks, module._forward_pre_hooks)
         ]
-        self._stores: Any = None
-        self._layouts: list[int] = []
+        self._hooks += [every_module._global_forward_hooks, every_module._global_forward_pre_hooks]
+        # What the last call saw of the stores. One attribute, since several threads may read at once.
+        self._seen: tuple[list[int], Any] = ([], None)
+        # Frequencies that follow the length are the plan's, for one sequence at a time.
+        self._turn: Any = threading.RLock() if self.plan.rotations_depend_on_length else nullcontext()
 
     def adopt(self, cache: DynamicCache) -> None:
         """Put the cache's layers into lissom's storage, with what they hold.
 
         Raises:
             NotNative: one of them cannot be.
+            UserError: one of them is not on the CPU.
         """
+        if not (type(cache) is DynamicCache or isinstance(cache, CompactCache)):
+            raise NotNative(f"the cache is a {type(cache).__name__}")
+        if cache.offloading:
+            raise NotNative("the cache is offloaded")
         if not all(isinstance(layer, CompactLayer) for layer in cache.layers) or not cache.layers:
             exchange_layers(cache, self._model)
             exchange_windows(cache)
@@ -68,7 +80,9 @@ class NativePasses:
             if layer.store is None:
                 layer.kv_dtype = self._kv_dtype
             elif layer.store.keys.device.type != "cpu":
-                raise NotNative(f"the cache is on {layer.store.keys.device}")
+                raise UserError(
+                    f"The cache is on {layer.store.keys.device} and the model on the CPU: read the prompt again."
+                )
 
     def has_hooks(self) -> bool:
         """Whether somebody listens to a module inside the model. transformers' own hooks stay once installed, and do
@@ -99,19 +113,33 @@ class NativePasses:
 
         Raises:
             NotNative: the mask has gaps, or the cache another number of rows.
-            UserError: a token is outside the vocabulary.
+            UserError: a token is outside the vocabulary, or there is none.
         """
+        if not ids.numel():
+            raise UserError(f"There is nothing to read: the input has the shape {list(ids.shape)}.")
+        with self._turn:
+            return self._read(cache, ids.long(), positions, mask, keep, progress)
+
+    def _read(
+        self,
+        cache: DynamicCache,
+        ids: torch.Tensor,
+        positions: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        keep: Sequence[int] | None,
+        progress: Callable[[int], None] | None,
+    ) -> torch.Tensor:
         rows, tokens = ids.shape
         layers: list[Any] = cache.layers[: self.plan.info.num_hidden_layers]
         logical = layers[0].logical
         if positions is None:
-            positions = torch.arange(logical, logical + tokens)[None]
+            positions = torch.arange(logical, logical + tokens, device="cpu")[None]
         elif tokens > 1 and not self._ascending(positions, mask):
             raise NotNative("the position ids are not consecutive")
-        positions = positions.expand(rows, tokens)
+        positions = positions.long().expand(rows, tokens)
         gaps = self._gaps(mask, layers, rows, tokens)
         wanted = range(tokens) if keep is None else keep
-        logits = torch.empty(rows, len(wanted), self.plan.plan.head.rows)
+        logits = _floats(rows, len(wanted), self.plan.plan.head.rows)
         chunk = max(1, _CHUNK // rows)
         if self.plan.rotations_depend_on_length:
             self.plan.refresh(int(positions.max()) + 1)
@@ -146,7 +174,7 @@ class NativePasses:
 
     def _query_buffer(self, vectors: int) -> torch.Tensor:
         info = self.plan.info
-        return torch.empty(info.num_hidden_layers, vectors, info.num_attention_heads, info.head_dim)
+        return _floats(info.num_hidden_layers, vectors, info.num_attention_heads, info.head_dim)
 
     def _step(
         self,
@@ -161,9 +189,10 @@ class NativePasses:
         rows, count = ids.shape
         stores = self._native_stores(layers, rows, count)
         ids, positions = ids.contiguous(), positions.contiguous()
-        wanted = torch.tensor([row * count + token for row in range(rows) for token in keep], dtype=torch.int64)
+        places = [row * count + token for row in range(rows) for token in keep]
+        wanted = torch.tensor(places, dtype=torch.int64, device="cpu")
         direct = out is not None and out.is_contiguous()
-        logits = None if out is None else out if direct else torch.empty(out.shape)
+        logits = None if out is None else out if direct else _floats(*out.shape)
         step = decoder.Step(
             ids.data_ptr(),
             positions.data_ptr(),
@@ -176,31 +205,36 @@ class NativePasses:
         )
         try:
             decoder.decode(self.plan.plan, step)
+            for layer in layers:
+                layer.advance(count)
         except ValueError as error:
             vocabulary = self.plan.plan.embedding.rows
             raise UserError(f"A token id is outside the vocabulary of {vocabulary} tokens.") from error
-        for layer in layers:
-            layer.advance(count)
+        except BaseException:
+            # Ctrl-C after the call: what has been read counts in every layer, so that the cache can be gone on with.
+            for layer in layers:
+                if layer.store.uncounted:
+                    layer.advance(layer.store.uncounted)
+            raise
         if out is not None and logits is not None and not direct:
             out.copy_(logits)
 
     def _native_stores(self, layers: list[Any], rows: int, count: int) -> Any:
         info = self.plan.info
         for layer in layers:
+            if layer.store is not None and layer.store.rows != rows:
+                raise NotNative(f"the cache has {layer.store.rows} rows, the input {rows}")
+        for layer in layers:
             if layer.store is None:
                 layer.begin(rows, info.num_key_value_heads, info.head_dim, self._kv_dtype, "cpu", count + 64)
             elif layer.store.spare < count:
                 layer.make_room(count)
         layouts = [layer.store.layout for layer in layers]
-        if layouts != self._layouts:
-            for layer in layers:
-                if layer.store.rows != rows:
-                    raise NotNative(f"the cache has {layer.store.rows} rows, the input {rows}")
-            self._stores = (KeyValues * len(layers))(*(layer.store.native() for layer in layers))
-            self._layouts = layouts
-        elif layers[0].store.rows != rows:
-            raise NotNative(f"the cache has {layers[0].store.rows} rows, the input {rows}")
-        return self._stores
+        known, stores = self._seen
+        if layouts != known:
+            stores = (KeyValues * len(layers))(*(layer.store.native() for layer in layers))
+            self._seen = layouts, stores
+        return stores
 
     @staticmethod
     def _ascending(positions: torch.Tensor, mask: torch.Tensor | None) -> bool:
@@ -215,6 +249,8 @@ class NativePasses:
         """Padding of each row as `[rows, 2]`: from how many tokens before the end to how many. None without any."""
         if mask is None or bool(mask.all()):
             return None
+        if mask.shape != (rows, layers[0].logical + tokens):
+            raise NotNative(f"the attention mask {list(mask.shape)} is not one of {layers[0].logical + tokens} tokens")
         whole = next((layer for layer in layers if not isinstance(layer, WindowLayer)), layers[0])
         if any(layer.tail != whole.tail for layer in layers if not isinstance(layer, WindowLayer)):
             raise NotNative("layers have different numbers of uncompacted tokens")
@@ -222,7 +258,7 @@ class NativePasses:
         width = hidden.shape[1]
         first = hidden.int().argmax(1)
         number = hidden.sum(1)
-        place = torch.arange(width)
+        place = torch.arange(width, device="cpu")
         if bool((hidden != ((place >= first[:, None]) & (place < (first + number)[:, None]))).any()):
             raise NotNative("the attention mask has more than one gap")
         return torch.stack([width - first, width - first - number], 1)
@@ -231,6 +267,11 @@ class NativePasses:
     def _holes(gaps: torch.Tensor, layers: list[Any], count: int, left: int) -> torch.Tensor:
         """`gaps` as seen from the end of a stretch of `count` tokens behind which `left` are still to come."""
         return (gaps - left).clamp(min=0).contiguous()
+
+
+def _floats(*shape: int) -> torch.Tensor:
+    """Where the native pass writes: never in PyTorch's default dtype or device, which may be others."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 __all__ = ["NativePasses", "NotNative", "Unsupported"]

@@ -51,26 +51,39 @@ class Sampling:
 class Sampler:
     """Draws tokens for one generation."""
 
-    def __init__(self, sampling: Sampling, ids: torch.Tensor) -> None:
-        """`ids` `[rows, tokens]` is the prompt."""
+    def __init__(self, sampling: Sampling, ids: torch.Tensor, mask: torch.Tensor | None = None) -> None:
+        """`ids` `[rows, tokens]` is the prompt, `mask` of the same shape is 0 where it is padding (on the left)."""
         self.sampling = sampling
         self._generator = torch.Generator().manual_seed(sampling.seed)
-        self._seen = ids
+        # Nobody has said the padding. What the row ends with stands for it: no token counts twice.
+        self._seen = ids if mask is None else torch.where(mask.bool(), ids, ids[:, -1:])
 
     def draw(self, logits: torch.Tensor) -> torch.Tensor:
-        """One token per row `[rows]` from `logits` `[rows, vocabulary]`."""
+        """One token per row `[rows]` from `logits` `[rows, vocabulary]`.
+
+        Raises:
+            UserError: a logit is NaN.
+        """
         settings = self.sampling
         if settings.repetition_penalty != 1.0:
             logits = penalised(logits, self._seen, settings.repetition_penalty)
         if settings.temperature == 0:
-            tokens = logits.argmax(-1)
+            tokens = logits.argmax(-1)  # a NaN where there is one
+            _check(logits.gather(-1, tokens[:, None]))
         else:
             values, places = candidates(logits / settings.temperature, settings.top_k, settings.top_p, settings.min_p)
-            chosen = torch.multinomial(values.softmax(-1), 1, generator=self._generator)
+            shares = values.softmax(-1)
+            _check(shares[:, 0])  # one NaN makes all of them NaN
+            chosen = torch.multinomial(shares, 1, generator=self._generator)
             tokens = places.gather(-1, chosen)[:, 0]
         if settings.repetition_penalty != 1.0:
             self._seen = torch.cat([self._seen, tokens[:, None]], 1)
         return tokens
+
+
+def _check(numbers: torch.Tensor) -> None:
+    if bool(numbers.isnan().any()):
+        raise UserError("The model's logits are NaN: its weights are damaged, or overflow in its dtype.")
 
 
 def penalised(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
@@ -89,7 +102,7 @@ def candidates(
     """
     vocabulary = logits.shape[-1]
     if not top_k and top_p == 1.0 and min_p == 0.0:
-        return logits, torch.arange(vocabulary).expand_as(logits)
+        return logits, torch.arange(vocabulary, device=logits.device).expand_as(logits)
     count = min(top_k or _FIRST, vocabulary)
     while True:
         values, places = logits.topk(count)

@@ -264,34 +264,10 @@ def pack_q6_k(codes: torch.Tensor, scales: torch.Tensor, supers: torch.Tensor) -
     )
 
 
-def pack_nearest(weight: torch.Tensor, format: str, group: int = GROUP) -> Packed:
-    """`weight` `[rows, columns]` in `q8`, `q4` or `q4_min`, each weight rounded to the nearest code of its group.
-
-    Raises:
-        UserError: a weight is not a finite number.
-    """
-    check_finite(weight)
-    shapes(format, weight.shape[0], weight.shape[1], group)
-    groups = F.pad(weight.detach().float(), (0, -weight.shape[1] % group)).unflatten(1, (-1, group))
-    if format == "q4_min":
-        mins = groups.amin(-1).to(torch.float16)
-        span = groups.amax(-1) - mins.float()
-        low, top, zero = mins.float()[..., None], 15, 0
-    else:
-        mins, low = None, torch.zeros(())
-        top, zero = (127, 128) if format == "q8" else (7, 8)
-        span = groups.abs().amax(-1)
-    scales = (span / top).to(torch.float16)
-    steps = scales.float()[..., None]
-    codes = torch.where(steps > 0, (groups - low) / steps, 0.0).round().clamp(-zero, 15 if format == "q4_min" else top)
-    codes = (codes + zero).to(torch.uint8).flatten(1)[:, : weight.shape[1]]
-    return pack_codes(codes, scales, mins, format, group)
-
-
-def check_finite(weight: torch.Tensor) -> None:
+def check_finite(weight: torch.Tensor, name: str = "A weight matrix") -> None:
     """Raise a `UserError` where a weight is NaN or infinite."""
     if not bool(torch.isfinite(weight).all()):
-        raise UserError("A weight matrix has NaN or infinite values: the model is damaged.")
+        raise UserError(f"{name} has NaN or infinite values: the model is damaged.")
 
 
 def _codes(packed: Packed) -> torch.Tensor:
@@ -348,7 +324,7 @@ def unpack(packed: Packed) -> torch.Tensor:
     """`packed.unpack()` by the native kernel where there is one."""
     if native.library() is None or packed.quants.device.type != "cpu":
         return packed.unpack()
-    out = torch.empty(packed.rows, packed.columns)
+    out = torch.empty(packed.rows, packed.columns, dtype=torch.float32, device="cpu")
     native.call("unpack", packed.matrix(), ctypes.c_void_p(out.data_ptr()))
     return out
 
@@ -369,7 +345,7 @@ def multiply(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None = None, 
         return F.linear(x, packed.unpack().to(x.dtype), None if bias is None else bias.to(x.dtype))
     values = F.pad(x.detach().float(), (0, -packed.columns % GROUP)).reshape(-1, -(-packed.columns // GROUP) * GROUP)
     values = values.contiguous()
-    out = torch.empty(len(values), packed.rows)
+    out = torch.empty(len(values), packed.rows, dtype=torch.float32, device="cpu")
     kept = None if bias is None else F.pad(bias.detach().float(), (0, -packed.rows % BLOCK)).contiguous()
     numbers = (ctypes.c_int64(len(values)), ctypes.c_int64(planes))
     arguments: tuple[Any, ...] = (ctypes.c_void_p(values.data_ptr()), *numbers)

@@ -170,7 +170,9 @@ class CompactLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens (transformers passes a negative number)."""
         tokens = -tokens_to_remove
-        if tokens < 0 or tokens > self.tail:
+        if tokens < 0:
+            raise UserError(f"crop({tokens_to_remove}): give a negative number, that of the tokens to remove.")
+        if tokens > self.tail:
             raise UserError(f"Only the last {self.tail} tokens of a compacted cache can be removed, not {tokens}.")
         if self.store is not None and tokens:
             self.store.drop_last(tokens)
@@ -198,7 +200,7 @@ class CompactLayer(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.store is not None:
-            self.store.select_rows(torch.arange(self.store.rows).repeat_interleave(repeats))
+            self.store.select_rows(torch.arange(self.store.rows, device="cpu").repeat_interleave(repeats))
 
     def offload(self) -> None:
         raise UserError("A compacted cache cannot be offloaded.")
@@ -217,6 +219,11 @@ class WindowLayer(CompactLayer):
 
     It is not compacted. Older entries are dropped when there would be no room otherwise, so that nothing is copied at
     most steps.
+
+    Attributes:
+        window: of the model.
+        record_past: whether everything is kept until the next `crop`, which can then forget all of it again: drafted
+            tokens of another model.
     """
 
     is_sliding = True
@@ -224,17 +231,28 @@ class WindowLayer(CompactLayer):
     def __init__(self, window: int) -> None:
         super().__init__()
         self.window = window
+        self.record_past = False
+
+    def activate_past_recording(self) -> None:
+        """See `Cache.activate_past_recording`."""
+        self.record_past = True
 
     def make_room(self, tokens: int) -> None:
         """See `CompactLayer.make_room`."""
         assert self.store is not None
         if tokens <= self.store.spare:
             return
+        if self.record_past:
+            self.store.make_room(tokens)
+            return
+        self._forget_outside()
+        self.store.reserve(max(tokens, self.window))
+
+    def _forget_outside(self) -> None:
         outside = self.tail - (self.window - 1)
-        if outside > 0:
+        if self.store is not None and outside > 0:
             self.store.drop_first(outside)
             self.tail -= outside
-        self.store.reserve(max(tokens, self.window))
 
     def attend(
         self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float, softcap: float | None
@@ -255,6 +273,8 @@ class WindowLayer(CompactLayer):
                 "what came before them is gone already."
             )
         super().crop(tokens_to_remove)
+        if self.record_past:
+            self._forget_outside()
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values `[rows, heads, tokens, head_dim]` of what the next token sees, as transformers holds them."""
@@ -405,7 +425,7 @@ def exchange_windows(cache: DynamicCache) -> None:
     for index, layer in enumerate(cache.layers):
         if type(layer) is DynamicSlidingWindowLayer:
             own = _filled(WindowLayer(layer.sliding_window), layer)
-            own.index, own.logical = index, layer.cumulative_length
+            own.index, own.logical, own.record_past = index, layer.cumulative_length, layer.record_past
             cache.layers[index] = own
 
 

@@ -57,6 +57,10 @@ class RaggedStore:
     keys: torch.Tensor
     values: torch.Tensor
     positions: torch.Tensor
+    starts: torch.Tensor
+    lengths: torch.Tensor
+    spare: int
+    layout: int
     key_scales: torch.Tensor | None = None
     value_scales: torch.Tensor | None = None
     bias: torch.Tensor | None = None
@@ -77,7 +81,7 @@ class RaggedStore:
         """What of a block goes into which buffer."""
         columns = {"positions": block.positions.to(torch.int32)} | self._stored(block.keys, block.values)
         if biased:
-            zero = torch.zeros(len(block.keys), device=block.keys.device)
+            zero = torch.zeros(len(block.keys), dtype=torch.float32, device=block.keys.device)
             columns["bias"] = zero if block.bias is None else block.bias.float()
         return columns
 
@@ -88,16 +92,18 @@ class RaggedStore:
         return {"keys": keys, "values": values, "key_scales": key_scales, "value_scales": value_scales}
 
     def _lay_out(self, blocks: Sequence[dict[str, torch.Tensor]], spare: int) -> None:
-        self.lengths = torch.tensor([len(block["keys"]) for block in blocks], dtype=torch.int64)
-        ends = torch.cumsum(self.lengths + spare, 0)
-        self.starts = ends - self.lengths - spare
-        self.spare = spare
-        for name, column in blocks[0].items():
-            buffer = column.new_zeros((int(ends[-1]), *column.shape[1:]))
-            for start, block in zip(self.starts.tolist(), blocks, strict=True):
-                buffer[start : start + len(block[name])] = block[name]
-            setattr(self, name, buffer)
-        self.layout = next(_layouts)
+        # What is made in inference mode could not be changed outside of it, where the cache may be used next.
+        with torch.inference_mode(False), torch.no_grad():
+            lengths = torch.tensor([len(block["keys"]) for block in blocks], dtype=torch.int64, device="cpu")
+            ends = torch.cumsum(lengths + spare, 0)
+            starts = ends - lengths - spare
+            new: dict[str, Any] = {}
+            for name, column in blocks[0].items():
+                buffer = new[name] = column.new_zeros((int(ends[-1]), *column.shape[1:]))
+                for start, block in zip(starts.tolist(), blocks, strict=True):
+                    buffer[start : start + len(block[name])] = block[name]
+        # All at once: an interrupt must not leave old buffers under new lengths.
+        self.__dict__.update(new, lengths=lengths, starts=starts, spare=spare, layout=next(_layouts))
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """What there is of keys, values, scales, bias and positions, by name."""
@@ -145,7 +151,7 @@ class RaggedStore:
         rows, heads, tokens, _ = keys.shape
         self.check_rows(rows, heads)
         self.make_room(tokens)
-        offsets = torch.arange(tokens)
+        offsets = torch.arange(tokens, device="cpu")
         slots = ((self.starts + self.lengths)[:, None] + offsets).flatten().to(self.keys.device)
         for name, column in self._stored(keys.flatten(0, 2), values.flatten(0, 2)).items():
             getattr(self, name)[slots] = column
@@ -163,6 +169,11 @@ class RaggedStore:
                 f"The cache holds {self.rows} rows of {self.heads} KV heads, the input has {rows} rows of {heads}."
             )
 
+    @property
+    def uncounted(self) -> int:
+        """Entries that a native pass has appended and `spare` does not know of yet."""
+        return int(self.starts[-1] + self.lengths[-1]) + self.spare - len(self.keys)
+
     def drop_last(self, tokens: int) -> None:
         """Remove the last `tokens` entries of every block."""
         self.lengths -= tokens
@@ -170,9 +181,9 @@ class RaggedStore:
 
     def drop_first(self, tokens: int) -> None:
         """Remove the first `tokens` entries of every block. Their space comes back with the next change of layout."""
+        self.layout = next(_layouts)  # first: no call comes between the others, so no interrupt does
         self.starts += tokens
         self.lengths -= tokens
-        self.layout = next(_layouts)
 
     def reserve(self, spare: int) -> None:
         """Have room for exactly `spare` more entries in every block; 0 gives all spare capacity back."""
@@ -194,8 +205,9 @@ class RaggedStore:
         """
         longest, shape = int(self.lengths.max()), (self.rows, self.heads)
         missing = longest - self.lengths
-        slots = (self.starts - missing)[:, None] + torch.arange(longest)
-        absent = torch.arange(longest) < missing[:, None]
+        place = torch.arange(longest, device="cpu")
+        slots = (self.starts - missing)[:, None] + place
+        absent = place < missing[:, None]
         slots = slots.masked_fill(absent, int(self.starts[0])).flatten().to(self.keys.device)
         keys, values = self.keys[slots], self.values[slots]
         if self.key_scales is not None and self.value_scales is not None:

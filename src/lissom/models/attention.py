@@ -81,13 +81,26 @@ def _attention_through(fallback: Callable[..., Any] | None) -> Callable[..., Any
             return function(module, query, key, value, attention_mask, dropout=dropout, **kwargs)
         if kwargs.get("s_aux") is not None:
             raise UserError(f"{type(module).__name__} uses attention sinks, which a compacted cache cannot honour.")
-        if attention_mask is not None and attention_mask.dtype != torch.bool:
-            attention_mask = attention_mask == 0
+        if attention_mask is not None:
+            attention_mask = _visible(attention_mask)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         output = key.layer.attend(query, attention_mask, scale, kwargs.get("softcap"))
         return output.transpose(1, 2).contiguous(), None
 
     return attention
+
+
+def _visible(mask: torch.Tensor) -> torch.Tensor:
+    """Where `mask` `[rows, 1, queries, keys]`, bool or added to the logits, lets a query see a key."""
+    if mask.shape[1] != 1:
+        raise UserError("A compacted cache cannot honour an attention mask that differs between heads.")
+    if mask.dtype == torch.bool:
+        return mask
+    visible = mask == 0
+    # Hidden keys have the dtype's lowest number, or -inf; whatever is far from both is a bias.
+    if bool((~visible & (mask > torch.finfo(mask.dtype).min / 2)).any()):
+        raise UserError("A compacted cache cannot honour an attention mask that is more than visible or hidden.")
+    return visible
 
 
 for _name, _function in (("sdpa", sdpa_attention_forward), ("eager", None)):

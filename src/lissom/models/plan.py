@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -44,18 +45,25 @@ class NativePlan:
         """
         if native.library() is None:
             raise Unsupported("this installation has no native kernels")
+        if not isinstance(model, PreTrainedModel):
+            raise Unsupported(f"it is a {_kind(model)}")
         config = model.config.get_text_config(decoder=True)
         if model.config.model_type not in ARCHITECTURES:
             raise Unsupported(f"the architecture {model.config.model_type!r} is not supported yet")
+        for place, module in model.named_modules():
+            if place and "forward" in vars(module):
+                raise Unsupported(f"the forward function of {place} has been exchanged")
         body: Any = model.base_model
         self.info = describe_decoder(model)
         self._weights: list[Packed] = []
         self._packing = packing
         self._kept: list[Any] = []
         self._seen: dict[tuple[int, tuple[int, ...]], Packed] = {}
-        self._sources: list[tuple[torch.Tensor, int, int]] = []
+        self._sources: list[_Source] = []
+        self._model, self._modules = model, list(model.modules())
         self._rotary = body.rotary_emb
         self._kinds = self._rope_kinds()
+        self._frequencies: dict[int, torch.Tensor] = {}
         self.windows = tuple(
             self._window(layer.self_attn, config) if slides else 0
             for layer, slides in zip(body.layers, self.info.sliding, strict=False)
@@ -90,7 +98,7 @@ class NativePlan:
         attention, mlp = layer.self_attn, layer.mlp
         for module in (layer, attention, mlp):
             if not type(module).__module__.startswith("transformers.models."):
-                raise Unsupported(f"layer {index} has a {type(module).__name__} of {type(module).__module__}")
+                raise Unsupported(f"layer {index} has a {_kind(module)}")
         where = f"layers.{index}."
         none = formats.Matrix()
         if hasattr(attention, "qkv_proj"):
@@ -128,28 +136,35 @@ class NativePlan:
         self._kept.append(tensor)
         return tensor.data_ptr()
 
-    def _watch(self, *tensors: torch.Tensor | None) -> None:
-        self._sources += [(t, t.data_ptr(), t._version) for t in tensors if t is not None]
+    def _watch(self, module: nn.Module, *names: str) -> None:
+        for name in names:
+            owner = module._parameters if name in module._parameters else module._buffers
+            tensor = owner[name]
+            assert tensor is not None
+            self._sources.append((owner, name, tensor, tensor.data_ptr(), _version(tensor)))
 
     def _pack(self, module: Any, name: str) -> Packed:
         """The packed weights of a linear layer or an embedding."""
         packed = getattr(module, "packed", None)
         if packed is None:
             if type(module) is not nn.Linear and not isinstance(module, nn.Embedding):
-                raise Unsupported(f"{name} is a {type(module).__name__}")
+                raise Unsupported(f"{name} is a {_kind(module)}")
             weight = module.weight
             if weight.device.type != "cpu":
                 raise Unsupported(f"the weights are on {weight.device}")
             if weight.dtype not in formats.OF_DTYPE:
                 raise Unsupported(f"{name} is {weight.dtype}")
-            self._watch(weight)
+            self._watch(module, "weight")
             key = (weight.data_ptr(), tuple(weight.shape))
             if key not in self._seen:
                 dense = formats.OF_DTYPE[weight.dtype]
                 self._seen[key] = self._packing(weight, name) if self._packing else formats.pack_floats(weight, dense)
             packed = self._seen[key]
         else:
-            self._watch(*packed.tensors().values())
+            self._watch(module, *packed.tensors())
+            for part, tensor in packed.tensors().items():
+                if tensor.is_floating_point() and not tensor.is_meta:
+                    formats.check_finite(tensor, f"{name}.{part}")
         if packed.quants.device.type != "cpu":
             raise Unsupported(f"the weights are on {packed.quants.device}")
         if all(
@@ -160,23 +175,25 @@ class NativePlan:
 
     def tensors(self) -> list[torch.Tensor]:
         """The weights that the plan was made of, and those that it computes with."""
-        return [t for t, _, _ in self._sources] + [t for packed in self._weights for t in packed.tensors().values()]
+        return [source[2] for source in self._sources] + [t for p in self._weights for t in p.tensors().values()]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all weight matrices."""
         return sum(packed.nbytes for packed in self._weights)
 
-    def _bias(self, bias: torch.Tensor | None) -> torch.Tensor | None:
+    def _bias(self, module: Any, name: str) -> torch.Tensor | None:
+        bias = getattr(module, "bias", None)
         if bias is None:
             return None
-        self._watch(bias)
+        self._watch(module, "bias")
+        formats.check_finite(bias, f"{name}.bias")
         padded = F.pad(bias.detach().float(), (0, -len(bias) % formats.BLOCK)).contiguous()
         self._kept.append(padded)
         return padded
 
     def _linear(self, module: Any, name: str) -> formats.Matrix:
-        return self._pack(module, name).matrix(self._bias(getattr(module, "bias", None)))
+        return self._pack(module, name).matrix(self._bias(module, name))
 
     def _halves(self, module: Any, name: str) -> tuple[formats.Matrix, formats.Matrix]:
         """The two halves of a fused layer, without a copy."""
@@ -200,7 +217,7 @@ class NativePlan:
     @staticmethod
     def _scale(module: Any) -> float:
         if hasattr(module, "packed"):
-            return float(torch.tensor(module.embed_scale).to(module.dtype))
+            return float(torch.tensor(module.embed_scale, device="cpu").to(module.dtype))
         scale = getattr(module, "embed_scale", None)
         return 1.0 if scale is None else float(torch.as_tensor(scale).to(module.weight.dtype))
 
@@ -209,7 +226,8 @@ class NativePlan:
             return None
         if "RMSNorm" not in type(module).__name__:
             raise Unsupported(f"a {type(module).__name__} is no RMSNorm")
-        self._watch(module.weight)
+        self._watch(module, "weight")
+        formats.check_finite(module.weight, "The weight of a norm")
         weight = module.weight.detach().float()
         return self._keep((1.0 + weight if type(module).__name__.startswith("Gemma") else weight.clone()).contiguous())
 
@@ -231,17 +249,34 @@ class NativePlan:
         return self._kinds.index(f"{kind}_") if len(self._kinds) > 1 else 0
 
     def refresh(self, length: int) -> None:
-        """Take the frequencies that hold for sequences of `length` tokens; few types of scaling depend on it."""
+        """Take the frequencies that hold for sequences of `length` tokens; few types of scaling depend on it.
+
+        They are those of a model that has read nothing else: in transformers a longer sequence, perhaps of another
+        thread, leaves its frequencies to the next one.
+        """
         types = self._rotary.rope_type
         for number, kind in enumerate(self._kinds):
             layer_type = kind.removesuffix("_")
-            if any(word in (types[layer_type] if kind else types) for word in ("dynamic", "longrope")):
-                extra = (layer_type,) if kind else ()
-                self._rotary(torch.empty(1), torch.tensor([[length - 1]]), *extra)
-            frequencies = getattr(self._rotary, f"{kind}inv_freq").detach().float().contiguous()
-            scaling = getattr(self._rotary, f"{kind}attention_scaling")
+            rotary, rope_type = self._rotary, types[layer_type] if kind else types
+            frequencies = getattr(rotary, f"{kind}inv_freq")
+            if "dynamic" in rope_type or rope_type == "longrope":
+                rotary = self._own_rotary
+                setattr(rotary, f"{kind}max_seq_len_cached", rotary.original_max_seq_len)
+                last = torch.tensor([[length - 1]], device="cpu")
+                rotary(torch.empty(1, device="cpu"), last, *((layer_type,) if kind else ()))
+                frequencies = getattr(rotary, f"{kind}inv_freq")
+                if "dynamic" in rope_type and length <= rotary.original_max_seq_len:
+                    frequencies = getattr(rotary, f"{kind}original_inv_freq")
+            frequencies = frequencies.detach().to(torch.float32, copy=True).contiguous()
+            scaling = getattr(rotary, f"{kind}attention_scaling")
             self._ropes[number] = decoder.Rope(frequencies.data_ptr(), 2 * len(frequencies), float(scaling))
-            self.__dict__.setdefault("_frequencies", {})[number] = frequencies  # keeps it alive
+            self._frequencies[number] = frequencies  # keeps it alive
+
+    @cached_property
+    def _own_rotary(self) -> Any:
+        """A rotary module that nobody else changes."""
+        with torch.device("cpu"):
+            return type(self._rotary)(config=self._rotary.config)
 
     @property
     def rotations_depend_on_length(self) -> bool:
@@ -250,6 +285,34 @@ class NativePlan:
             "dynamic" in kind or "longrope" in kind for kind in (types.values() if isinstance(types, dict) else [types])
         )
 
-    def is_current(self) -> bool:
-        """Whether no weight has moved or changed since the plan was made."""
-        return all(t.data_ptr() == pointer and t._version == version for t, pointer, version in self._sources)
+    def is_current(self, thorough: bool = True) -> bool:
+        """Whether no weight has moved or changed, and no module was exchanged, since the plan was made.
+
+        Args:
+            thorough: look at all of them. Otherwise at two weights only, in next to no time, which shows a model that
+                was moved, trained or loaded anew as a whole.
+        """
+        sources = self._sources if thorough else (self._sources[0], self._sources[-1])
+        for owner, name, tensor, pointer, version in sources:
+            if tensor.data_ptr() != pointer or _version(tensor) != version or owner.get(name) is not tensor:
+                return False
+        if not thorough:
+            return True
+        modules = list(self._model.modules())
+        return len(modules) == len(self._modules) and all(
+            now is then and (now is self._model or "forward" not in vars(now))
+            for now, then in zip(modules, self._modules, strict=True)
+        )
+
+
+# The module's own dictionary, the name in it, and what lay there when the plan was made.
+_Source = tuple[dict[str, torch.Tensor | None], str, torch.Tensor, int, int]
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """A number that changes when the tensor is written to. Those of inference mode do not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _kind(module: Any) -> str:
+    return f"{type(module).__name__} of {type(module).__module__}"

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from lissom.errors import UserError
+from lissom.kernels.rounding import GRIDS, rtn
 from lissom.weights.quant.gptq import damped, gptq
-from lissom.weights.quant.rounding import GRIDS, rtn, search
+from lissom.weights.quant.search import search
 
 
 def problem(rows=12, columns=96, samples=400, seed=0):

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lissom.errors import UserError
 from lissom.kernels.packed import check_finite
+from lissom.kernels.rounding import GRIDS, Coded, Grid, rtn
 from lissom.models import describe_decoder
 from lissom.models.calibration import calibration_windows, tokenizer_of
 from lissom.models.layerwise import LayerRunner, decoder_layers, observing
@@ -18,7 +19,7 @@ from lissom.models.packed_layers import PackedEmbedding, PackedLinear, replace, 
 from lissom.plugin import attach
 from lissom.weights.quant.config import FINE, Quantize
 from lissom.weights.quant.gptq import gptq
-from lissom.weights.quant.rounding import GRIDS, Coded, Grid, rtn, search
+from lissom.weights.quant.search import search
 
 Progress = Callable[[str, int, int], None]
 _WINDOW = 512  # tokens of a calibration window
@@ -86,10 +87,7 @@ def quantize(
         raise UserError("The model is quantised already: start from its original weights.")
     layers = matrices(model)
     for name, parameter in model.named_parameters():
-        try:
-            check_finite(parameter)
-        except UserError as error:
-            raise UserError(f"{name} has NaN or infinite values: the model is damaged.") from error
+        check_finite(parameter, name)
     ids = None
     if settings.needs_text:
         length = min(_WINDOW, describe_decoder(model).max_position_embeddings)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from lissom.errors import UserError
-from lissom.weights.quant.rounding import Coded, Grid, nearest, search
+from lissom.kernels.rounding import Coded, Grid, nearest
+from lissom.weights.quant.search import search
 
 
 def damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
