@@ -38,6 +38,21 @@ def test_the_report_is_whole(report, tiny_folder):
     assert (folder / "index.html").stat().st_size > 1e6
     assert Recipe.load(folder / "recipe.yaml").label == facts["best"]
     assert f"--recipe {folder / 'recipe.yaml'}" in done.stdout
+    assert base["untouched/weights and cache"]["value"] > base["untouched/weights"]["value"] > 1e6
+
+
+def test_native_passes_are_searched_and_other_runtimes_are_beside(report):
+    folder, done = report
+    facts = json.loads((folder / "results.json").read_text())
+    labels = {row["name"].split("/")[0] for row in facts["rows"]}
+    assert {"native", "bfloat16 + native"} <= labels and any("native + h2o" in label for label in labels)
+    keys = [key for step in Recipe.load(folder / "recipe.yaml").methods for key in step]
+    assert "native-decode" in keys
+    peers = {row["name"]: row for row in facts["rows"] if row["name"].startswith("peers/")}
+    assert any("lissom recommended against" in name for name in peers)
+    assert "lissom recommended" in done.stdout and "Beside other runtimes" in (folder / "index.html").read_text()
+    missing = [name for name in facts["peers"]["failed"] if name.startswith("openvino")]
+    assert all(name in done.stdout for name in missing)
 
 
 def test_a_second_run_measures_nothing_again(report, lissom_cli, tiny_folder):
@@ -54,19 +69,44 @@ def test_its_recipe_is_taken_everywhere(report, lissom_cli, tiny_folder, tmp_pat
     done = lissom_cli(
         "generate", tiny_folder, "--recipe", recipe, "-d", tmp_path / "note.txt", "When?", "--max-new-tokens", 4
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "without native" not in done.stderr, done.stderr
     done = lissom_cli("apply", recipe, tiny_folder, "-o", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == 2
     again = lissom_cli("generate", tmp_path / "out", "When?", "--max-new-tokens", 4)
-    assert again.returncode == 0, again.stderr
+    assert again.returncode == 0 and "without native" not in again.stderr, again.stderr
     other = tmp_path / "other.yaml"
     other.write_text("methods: [kv-budget: {size: 1MB, method: h2o}]")
     done = lissom_cli(
         "compare", tiny_folder, recipe, other, "--quick", "--journal", tmp_path / "j", "--json", tmp_path / "c.json"
     )
     assert done.returncode == 0, done.stderr
-    assert "kv-budget" in done.stdout and json.loads((tmp_path / "c.json").read_text())["rows"]
+    assert (
+        "kv-budget" in done.stdout and "native" in done.stdout and json.loads((tmp_path / "c.json").read_text())["rows"]
+    )
+
+
+def test_a_recipe_of_native_passes_over_a_files_own_blocks_is_taken_everywhere(lissom_cli, tiny_folder, tmp_path):
+    file, recipe = tmp_path / "tiny.gguf", tmp_path / "recipe.yaml"
+    done = lissom_cli("export", "gguf", tiny_folder, "-o", file)
+    assert done.returncode == 0, done.stderr
+    recipe.write_text("weights: packed\nmethods: [native-decode: {kv: int8}, eviction: {ratio: 0.5}]")
+    question = ("When?", "--max-new-tokens", 4)
+    used = lissom_cli("generate", file, "--recipe", recipe, *question)
+    assert used.returncode == 0 and "without native" not in used.stderr, used.stderr
+    plain = lissom_cli("generate", file, "--recipe", recipe, "--no-native", *question)
+    assert plain.returncode == 0, plain.stderr
+    done = lissom_cli("compare", file, recipe, "--quick", "--journal", tmp_path / "j", "--json", tmp_path / "c.json")
+    assert done.returncode == 0, done.stderr
+    rows = {row["name"]: row for row in json.loads((tmp_path / "c.json").read_text())["rows"]}
+    label = Recipe.load(recipe).label
+    assert label == "packed + native (kv int8) + snapkv 50%"
+    assert rows[f"{label}/KV cache"]["ratio"] > 4  # half of the entries, in 8 bits instead of 32
+    assert rows[f"{label}/weights"]["value"] < 1.5 * rows["untouched/weights"]["value"]
+    applied = lissom_cli("apply", recipe, file, "-o", tmp_path / "out")
+    assert applied.returncode == 0, applied.stderr
+    again = lissom_cli("generate", tmp_path / "out", *question)
+    assert again.returncode == 0 and again.stdout == used.stdout, again.stderr
 
 
 def test_apply_does_not_write_over_other_folders(report, lissom_cli, tiny_folder, tmp_path):
