@@ -45,7 +45,7 @@ def test_native_passes_are_searched_and_other_runtimes_are_beside(report):
     folder, done = report
     facts = json.loads((folder / "results.json").read_text())
     labels = {row["name"].split("/")[0] for row in facts["rows"]}
-    assert {"native", "bfloat16 + native"} <= labels and any("native + h2o" in label for label in labels)
+    assert {"native", "bfloat16 + native"} <= labels and any("h2o" in label and "native" in label for label in labels)
     keys = [key for step in Recipe.load(folder / "recipe.yaml").methods for key in step]
     assert "native-decode" in keys
     peers = {row["name"]: row for row in facts["rows"] if row["name"].startswith("peers/")}
@@ -57,10 +57,15 @@ def test_native_passes_are_searched_and_other_runtimes_are_beside(report):
 
 def test_a_second_run_measures_nothing_again(report, lissom_cli, tiny_folder):
     folder, _ = report
-    before = (folder / "measurements.jsonl").read_text()
+
+    def known():  # a comparison of runtimes that a busy machine had no time for is made again
+        lines = (folder / "measurements.jsonl").read_text().splitlines()
+        return [line for line in lines if '"peers/' not in line]
+
+    before = known()
     done = lissom_cli("optimize", tiny_folder, "--quick", "-o", folder, "--max-quality-loss", "90", "--json", "-")
     assert done.returncode == 0 and json.loads(done.stdout)["name"] == "optimize"
-    assert (folder / "measurements.jsonl").read_text() == before
+    assert known() == before
 
 
 def test_its_recipe_is_taken_everywhere(report, lissom_cli, tiny_folder, tmp_path):
