@@ -2,12 +2,22 @@
 #include "native.h"
 
 #include <new>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #if defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
 #endif
 
 namespace {
+
+#if defined(__x86_64__)
+bool has_f16c() {  // which clang's builtin does not know
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
 
 // The instruction sets of this processor's family, slowest first, and whether this one has them.
 struct Isa {
@@ -20,7 +30,7 @@ const Isa kIsas[] = {
 #if defined(__x86_64__)
     {"avx2", &avx2::kernels,
      [] {
-       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
      }},
     {"avx512", &avx512::kernels,
      [] {
