@@ -124,11 +124,7 @@ def attach(model: nn.Module) -> None:
     from lissom.models.packed_layers import PackedEmbedding, PackedLinear
 
     packed = {n: m for n, m in model.named_modules() if isinstance(m, PackedLinear | PackedEmbedding)}
-    owners: dict[int, str] = {}
-    for name, module in packed.items():
-        module.shared |= module.quants.data_ptr() in owners  # the tied head of a GGUF file is not marked
-        if not module.shared:
-            owners[module.quants.data_ptr()] = name
+    owners = {m.quants.data_ptr(): n for n, m in packed.items() if not m.shared}
     config = PackedConfig(
         {name: [module.format, module.group] for name, module in packed.items()},
         {name: owners[module.quants.data_ptr()] for name, module in packed.items() if module.shared},

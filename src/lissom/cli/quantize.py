@@ -46,8 +46,9 @@ def quantize(
     import lissom.models
     from lissom.errors import UserError
     from lissom.files import atomic_path, require_writable, write_json
+    from lissom.models.packed_layers import weight_count
     from lissom.weights.quant import Quantize
-    from lissom.weights.quant.apply import formats, stored_bytes, weights
+    from lissom.weights.quant.apply import formats, stored_bytes
 
     settings = Quantize(
         bits=bits,
@@ -67,7 +68,7 @@ def quantize(
     with console.status(f"loading {model}"):
         network, tokenizer = lissom.models.load(model, dtype)
         ids = _held_out_ids(network, tokenizer, held_out)
-    facts: dict[str, float] = {"bytes_before": stored_bytes(network), "weights": weights(network)}
+    facts: dict[str, float] = {"bytes_before": stored_bytes(network), "weights": weight_count(network)}
     with bars(console) as bar:
         tasks: dict[str, int] = {}
 

@@ -210,8 +210,6 @@ class _Runner:
         own = cache is None
         if own:
             cache = DynamicCache(config=config)
-        if not isinstance(cache, DynamicCache):
-            raise NotNative(f"the cache is a {type(cache).__name__}")
         passes.adopt(cache)
         keep = self._kept(given.get("logits_to_keep", 0), ids.shape[1])
         logits = passes.read(cache, ids, given.get("position_ids"), mask, keep)

@@ -25,7 +25,7 @@ def rows(comparison: Comparison, prefix: str = "") -> list[Row]:
         found.append(Row(name, own.estimate, value.metric.unit, low=own.low, high=own.high, n=len(value.rounds)))
     for ours in values:
         for theirs in values:
-            if _is_ours(ours) and not _is_ours(theirs) and _same_job(ours, theirs):
+            if _is_ours(ours.label) and not _is_ours(theirs.label) and _same_job(ours, theirs):
                 ratio = ours.against(theirs)
                 name = f"{_where(ours, prefix)}/{ours.label} against {theirs.label}/{ours.metric.name}"
                 medians = ours.interval.estimate, ours.metric.unit, theirs.interval.estimate
@@ -38,12 +38,8 @@ def _where(value: Value, prefix: str) -> str:
     return f"{prefix}threads {value.threads}/context {value.context}"
 
 
-def _ours(label: str) -> bool:
+def _is_ours(label: str) -> bool:
     return label.split()[0] == OURS
-
-
-def _is_ours(value: Value) -> bool:
-    return _ours(value.label)
 
 
 def _same_job(one: Value, other: Value) -> bool:
@@ -71,7 +67,7 @@ def cells(comparison: Comparison) -> dict[tuple[int, int], list[dict[str, str]]]
     for place in dict.fromkeys((value.threads, value.context) for value in values):
         here = {(v.label, v.metric.name): v for v in values if (v.threads, v.context) == place}
         labels = list(dict.fromkeys(label for label, _ in here))
-        ours = next((v.label for v in here.values() if _is_ours(v)), "")
+        ours = next((v.label for v in here.values() if _is_ours(v.label)), "")
         found[place] = [_line(here, label, ours) for label in labels]
     return found
 
@@ -114,7 +110,7 @@ def tables(comparison: Comparison) -> list[Table]:
             )
         for line in lines:
             label, *others = line.values()
-            table.add_row(f"[bold]{label}" if _ours(label) else label, *others)
+            table.add_row(f"[bold]{label}" if _is_ours(label) else label, *others)
         found.append(table)
     return found
 

@@ -88,6 +88,7 @@ def load_model(
                 filler.fill(name, module, known[name])
     if config.tie_word_embeddings:
         head = PackedLinear.of(model.get_input_embeddings().packed)
+        head.shared = True
         model.set_output_embeddings(head)
     _make_buffers(model)
     missing = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]

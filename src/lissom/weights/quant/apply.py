@@ -184,11 +184,6 @@ def stored_bytes(model: nn.Module) -> int:
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}.values())
 
 
-def weights(model: nn.Module) -> int:
-    """Number of parameters of a model that is not packed; shared ones count once."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def formats(model: nn.Module) -> dict[str, str]:
     """Format of every packed layer, by name."""
     return {n: m.format for n, m in model.named_modules() if isinstance(m, PackedLinear | PackedEmbedding)}
