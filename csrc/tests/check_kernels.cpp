@@ -9,6 +9,7 @@
 extern "C" {
 const char* lissom_isa_name(int isa);
 int lissom_best_isa();
+int lissom_get_isa();
 int lissom_set_isa(int isa);
 int lissom_ragged_attention(const Attention* arguments, int threads);
 int lissom_attention_statistics(const AttentionStatistics* arguments, int threads);
@@ -165,10 +166,15 @@ void check_targets(Random& random) {
 
 // ---- Attention ----
 
+// Whether a few queries and their weights are rounded to bfloat16, as the entries are.
+bool rounds_queries(int64_t kv_type) {
+  return kv_type == kKvBF16 && !std::strcmp(lissom_isa_name(lissom_get_isa()), "avx512_bf16");
+}
+
 void check_attention(Random& random) {
   for (int trial = 0; trial < 60; ++trial) {
     const int64_t rows = random.between(1, 2), kv_heads = random.between(1, 3), group = random.between(1, 4);
-    const int64_t head_dim = random.one_of<int64_t>({1, 6, 16, 33, 64, 80}), type = trial % 3;
+    const int64_t head_dim = random.one_of<int64_t>({1, 6, 16, 33, 64, 80, 96}), type = trial % 3;
     const int64_t tokens = random.one_of<int64_t>({1, 1, 2, 3, 7, 40}), heads = kv_heads * group;
     const int64_t threads = random.between(1, 3), most = tokens < 7 && random.chance(4) ? 1300 : 200;
     std::vector<int64_t> entries(rows * kv_heads);
@@ -208,6 +214,7 @@ void check_attention(Random& random) {
                                         {"softcap", a.softcap > 0}, {"bias", store.view.bias != nullptr},
                                         {"threads", threads}});
     must(lissom_ragged_attention(&a, static_cast<int>(threads)), what);
+    const double tolerance = rounds_queries(type) ? 4e-3 : 2e-5;
     std::vector<double> one(head_dim), wanted(head_dim);
     for (int64_t row = 0; row < rows; ++row)
       for (int64_t token = 0; token < tokens; ++token)
@@ -224,7 +231,7 @@ void check_attention(Random& random) {
           store.attend(block, one.data(), a.scale, a.softcap, sees, wanted.data());
           for (int64_t d = 0; d < head_dim; ++d) {
             const int64_t index = place * a.out_stride + head * head_dim + d;
-            expect(what, index, out[index], wanted[d], 2e-5);
+            expect(what, index, out[index], wanted[d], tolerance);
           }
         }
   }
@@ -422,7 +429,8 @@ class Decoder {
   // have appended: how those were rounded is checked apart.
   void compare() const {
     const int64_t hidden = plan.hidden, size = plan.head_dim, heads = plan.query_heads * size;
-    const double slack = format >= kQ8 ? (plan.planes == 2 ? 1e-3 : 0.1) : format == kBF16 ? 3e-2 : 1e-4;
+    const double products = format >= kQ8 ? (plan.planes == 2 ? 1e-3 : 0.1) : format == kBF16 ? 3e-2 : 1e-4;
+    const double slack = rounds_queries(kv_type) ? std::max(products, 3e-2) : products;
     std::vector<std::vector<double>> stream(vectors);
     for (int64_t v = 0; v < vectors; ++v)
       for (int64_t i = 0; i < hidden; ++i)

@@ -16,7 +16,7 @@ def register(app: typer.Typer) -> None:
 def check(
     method: str = typer.Argument(..., help="Key of the method, such as attention-matching."),
     model: str = typer.Option("smollm2-135m", help=MODEL),
-    small: bool = typer.Option(False, "--small", help="Two short documents: at most 20 minutes on two cores."),
+    small: bool = typer.Option(False, "--small", help="A small part: at most 20 minutes on two cores."),
     paper: bool = typer.Option(False, "--paper", help="The size of the paper, for a GPU; unmeasured here."),
     journal: Path = typer.Option(
         None,
@@ -58,3 +58,5 @@ def check(
             out.print(table)
         for claim in outcome.result.claims:
             out.print(f"[bold]{claim.verdict}[/bold]: {claim.claim} ({claim.source})", highlight=False)
+        for reason in outcome.unmeasured:
+            out.print(f"Not measured: {reason}", highlight=False, markup=False)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from lissom.kernels import decoder, native
+from lissom.kernels import decoder, native, pages
 from lissom.kernels import packed as formats
 from lissom.kernels.packed import Packed
 from lissom.models.decoder import describe_decoder
@@ -53,6 +53,7 @@ class NativePlan:
         for place, module in model.named_modules():
             if place and "forward" in vars(module):
                 raise Unsupported(f"the forward function of {place} has been exchanged")
+        pages.unmap(t for m in model.modules() if hasattr(m, "packed") for t in m.buffers(recurse=False))
         body: Any = model.base_model
         self.info = describe_decoder(model)
         self._weights: list[Packed] = []
@@ -93,6 +94,7 @@ class NativePlan:
         )
         self._kept += [layers]
         self.refresh(1)
+        pages.collapse(tensor for packed in self._weights for tensor in packed.tensors().values())
 
     def _layer(self, index: int, layer: Any) -> decoder.Layer:
         attention, mlp = layer.self_attn, layer.mlp

@@ -19,10 +19,11 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a check measured, and how it is shown in the terminal."""
+    """What a check measured, how it is shown in the terminal, and what could not be measured."""
 
     result: Result
     tables: Sequence[Table]
+    unmeasured: Sequence[str] = ()
 
 
 class Check(Protocol):
