@@ -150,6 +150,7 @@ class NativePasses:
         observed = [layer for layer in layers if layer.observer is not None]
         scaling = float(self.plan.plan.attention_scale)
         queries: list[torch.Tensor] = []
+        self._make_room(layers, rows, tokens)
         done = 0
         for first in range(0, tokens, chunk):
             last = min(tokens, first + chunk)
@@ -189,7 +190,7 @@ class NativePasses:
         queries: torch.Tensor | None,
     ) -> None:
         rows, count = ids.shape
-        stores = self._native_stores(layers, rows, count)
+        stores = self._native_stores(layers, count)
         ids, positions = ids.contiguous(), positions.contiguous()
         places = [row * count + token for row in range(rows) for token in keep]
         wanted = torch.tensor(places, dtype=torch.int64, device="cpu")
@@ -221,15 +222,22 @@ class NativePasses:
         if out is not None and logits is not None and not direct:
             out.copy_(logits)
 
-    def _native_stores(self, layers: list[Any], rows: int, count: int) -> Any:
+    def _make_room(self, layers: list[Any], rows: int, tokens: int) -> None:
+        """Storage for what is going to be read: all at once, since growing on the way copies what is there."""
         info = self.plan.info
         for layer in layers:
             if layer.store is not None and layer.store.rows != rows:
                 raise NotNative(f"the cache has {layer.store.rows} rows, the input {rows}")
         for layer in layers:
+            room = 0 if layer.is_sliding else tokens  # what has a window makes it on the way, of what is out of sight
             if layer.store is None:
-                layer.begin(rows, info.num_key_value_heads, info.head_dim, self._kv_dtype, "cpu", count + 64)
-            elif layer.store.spare < count:
+                layer.begin(rows, info.num_key_value_heads, info.head_dim, self._kv_dtype, "cpu", room + 64)
+            elif layer.store.spare < room:
+                layer.make_room(room)
+
+    def _native_stores(self, layers: list[Any], count: int) -> Any:
+        for layer in layers:
+            if layer.store.spare < count:
                 layer.make_room(count)
         layouts = [layer.store.layout for layer in layers]
         known, stores = self._seen

@@ -1,5 +1,5 @@
-"""Huge pages for what every token reads once. Through pages of 4 KiB a thread reads little more than half of what memory
-gives where looking a page up takes two walks, as in a virtual machine. Linux only; elsewhere nothing happens."""
+"""Huge pages for what every token reads once. Through pages of 4 KiB a thread reads little more than half of what
+memory gives where looking a page up takes two walks, as in a virtual machine. Linux only; elsewhere nothing happens."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-_PAGE, _HUGE = 2**12, 2**21
-_ADVISE, _COLLAPSE = 14, 25  # MADV_HUGEPAGE, MADV_COLLAPSE (Linux 6.1)
+_HUGE = 2**21
+_COLLAPSE = 25  # MADV_COLLAPSE, since Linux 6.1
 
 
 @cache
@@ -22,13 +22,6 @@ def _madvise() -> Any:
     function = ctypes.CDLL(None).madvise
     function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int), ctypes.c_int
     return function
-
-
-def advise(tensor: torch.Tensor) -> None:
-    """Ask for huge pages where a new tensor has none yet: it should not have been written to."""
-    begin, end = tensor.data_ptr() // _PAGE * _PAGE, tensor.data_ptr() + tensor.nbytes
-    if _madvise() is not None and tensor.device.type == "cpu" and tensor.nbytes >= _HUGE:
-        _madvise()(begin, end - begin, _ADVISE)
 
 
 def collapse(tensors: Iterable[torch.Tensor]) -> None:
