@@ -175,6 +175,98 @@ def kv_budget() -> str:
     return f"{markdown(headings, lines)}\n\n{whole} {stamp(facts)}"
 
 
+def _places(rows: Rows, part: str) -> dict[int, list[int]]:
+    """Contexts that were measured in a part, each with its numbers of threads."""
+    found: dict[int, list[int]] = {}
+    for name in rows:
+        first, threads, context, *_ = name.split("/")
+        if first == part:
+            counts = found.setdefault(int(context.split()[1]), [])
+            counts += [count for count in [int(threads.split()[1])] if count not in counts]
+    return found
+
+
+def _runtimes(rows: Rows, part: str, context: int, metric: str) -> list[str]:
+    names = [name.split("/") for name in rows if name.startswith(f"{part}/") and name.endswith(f"/{metric}")]
+    labels = dict.fromkeys(label for _, _, where, label, _ in names if where == f"context {context}")
+    return [label for label in labels if " against " not in label]
+
+
+def _times(rows: Rows, where: str, label: str, metric: str) -> str:
+    """lissom's factor over another runtime, with its interval."""
+    row = rows.get(f"{where}/lissom against {label}/{metric}")
+    return "" if row is None else f"{row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+
+
+def _named(label: str) -> str:
+    return f"**{label}**" if label == "lissom" else label
+
+
+def _verdicts(facts: dict[str, Any], part: str) -> str:
+    return "\n".join(
+        f"- **{claim['verdict']}**: {claim['claim']}" for claim in facts["claims"] if claim["claim"].startswith(part)
+    )
+
+
+def _decode(part: str) -> list[str]:
+    """Tokens per second of every runtime, a table for each context."""
+    _, rows = load("native-decode")
+    parts = []
+    for context, counts in _places(rows, part).items():
+        lines = []
+        for label in _runtimes(rows, part, context, "decode"):
+            line = [_named(label)]
+            for count in counts:
+                where = f"{part}/threads {count}/context {context}"
+                row = rows.get(f"{where}/{label}/decode")
+                own = "" if row is None else f"{row['value']:.1f} [{row['low']:.1f}, {row['high']:.1f}]"
+                line += [own, _times(rows, where, label, "decode")]
+            peak = rows[f"{part}/threads {counts[-1]}/context {context}/{label}/peak memory"]
+            lines.append([*line, f"{peak['value'] / 1e6:.0f} MB"])
+        threads = [f"{count} thread{'s' * (count > 1)}" for count in counts]
+        headings = ["tokens/s [95 %]", *(h for t in threads for h in (t, "lissom is x times as fast")), "peak memory"]
+        parts.append(f"**Behind {context} tokens**\n\n{markdown(headings, lines)}")
+    return parts
+
+
+def native_decode() -> str:
+    """Decode speed beside every other runtime."""
+    facts, _ = load("native-decode")
+    return "\n\n".join([_verdicts(facts, "decode"), *_decode("decode"), stamp(facts)])
+
+
+def native_decode_first() -> str:
+    """Seconds to the first token."""
+    facts, rows = load("native-decode")
+    places = _places(rows, "first token")
+    labels = dict.fromkeys(l for c in places for l in _runtimes(rows, "first token", c, "first token"))  # noqa: E741
+    lines = []
+    for label in labels:
+        line = [_named(label)]
+        for context, counts in places.items():
+            where = f"first token/threads {counts[-1]}/context {context}"
+            row = rows.get(f"{where}/{label}/first token")
+            factor = rows.get(f"{where}/lissom against {label}/first token")
+            line.append(
+                "" if row is None else f"{row['value']:.3f}" + ("" if factor is None else f" ({factor['ratio']:.2f}x)")
+            )
+        lines.append(line)
+    headings = ["seconds (lissom is x times as fast)", *(f"{context} tokens" for context in places)]
+    return "\n\n".join([_verdicts(facts, "first token"), markdown(headings, lines), stamp(facts)])
+
+
+def native_decode_billion() -> str:
+    """A model of a billion parameters beside the memory's bandwidth."""
+    facts, rows = load("native-decode")
+    speeds = [
+        f"{name.split('/')[1]}: {row['value'] / 1e9:.1f} GB/s"
+        for name, row in rows.items()
+        if name.endswith("read bandwidth")
+    ]
+    words = f"Read bandwidth: {', '.join(speeds)}."
+    return "\n\n".join([_verdicts(facts, "billion"), *_decode("billion"), words, stamp(facts)])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "attention-matching": attention_matching,
     "attention-matching-options": attention_matching_options,
@@ -182,6 +274,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention-matching-needles": attention_matching_needles,
     "attention-matching-times": attention_matching_times,
     "kv-budget": kv_budget,
+    "native-decode": native_decode,
+    "native-decode-first": native_decode_first,
+    "native-decode-billion": native_decode_billion,
 }
 
 
