@@ -10,7 +10,8 @@ import lissom
 FLOORS = (
     ("errors",),
     ("files",),
-    ("devices", "kernels"),
+    ("kernels",),
+    ("devices",),  # measures the machine as the kernels use it
     ("models",),
     ("plugin",),
     ("hook",),

@@ -15,6 +15,8 @@ from typing import Any
 import psutil
 import torch
 
+from lissom.kernels import pages
+
 # The flags that decide which kernels run.
 FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd", "asimddp")
 
@@ -60,8 +62,10 @@ def _median_seconds(work: Callable[[], object], repeats: int) -> float:
 
 
 def measure_bandwidth(megabytes: int = 512) -> float:
-    """GB/s at which a sum reads main memory with the current number of threads (median of 5)."""
+    """GB/s at which a sum reads main memory, in huge pages where there are any, with the current number of threads
+    (median of 5)."""
     data = torch.ones(megabytes * 2**20 // 4)
+    pages.collapse([data])
     return data.nbytes / _median_seconds(data.sum, 5) / 1e9
 
 
