@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from lissom.errors import UserError
@@ -68,7 +69,7 @@ class Sampler:
         if settings.repetition_penalty != 1.0:
             logits = penalised(logits, self._seen, settings.repetition_penalty)
         if settings.temperature == 0:
-            tokens = logits.argmax(-1)  # a NaN where there is one
+            tokens = _most_likely(logits)
             _check(logits.gather(-1, tokens[:, None]))
         else:
             values, places = candidates(logits / settings.temperature, settings.top_k, settings.top_p, settings.min_p)
@@ -79,6 +80,13 @@ class Sampler:
         if settings.repetition_penalty != 1.0:
             self._seen = torch.cat([self._seen, tokens[:, None]], 1)
         return tokens
+
+
+def _most_likely(logits: torch.Tensor) -> torch.Tensor:
+    """`argmax` over the vocabulary, a NaN where there is one; NumPy's is several times as fast on a CPU."""
+    if logits.device.type == "cpu" and logits.dtype == torch.float32:
+        return torch.from_numpy(np.argmax(logits.detach().numpy(), -1))
+    return logits.argmax(-1)
 
 
 def _check(numbers: torch.Tensor) -> None:
