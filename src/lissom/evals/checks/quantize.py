@@ -56,11 +56,12 @@ class LlamaCpp:
 
     Attributes:
         type: such as Q4_K_M, which has other types where 256 does not divide a matrix's inputs.
-        importance: whether it weighs errors by the mean square of each input on the text that ours are calibrated on.
+        calibration_tokens: of our calibration text; errors are weighed by the mean square of each input on it (the
+            importance matrix). 0 weighs them without it.
     """
 
     type: str
-    importance: bool = False
+    calibration_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ Arm = Quantize | LlamaCpp | AtBitsOf | None
 DENSE, FINE = "fp32", "8-bit rtn"
 Q4_0, Q4_1, Q4_K_M = "llama.cpp Q4_0", "llama.cpp Q4_1", "llama.cpp Q4_K_M"
 WEIGHED = ", importance matrix"
-MIXED = "4/8-bit gptq at Q4_K_M's bits"
+MIXED = "mixed gptq at Q4_K_M's bits"
 ARMS: dict[str, Arm] = {
     DENSE: None,
     FINE: Quantize(bits=8, method="rtn"),
@@ -83,17 +84,15 @@ ARMS: dict[str, Arm] = {
     "4-bit symmetric rtn": Quantize(method="rtn", symmetric=True),
     "4-bit symmetric search": Quantize(method="search", symmetric=True),
     "4-bit symmetric gptq": Quantize(method="gptq", symmetric=True),
-    "4-bit gptq, group 64": Quantize(method="gptq", group_size=64),
     Q4_0: LlamaCpp("Q4_0"),
-    Q4_0 + WEIGHED: LlamaCpp("Q4_0", importance=True),
+    Q4_0 + WEIGHED: LlamaCpp("Q4_0", Quantize.calibration_tokens),
     "4-bit rtn": Quantize(method="rtn"),
     "4-bit search": Quantize(method="search"),
     "4-bit gptq": Quantize(method="gptq"),
     Q4_1: LlamaCpp("Q4_1"),
-    Q4_1 + WEIGHED: LlamaCpp("Q4_1", importance=True),
     Q4_K_M: LlamaCpp("Q4_K_M"),
-    Q4_K_M + WEIGHED: LlamaCpp("Q4_K_M", importance=True),
-    MIXED: AtBitsOf(Q4_K_M, Quantize(method="gptq", symmetric=True)),
+    Q4_K_M + WEIGHED: LlamaCpp("Q4_K_M", Quantize.calibration_tokens),
+    MIXED: AtBitsOf(Q4_K_M, Quantize(method="gptq")),
 }
 # What each of llama.cpp's types is compared with, at no more bits.
 OURS = {Q4_0: "4-bit symmetric gptq", Q4_1: "4-bit gptq", Q4_K_M: MIXED}
@@ -109,7 +108,7 @@ class Size:
         arms: of `ARMS`, in its order.
         tokens: of a window.
         seeds: of the random permutations and rotations.
-        calibration_tokens: see `Quantize`.
+        calibration_tokens: of all arms that are calibrated.
         corpus: where the windows come from; "" is Python's manual, which needs no fetching but resembles the
             calibration text.
     """
@@ -284,8 +283,8 @@ def by_llama_cpp(
     with tempfile.TemporaryDirectory() as folder, Worker("llama_cpp", threads) as worker:
         files = {name: str(Path(folder, name)) for name in ("gguf", "quantised")}
         settings: dict[str, Any] = files | {"type": arm.type, "threads": threads}
-        if arm.importance:
-            squares = mean_squares(model, tokenizer, turns)
+        if arm.calibration_tokens:
+            squares = mean_squares(model, tokenizer, turns, arm.calibration_tokens)
             settings["importance"] = {stored[name]: values.tolist() for name, values in squares.items()}
         export_gguf(model, tokenizer, files["gguf"])
         start = time.perf_counter()
@@ -300,14 +299,14 @@ def by_llama_cpp(
 
 
 def mean_squares(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, turns: dict[str, torch.Tensor]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, turns: dict[str, torch.Tensor], tokens: int
 ) -> dict[str, torch.Tensor]:
-    """Mean square `[in_features]` of each input of the turned matrices, on the text that ours are calibrated on."""
+    """Mean square `[in_features]` of each input of the turned matrices on our calibration text."""
     inner = {name: model.get_submodule(name) for name in turns}
     statistics = {name: Statistics(whole=False) for name in turns}
     turn_inputs(model, turns)
     with torch.no_grad(), observing(inner, lambda name: statistics[name].add):
-        for window in calibration_windows(tokenizer, None, Quantize.calibration_tokens, 512):
+        for window in calibration_windows(tokenizer, None, tokens, 512):
             model.base_model(input_ids=window[None], use_cache=False)
     for name, module in inner.items():
         model.set_submodule(name, module)
@@ -353,7 +352,7 @@ def measure(
                 if arm.arm not in size.arms or arm.arm in left_out:
                     raise Failed(f"{arm.arm} was not measured")
                 arm = replace(arm.method, target_bits=bits[kind, seed, arm.arm])
-            if isinstance(arm, Quantize):
+            if arm and arm.calibration_tokens:
                 arm = replace(arm, calibration_tokens=size.calibration_tokens)
             identity = f"{key}/{kind}/{seed}/{type(arm).__name__}/{json.dumps(arm and asdict(arm), sort_keys=True)}"
             if identity not in known:
