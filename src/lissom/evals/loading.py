@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import lissom  # noqa: F401 - so that quantised checkpoints are known
+import lissom.models.packed_layers  # noqa: F401 - what quantised checkpoints need
 from lissom.devices.meters import in_fresh_process, interleaved
 
 Seconds = dict[str, float]
