@@ -76,6 +76,7 @@ Arm = Quantize | LlamaCpp | AtBitsOf | None
 DENSE, FINE = "fp32", "8-bit rtn"
 Q4_0, Q4_1, Q4_K_M = "llama.cpp Q4_0", "llama.cpp Q4_1", "llama.cpp Q4_K_M"
 WEIGHED = ", importance matrix"
+SHRUNK = ", shrunk"
 MIXED = "mixed gptq at Q4_K_M's bits"
 ARMS: dict[str, Arm] = {
     DENSE: None,
@@ -84,6 +85,7 @@ ARMS: dict[str, Arm] = {
     "4-bit symmetric rtn": Quantize(method="rtn", symmetric=True),
     "4-bit symmetric search": Quantize(method="search", symmetric=True),
     "4-bit symmetric gptq": Quantize(method="gptq", symmetric=True),
+    "4-bit symmetric gptq" + SHRUNK: Quantize(method="gptq", symmetric=True, shrinkage=0.5),
     Q4_0: LlamaCpp("Q4_0"),
     Q4_0 + WEIGHED: LlamaCpp("Q4_0", Quantize.calibration_tokens),
     "4-bit rtn": Quantize(method="rtn"),
@@ -93,6 +95,7 @@ ARMS: dict[str, Arm] = {
     Q4_K_M: LlamaCpp("Q4_K_M"),
     Q4_K_M + WEIGHED: LlamaCpp("Q4_K_M", Quantize.calibration_tokens),
     MIXED: AtBitsOf(Q4_K_M, Quantize(method="gptq")),
+    MIXED + SHRUNK: AtBitsOf(Q4_K_M, Quantize(method="gptq", shrinkage=0.5)),
 }
 # What each of llama.cpp's types is compared with, at no more bits.
 OURS = {Q4_0: "4-bit symmetric gptq", Q4_1: "4-bit gptq", Q4_K_M: MIXED}
