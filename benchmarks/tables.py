@@ -194,9 +194,9 @@ def quantize() -> str:
         line = [arm, number(rows[f"permuted/{arm}/bits per weight"], 2)]
         for kind in ("permuted", "rotated"):
             line += [number(rows[f"{kind}/{arm}/perplexity"], 2), interval(rows[f"{kind}/{arm}/NLL above fp32"])]
-        lines.append([*line, "" if arm == "fp32" else f"{rows[f'permuted/{arm}/time']['value']:.0f}"])
+        lines.append(line)
     headings = ["method", "bits", *(f"{kind}: {what}" for kind in ("permuted", "rotated")
-                                    for what in ("perplexity", "ΔNLL [95 %]")), "seconds"]  # fmt: skip
+                                    for what in ("perplexity", "ΔNLL [95 %]"))]  # fmt: skip
     return "\n\n".join([verdicts(facts), markdown(headings, lines), _against(rows), stamp(facts)])
 
 

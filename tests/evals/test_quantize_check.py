@@ -100,8 +100,8 @@ def test_the_way_through_a_file_changes_nothing(model, copying, short_text, kind
     """What llama.cpp makes of the turned matrices lands in the right places."""
     dense, tokenizer = model
     ids = torch.randint(0, dense.config.vocab_size, (1, 24), generator=torch.Generator().manual_seed(0))
-    found, facts = study.quantized(dense, tokenizer, kind, 0, study.LlamaCpp("Q4_0", 1024))
-    assert facts["bits"] == 32 and facts["seconds"] > 0
+    found, bits = study.quantized(dense, tokenizer, kind, 0, study.LlamaCpp("Q4_0", 1024))
+    assert bits == 32
     assert sum(isinstance(module, PackedLinear) for module in found.modules()) == 2 * 7 + 1
     with torch.no_grad():
         close(found(ids).logits, dense(ids).logits)
@@ -126,10 +126,9 @@ def test_importance_is_that_of_the_turned_inputs(model, short_text):
 @needs_llama_cpp
 def test_llama_cpp_s_own_blocks(model, short_text):
     dense, tokenizer = model
-    found, facts = {}, {}
+    found, bits = {}, {}
     for arm in (study.LlamaCpp("Q4_0"), study.LlamaCpp("Q4_0", 1024), study.LlamaCpp("Q4_K_M"), study.LlamaCpp("Q8_0")):
-        found[arm], facts[arm] = study.quantized(dense, tokenizer, "permuted", 0, arm)
-    bits = {arm: facts[arm]["bits"] for arm in found}
+        found[arm], bits[arm] = study.quantized(dense, tokenizer, "permuted", 0, arm)
     plain, weighed, mixed, fine = found
     assert bits[plain] == bits[weighed] == 4.5 and 4.5 < bits[mixed] < 6 and bits[fine] == 8.5
     turned = gguf_files.model_of("llama")
@@ -183,8 +182,7 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "quantized", noting)
     second = run_tiny(tmp_path)
     assert [type(arm) for arm in measured if not isinstance(arm, study.LlamaCpp)] == [Quantize]
-    strip = [{key: value for key, value in record.items() if key != "seconds"} for record in first.records]
-    assert strip == [{key: value for key, value in record.items() if key != "seconds"} for record in second.records]
+    assert first.records == second.records
     measured.clear()
     run_tiny(tmp_path, replace(TINY, tokens=48))  # other windows are another measurement
     assert len(measured) > 5
@@ -193,19 +191,19 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
 def test_the_paper_s_size_at_a_tiny_setting(model, copying, short_text, tmp_path):
     """An arm of every kind with every seed. This llama.cpp's matrices are dense, so that ours may all have 8 bits."""
     dense, tokenizer = model
-    arms = (study.DENSE, "4-bit search", study.Q4_K_M, study.Q4_K_M + study.WEIGHED, study.MIXED)
+    arms = (study.DENSE, "4-bit symmetric search", study.Q4_K_M, study.Q4_K_M + study.WEIGHED, study.MIXED)
     size = replace(
         study.PAPER, windows=2, loads=0, arms=arms, tokens=24, seeds=(0, 1), calibration_tokens=1024, corpus=""
     )
     run = study.run(dense, tokenizer, size, tmp_path / "journal.jsonl")
     assert tuple(run.arms) == arms and not run.left_out
     assert len(run.records) == len(study.KINDS) * 2 * len(arms)
-    assert len(run.nll("rotated", study.MIXED)) == 4 and run.mean("permuted", study.MIXED, "bits") == 8.5
+    assert len(run.nll("rotated", study.MIXED)) == 4 and run.bits("permuted", study.MIXED) == 8.5
     assert len(run.pairs) == 2
 
 
 def record(kind, arm, nll, bits=4.5):
-    return {"kind": kind, "seed": 0, "arm": arm, "nll": nll, "bits": bits, "seconds": 1.0}
+    return {"kind": kind, "seed": 0, "arm": arm, "nll": nll, "bits": bits}
 
 
 def run_of(ours, theirs, fine, loads=None) -> study.Run:

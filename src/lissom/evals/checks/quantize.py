@@ -13,7 +13,6 @@ import copy
 import json
 import math
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -89,7 +88,6 @@ ARMS: dict[str, Arm] = {
     Q4_0: LlamaCpp("Q4_0"),
     Q4_0 + WEIGHED: LlamaCpp("Q4_0", Quantize.calibration_tokens),
     "4-bit rtn": Quantize(method="rtn"),
-    "4-bit search": Quantize(method="search"),
     "4-bit gptq": Quantize(method="gptq"),
     Q4_1: LlamaCpp("Q4_1"),
     Q4_K_M: LlamaCpp("Q4_K_M"),
@@ -136,8 +134,8 @@ class Run:
     """What a check measured.
 
     Attributes:
-        records: one per kind of weights, seed and arm: `nll` (nats per token, one per window), `bits` (per weight of
-            the layers' matrices, scales included), `seconds` of quantising.
+        records: one per kind of weights, seed and arm: `nll` (nats per token, one per window) and `bits` (per weight
+            of the layers' matrices, scales included).
         loads: what `time_loading` said, by checkpoint; empty where it was left out.
         left_out: why arms were not measured, by name.
     """
@@ -160,9 +158,9 @@ class Run:
         """Nats per token, one number per seed and window."""
         return np.concatenate([record["nll"] for record in self.of(kind, arm)])
 
-    def mean(self, kind: str, arm: str, key: str) -> float:
-        """Of a number that a record has once."""
-        return float(np.mean([record[key] for record in self.of(kind, arm)]))
+    def bits(self, kind: str, arm: str) -> float:
+        """Per weight."""
+        return float(np.mean([record["bits"] for record in self.of(kind, arm)]))
 
     def against(self, kind: str, ours: str, theirs: str) -> Interval:
         """NLL of `ours` minus that of `theirs`, paired by seed and window."""
@@ -253,27 +251,24 @@ def turn_inputs(model: PreTrainedModel, turns: dict[str, torch.Tensor]) -> None:
 
 def quantized(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kind: str, seed: int, arm: Quantize | LlamaCpp | None
-) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """A copy of `model` with its matrices turned and quantised, and the record's `bits` and `seconds`."""
+) -> tuple[PreTrainedModel, float]:
+    """A copy of `model` with its matrices turned and quantised, and their bits per weight."""
     model = copy.deepcopy(model)
     turns = turn_matrices(model, kind, seed)
     if isinstance(arm, LlamaCpp):
         return by_llama_cpp(model, tokenizer, turns, arm)
     turn_inputs(model, turns)
     if arm is None:
-        return model, {"bits": 32.0, "seconds": 0.0}
-    start = time.perf_counter()
+        return model, 32.0
     arm.convert(model, tokenizer)
-    seconds = time.perf_counter() - start
     inner = [model.get_submodule(f"{name}.inner") for name in turns]
     packed = [module.packed for module in inner if isinstance(module, PackedLinear)]
-    bits = 8 * sum(p.nbytes for p in packed) / sum(p.rows * p.columns for p in packed)
-    return model, {"bits": bits, "seconds": seconds}
+    return model, 8 * sum(p.nbytes for p in packed) / sum(p.rows * p.columns for p in packed)
 
 
 def by_llama_cpp(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, turns: dict[str, torch.Tensor], arm: LlamaCpp
-) -> tuple[PreTrainedModel, dict[str, Any]]:
+) -> tuple[PreTrainedModel, float]:
     """The same by llama.cpp of a model whose matrices are turned, in the blocks of the file that it writes.
 
     Raises:
@@ -290,15 +285,13 @@ def by_llama_cpp(
             squares = mean_squares(model, tokenizer, turns, arm.calibration_tokens)
             settings["importance"] = {stored[name]: values.tolist() for name, values in squares.items()}
         export_gguf(model, tokenizer, files["gguf"])
-        start = time.perf_counter()
         worker.prepare(settings)
-        seconds = time.perf_counter() - start
         file = GgufFile(files["quantised"])
         model = load_model(file)
         tensors = [file.tensors[name] for name in stored.values()]
         bits = 8 * sum(t.data.nbytes for t in tensors) / sum(math.prod(t.shape) for t in tensors)
     turn_inputs(model, turns)
-    return model, {"bits": bits, "seconds": seconds}
+    return model, bits
 
 
 def mean_squares(
@@ -359,9 +352,9 @@ def measure(
                 arm = replace(arm, calibration_tokens=size.calibration_tokens)
             identity = f"{key}/{kind}/{seed}/{type(arm).__name__}/{json.dumps(arm and asdict(arm), sort_keys=True)}"
             if identity not in known:
-                changed, facts = quantized(model, tokenizer, kind, seed, arm)
+                changed, taken = quantized(model, tokenizer, kind, seed, arm)
                 nll = [float(window_nll(changed, ids, size.tokens, size.tokens - 1).mean()) for ids in windows]
-                known.add(identity, {"nll": nll, **facts})
+                known.add(identity, {"nll": nll, "bits": taken})
         except Failed as error:
             left_out[name] = str(error)
             continue

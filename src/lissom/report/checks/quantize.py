@@ -37,12 +37,11 @@ def result(run: study.Run) -> Result:
 def _rows(run: study.Run, kind: str) -> Iterator[Row]:
     base = _perplexity(run, kind, study.DENSE)
     for arm in run.arms:
-        perplexity, bits, units = _perplexity(run, kind, arm), run.mean(kind, arm, "bits"), len(run.nll(kind, arm))
+        perplexity, bits, units = _perplexity(run, kind, arm), run.bits(kind, arm), len(run.nll(kind, arm))
         gap = run.against(kind, arm, study.DENSE)
         yield Row(f"{kind}/{arm}/perplexity", perplexity, "", base, base / perplexity, n=units)
         yield Row(f"{kind}/{arm}/NLL above fp32", gap.estimate, "nats", 0.0, None, gap.low, gap.high, units)
         yield Row(f"{kind}/{arm}/bits per weight", bits, "bits", 32.0, 32.0 / bits)
-        yield Row(f"{kind}/{arm}/time", run.mean(kind, arm, "seconds"), "s")
     for ours, theirs in run.pairs:
         gap, units = run.against(kind, ours, theirs), len(run.nll(kind, ours))
         name = f"{kind}/{ours} against {theirs}/NLL"
@@ -60,12 +59,11 @@ def _seconds(run: study.Run, name: str, what: str) -> Interval:
 def tables(run: study.Run) -> Iterator[Table]:
     """One table for each kind of weights, one of ours against llama.cpp's, and one of loading."""
     for kind in study.KINDS:
-        headings = "method", "bits", "perplexity", "NLL above fp32 [95 %]", "seconds"
+        headings = "method", "bits", "perplexity", "NLL above fp32 [95 %]"
         table = _table(f"{kind.capitalize()} weights", *headings)
         for arm in run.arms:
             gap = "" if arm == study.DENSE else _shown(run.against(kind, arm, study.DENSE))
-            bits, seconds = run.mean(kind, arm, "bits"), run.mean(kind, arm, "seconds")
-            table.add_row(arm, f"{bits:.2f}", f"{_perplexity(run, kind, arm):.2f}", gap, f"{seconds:.0f}")
+            table.add_row(arm, f"{run.bits(kind, arm):.2f}", f"{_perplexity(run, kind, arm):.2f}", gap)
         yield table
     if run.pairs:
         table = _table("NLL above llama.cpp's [95 %]", "ours", "llama.cpp's", *study.KINDS)
