@@ -7,20 +7,21 @@ import argparse
 import statistics
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 
 import lissom
+from lissom.cli.check import journal_of, measured, show
 from lissom.devices.meters import interleaved
 from lissom.evals.checks import attention_matching as study
 from lissom.evals.texts import planted_documents
 from lissom.kv import AttentionMatching, Eviction
 from lissom.kv.compact import Reading
 from lissom.kv.document import document_ids
-from lissom.report.checks import attention_matching as report
+from lissom.models.load import DEFAULT_MODEL
+from lissom.report.checks.attention_matching import CHECK
 from lissom.report.rows import Row
 
 
@@ -70,32 +71,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one short document, under a minute")
     parser.add_argument("--json", metavar="FILE", help="write the result ('-': standard output)")
-    parser.add_argument("--journal", type=Path, default=Path("lissom-check/attention-matching.jsonl"))
+    parser.add_argument("--journal", type=Path, default=journal_of("attention-matching"))
     given = parser.parse_args()
     size = replace(study.SMALL, documents=1, tokens=200, ratios=(0.1,), questions=2) if given.quick else study.DEFAULT
     seconds = [  # first, while nothing has heated or filled the machine
         row for dtype in ("float32", "bfloat16") for row in times(200 if given.quick else 1400, given.quick, dtype)
     ]
-    model, tokenizer = lissom.load()
-    with Progress(console=Console(stderr=True)) as bar:
-        tasks = {stage: bar.add_task(stage, total=None, visible=False) for stage in study.STAGES}
-        run = study.run(
-            model,
-            tokenizer,
-            size,
-            given.journal,
-            lambda stage, done, total: bar.update(tasks[stage], completed=done, total=total, visible=True),
-        )
-    result = report.result(run)
-    result.rows.extend(seconds)
-    if given.json:
-        result.write(given.json)
-    if given.json != "-":
-        for table in report.tables(run):
-            Console().print(table)
-        for row in result.rows:
-            if row.name.startswith("time/"):
-                print(f"{row.name[5:]:32s} {row.value:7.2f} s   {row.value / row.baseline:5.2f} of the prefill's time")
+    outcome = measured(CHECK.stages, partial(CHECK.measure, size), DEFAULT_MODEL, given.journal)
+    outcome.result.rows.extend(seconds)
+    show(outcome, given.json)
+    for row in seconds if given.json != "-" else ():
+        print(f"{row.name[5:]:32s} {row.value:7.2f} s   {row.value / row.baseline:5.2f} of the prefill's time")
 
 
 if __name__ == "__main__":

@@ -45,6 +45,18 @@ def number(row: dict[str, Any], digits: int = 3) -> str:
     return f"{row['value']:.{digits}f}"
 
 
+def interval(row: dict[str, Any]) -> str:
+    """A difference and its interval; nothing where it is with itself."""
+    same = row["low"] == row["high"] == 0
+    return "" if same else f"{row['value']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
+
+
+def verdicts(facts: dict[str, Any], part: str = "") -> str:
+    """A line for each claim, or for those about one part."""
+    claims = [claim for claim in facts["claims"] if claim["claim"].startswith(part)]
+    return "\n".join(f"- **{claim['verdict']}**: {claim['claim']}" for claim in claims)
+
+
 def arms_of(rows: Rows, ratio: str) -> list[str]:
     return list(dict.fromkeys(name.split("/")[1] for name in rows if name.startswith(f"{ratio}/")))
 
@@ -85,8 +97,7 @@ def attention_matching() -> str:
         headings = ["method", "output error", "abs. Δ log Z", "NLL", "NLL above ours [95 %]", "KL", "top-1", "recall",
                     "off-context", "bytes"]  # fmt: skip
         parts.append(f"**{float(ratio):.0%} of the entries**\n\n{markdown(headings, lines)}")
-    verdicts = "\n".join(f"- **{claim['verdict']}**: {claim['claim']}" for claim in facts["claims"])
-    return "\n\n".join([verdicts, *parts, stamp(facts)])
+    return "\n\n".join([verdicts(facts), *parts, stamp(facts)])
 
 
 def attention_matching_ablations() -> str:
@@ -202,12 +213,6 @@ def _named(label: str) -> str:
     return f"**{label}**" if label == "lissom" else label
 
 
-def _verdicts(facts: dict[str, Any], part: str) -> str:
-    return "\n".join(
-        f"- **{claim['verdict']}**: {claim['claim']}" for claim in facts["claims"] if claim["claim"].startswith(part)
-    )
-
-
 def _decode(part: str) -> list[str]:
     """Tokens per second of every runtime, a table for each context."""
     _, rows = load("native-decode")
@@ -232,7 +237,7 @@ def _decode(part: str) -> list[str]:
 def native_decode() -> str:
     """Decode speed beside every other runtime."""
     facts, _ = load("native-decode")
-    return "\n\n".join([_verdicts(facts, "decode"), *_decode("decode"), stamp(facts)])
+    return "\n\n".join([verdicts(facts, "decode"), *_decode("decode"), stamp(facts)])
 
 
 def native_decode_first() -> str:
@@ -252,7 +257,7 @@ def native_decode_first() -> str:
             )
         lines.append(line)
     headings = ["seconds (lissom is x times as fast)", *(f"{context} tokens" for context in places)]
-    return "\n\n".join([_verdicts(facts, "first token"), markdown(headings, lines), stamp(facts)])
+    return "\n\n".join([verdicts(facts, "first token"), markdown(headings, lines), stamp(facts)])
 
 
 def native_decode_billion() -> str:
@@ -264,7 +269,45 @@ def native_decode_billion() -> str:
         if name.endswith("read bandwidth")
     ]
     words = f"Read bandwidth: {', '.join(speeds)}."
-    return "\n\n".join([_verdicts(facts, "billion"), *_decode("billion"), words, stamp(facts)])
+    return "\n\n".join([verdicts(facts, "billion"), *_decode("billion"), words, stamp(facts)])
+
+
+def quantize() -> str:
+    """Every method on both kinds of weights, and the verdicts."""
+    facts, rows = load("quantize")
+    lines = []
+    for arm in arms_of(rows, "permuted"):
+        if " against " in arm:
+            continue
+        line = [arm, number(rows[f"permuted/{arm}/bits per weight"], 2)]
+        for kind in ("permuted", "rotated"):
+            line += [number(rows[f"{kind}/{arm}/perplexity"], 2), interval(rows[f"{kind}/{arm}/NLL above fp32"])]
+        lines.append(line)
+    headings = ["method", "bits", *(f"{kind}: {what}" for kind in ("permuted", "rotated")
+                                    for what in ("perplexity", "ΔNLL [95 %]"))]  # fmt: skip
+    return "\n\n".join([verdicts(facts), markdown(headings, lines), _against(rows), stamp(facts)])
+
+
+def _against(rows: Rows) -> str:
+    pairs = [name.split("/", 1)[1] for name in rows if name.startswith("permuted/") and " against " in name]
+    lines = [
+        [*pair.removesuffix("/NLL").split(" against "), *(interval(rows[f"{kind}/{pair}"])
+                                                          for kind in ("permuted", "rotated"))]
+        for pair in pairs
+    ]  # fmt: skip
+    return markdown(["ours", "against", "permuted: NLL above [95 %]", "rotated: NLL above [95 %]"], lines)
+
+
+def quantize_load() -> str:
+    """Seconds of loading."""
+    facts, rows = load("quantize")
+    lines = []
+    for what, words in (("load", "`from_pretrained`"), ("use", "and the first pass, of one token")):
+        names = ("transformers fp32", "lissom 4-bit", "share")
+        row = [rows[f"loading/{name}/{what}"] for name in names]
+        lines.append([words, *(f"{r['value']:.2f} [{r['low']:.2f}, {r['high']:.2f}]" for r in row)])
+    headings = ["", "transformers, fp32: seconds [95 %]", "lissom, 4 bits: seconds [95 %]", "share [95 %]"]
+    return f"{markdown(headings, lines)}\n\n{stamp(facts)}"
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -277,6 +320,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "native-decode": native_decode,
     "native-decode-first": native_decode_first,
     "native-decode-billion": native_decode_billion,
+    "quantize": quantize,
+    "quantize-load": quantize_load,
 }
 
 

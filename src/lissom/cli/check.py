@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from lissom.cli.common import JSON, MODEL, bars
+
+if TYPE_CHECKING:
+    from lissom.report.checks import Outcome, Progress, SizeName
 
 
 def register(app: typer.Typer) -> None:
@@ -14,9 +20,9 @@ def register(app: typer.Typer) -> None:
 
 
 def check(
-    method: str = typer.Argument(..., help="Key of the method, such as attention-matching."),
+    method: str = typer.Argument(..., help="Key of the method: attention-matching, native-decode or quantize."),
     model: str = typer.Option("smollm2-135m", help=MODEL),
-    small: bool = typer.Option(False, "--small", help="A small part: at most 20 minutes on two cores."),
+    small: bool = typer.Option(False, "--small", help="At most 20 minutes on two cores."),
     paper: bool = typer.Option(False, "--paper", help="The size of the paper, for a GPU; unmeasured here."),
     journal: Path = typer.Option(
         None,
@@ -25,8 +31,6 @@ def check(
     json_file: str = JSON,
 ) -> None:
     """Reproduce a method's claim at the scale of this machine; a null result is shown as one."""
-    from rich.console import Console
-
     from lissom.errors import UserError
     from lissom.files import require_writable
     from lissom.report.checks import check_of
@@ -36,20 +40,36 @@ def check(
     if json_file and json_file != "-":
         require_writable(json_file)
     chosen = check_of(method)
+    size: SizeName = "small" if small else "paper" if paper else "default"
+    show(measured(chosen.stages, partial(chosen, size), model, journal or journal_of(method)), json_file)
+
+
+def journal_of(method: str) -> Path:
+    """Where measurements are kept where nothing else is said."""
+    return Path("lissom-check") / f"{method}.jsonl"
+
+
+def measured(
+    stages: Sequence[str], measure: Callable[[str, Path, Progress], Outcome], model: str, journal: Path
+) -> Outcome:
+    """What `measure` returns, with a bar for each of its stages."""
+    from rich.console import Console
+
     with bars(Console(stderr=True)) as progress:
         loading = progress.add_task(f"loading {model}", total=None)
-        tasks = {stage: progress.add_task(stage, total=None, visible=False) for stage in chosen.stages}
+        tasks = {stage: progress.add_task(stage, total=None, visible=False) for stage in stages}
 
-        def show(stage: str, done: int, total: int) -> None:
+        def report(stage: str, done: int, total: int) -> None:
             progress.update(loading, visible=False)
             progress.update(tasks[stage], completed=done, total=total, visible=True)
 
-        outcome = chosen(
-            "small" if small else "paper" if paper else "default",
-            model,
-            journal or Path("lissom-check") / f"{method}.jsonl",
-            show,
-        )
+        return measure(model, journal, report)
+
+
+def show(outcome: Outcome, json_file: str | None) -> None:
+    """Tables and verdicts in the terminal, and the result as JSON where it is asked for."""
+    from rich.console import Console
+
     if json_file:
         outcome.result.write(json_file)
     if json_file != "-":

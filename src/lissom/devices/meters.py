@@ -145,12 +145,18 @@ class EnergyMeter:
 
 
 def peak_memory(target: str, *arguments: Any, timeout: float = 1800) -> int:
-    """Peak resident bytes of a fresh Python process that calls `target` ("module:function") with JSON arguments.
+    """Peak resident bytes of `in_fresh_process`; see there."""
+    return in_fresh_process(target, *arguments, timeout=timeout)[1]
+
+
+def in_fresh_process(target: str, *arguments: Any, timeout: float = 1800) -> tuple[Any, int]:
+    """What `target` ("module:function") returns for JSON arguments in a fresh Python process (None where that is no
+    JSON), and the process's peak resident bytes.
 
     Raises:
         RuntimeError: the process failed, with the last line it wrote, or took too long.
     """
-    code = "from lissom.devices.meters import _report_peak; _report_peak()"
+    code = "from lissom.devices.meters import _call; _call()"
     command = [sys.executable, "-c", code, target]
     try:
         done = subprocess.run(command, input=json.dumps(arguments), capture_output=True, text=True, timeout=timeout)
@@ -158,15 +164,16 @@ def peak_memory(target: str, *arguments: Any, timeout: float = 1800) -> int:
         raise RuntimeError(f"it took more than {timeout:.0f} s") from error
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or ["it was killed"])[-1])
-    return int(done.stdout.splitlines()[-1])
+    returned, peak = json.loads(done.stdout.splitlines()[-1])
+    return returned, peak
 
 
-def _report_peak() -> None:
+def _call() -> None:
     from importlib import import_module
 
     module, _, function = sys.argv[1].partition(":")
-    getattr(import_module(module), function)(*json.load(sys.stdin))
-    print(_peak_bytes())
+    returned = getattr(import_module(module), function)(*json.load(sys.stdin))
+    print(json.dumps([returned, _peak_bytes()], default=lambda _: None))
 
 
 def _peak_bytes() -> int:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
+from lissom.devices.machine import describe
 from lissom.errors import UserError
+from lissom.models import fingerprint
 
 
 class Journal:
@@ -46,3 +51,10 @@ class Journal:
             raise UserError(f"Cannot write {self.path}: {error.strerror}.") from error
         self.records[identity] = json.loads(text)
         return self.records[identity]
+
+
+def scope(model: PreTrainedModel, *settings: object) -> str:
+    """What a measurement depends on beside its arm: model, machine, versions, and the `settings` of the study."""
+    here = describe()
+    runtime = (str(model.dtype), here["machine"]["cpu"], here["machine"]["threads"], here["versions"])
+    return hashlib.sha256(repr((fingerprint(model), settings, runtime)).encode()).hexdigest()[:12]

@@ -52,3 +52,15 @@ def ratio_interval(
     ratios = np.median(one[first], 1) / np.median(other[second], 1)
     low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(np.median(one) / np.median(other)), float(low), float(high))
+
+
+def verdict(differences: Sequence[Interval], most: float = 0.0, strict: bool = False) -> str:
+    """What a claim comes to that each of `differences` (or ratios) is at most `most`, or `strict`ly below it.
+
+    Returns:
+        `holds`: by the upper ends of their intervals; `weaker`: by the estimates only; otherwise `does not hold`.
+    """
+    upper = max(difference.high for difference in differences)
+    if upper < most or (upper == most and not strict):
+        return "holds"
+    return "weaker" if all(difference.estimate <= most for difference in differences) else "does not hold"

@@ -167,6 +167,7 @@ def test_a_model_in_bf16():
         ({"max_loss": -1}, "above 0"),
         ({"max_loss": float("nan")}, "above 0"),
         ({"damping": 0}, "between 0 and 1"),
+        ({"shrinkage": 1.5}, "from 0 to 1"),
         ({"calibration_tokens": 5}, "at least 512"),
     ],
 )

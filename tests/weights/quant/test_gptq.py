@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lissom.errors import UserError
-from lissom.kernels.rounding import GRIDS, rtn
+from lissom.kernels.rounding import GRIDS, nearest, rtn
 from lissom.weights.quant.gptq import damped, gptq
 from lissom.weights.quant.search import search
 
@@ -64,6 +64,31 @@ def test_its_outputs_are_nearer_than_the_search_s(format):
     ours = loss(gptq(weight, hessian, grid, 32))
     searched = loss(search(weight, hessian.diagonal(), grid, 32))
     assert ours < 0.8 * searched < loss(rtn(weight, grid, 32))
+
+
+def test_a_shrunk_hessian_lies_between_gptq_and_the_search():
+    weight, hessian = problem()
+    grid = GRIDS["q4"]
+    wanted = 0.75 * hessian.double() + 0.25 * hessian.diagonal().double().diag()
+    torch.testing.assert_close(damped(hessian, 0.01, 0.25), damped(wanted, 0.01))
+    whole = gptq(weight, hessian, grid, 32, shrinkage=1.0)
+    scales = whole.scales.float().repeat_interleave(32, 1)
+    assert torch.equal(whole.codes.float(), nearest(weight, scales, torch.zeros_like(scales), grid))
+    assert not torch.equal(whole.codes, gptq(weight, hessian, grid, 32).codes)
+
+
+def test_shrinking_helps_where_samples_are_few():
+    """By the outputs on other inputs than those that the codes were made from."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(4096, 96, generator=generator) @ torch.randn(96, 96, generator=generator)
+    weight, known, others = torch.randn(24, 96, generator=generator), inputs[:64], inputs[64:]
+
+    def loss(shrinkage):
+        hessian = known.T @ known / len(known)
+        error = gptq(weight, hessian, GRIDS["q4"], 32, shrinkage=shrinkage).values() - weight
+        return float((others @ error.T).square().mean())
+
+    assert loss(0.5) < 0.9 * min(loss(0.0), loss(1.0))
 
 
 def test_inputs_that_are_never_seen():

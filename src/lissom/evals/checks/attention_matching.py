@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -14,13 +13,12 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lissom.devices.machine import describe
 from lissom.evals.fidelity import recalled, score, teach
 from lissom.evals.head_budgets import measure_head_budgets
-from lissom.evals.journal import Journal
+from lissom.evals.journal import Journal, scope
 from lissom.evals.needle import needles, recalls
 from lissom.evals.perplexity import nll_behind
-from lissom.evals.stats import Interval, paired_bootstrap
+from lissom.evals.stats import Interval, paired_bootstrap, verdict
 from lissom.evals.texts import Document, planted_documents
 from lissom.kv import AttentionMatching, Eviction, compact
 from lissom.kv.compact import Reading, read
@@ -28,9 +26,10 @@ from lissom.kv.compactor import Compactor, Wanted
 from lissom.kv.document import document_ids
 from lissom.kv.eviction import SCORES
 from lissom.kv.influence import load_shares, path_of
-from lissom.models import describe_decoder, fingerprint
+from lissom.models import describe_decoder
 from lissom.models.assets import corpus
 
+HIGHER_IS_BETTER = ("top1", "recalled")
 METRICS = ("output_error", "mass_error", "nll", "kl", "top1", "recalled")
 OURS = "attention matching"
 Shares = tuple[tuple[float, ...], ...]
@@ -51,6 +50,10 @@ class Size:
     questions: int = 8
     recall: bool = True
     corpus: str = ""
+
+    def scope(self, model: PreTrainedModel) -> str:
+        """What a measurement depends on beside the method, the ratio and the document's number."""
+        return scope(model, self.corpus, self.documents, self.tokens, self.seed, self.questions, self.recall)
 
 
 SMALL = Size(2, 700, (0.1, 0.05))
@@ -134,7 +137,7 @@ def measure(
     A run that was stopped goes on behind the last whole record in `journal` of the same model, size and settings, on
     the same machine with the same versions.
     """
-    key = scope(model, size)
+    key = size.scope(model)
     known = Journal(journal)
     plan = [(ratio, name, method) for ratio in size.ratios for name, method in arms(ratio, size).items()]
     records = []
@@ -152,14 +155,6 @@ def measure(
             records.append({**known[identity], "ratio": ratio, "arm": name})
             progress(number * len(plan) + place + 1, size.documents * len(plan))
     return records
-
-
-def scope(model: PreTrainedModel, size: Size) -> str:
-    """What a measurement depends on beside the method and the document's number: model, texts, machine, versions."""
-    here = describe()
-    texts = (size.corpus, size.documents, size.tokens, size.seed, size.questions, size.recall)
-    runtime = (str(model.dtype), here["machine"]["cpu"], here["machine"]["threads"], here["versions"])
-    return hashlib.sha256(repr((fingerprint(model), texts, runtime)).encode()).hexdigest()[:12]
 
 
 class Lesson:
@@ -229,7 +224,7 @@ def measure_needles(
     """
     room = describe_decoder(model).max_position_embeddings - _NEEDLE_ROOM
     lengths = [length for length in size.needle_lengths if length <= room]
-    known, key = Journal(journal), scope(model, size)
+    known, key = Journal(journal), size.scope(model)
     methods: dict[str, Compactor] = {OURS: AttentionMatching(ratio=NEEDLE_RATIO)}
     methods |= {name: Eviction(ratio=NEEDLE_RATIO, score=name) for name in ("h2o", "snapkv", "streaming-llm")}
     methods["kvzip global"] = Eviction(ratio=NEEDLE_RATIO, score="kvzip", budgets="global")
@@ -274,21 +269,23 @@ def verdicts(records: Sequence[dict[str, Any]], size: Size) -> list[tuple[str, s
     """
     claims = []
     low = tuple(ratio for ratio in size.ratios if ratio <= 0.05)
-    for metric, ratios, sign, words in (
-        ("output_error", size.ratios, 1, "lower held-out output error than every eviction baseline"),
-        ("nll", low, 1, "lower NLL of the full cache's answers than every eviction baseline at 5 % and less"),
-        ("kl", low, 1, "lower KL to the full cache than every eviction baseline at 5 % and less"),
-        ("recalled", size.ratios, -1, "recalls planted strings at least as well as every eviction baseline"),
+    for metric, ratios, words in (
+        ("output_error", size.ratios, "lower held-out output error than every eviction baseline"),
+        ("nll", low, "lower NLL of the full cache's answers than every eviction baseline at 5 % and less"),
+        ("kl", low, "lower KL to the full cache than every eviction baseline at 5 % and less"),
+        ("recalled", size.ratios, "recalls planted strings at least as well as every eviction baseline"),
     ):
         if not ratios:
             continue
         worst = [
-            max((against(records, ratio, name, metric) for name in BASELINES), key=lambda i, s=sign: s * i.estimate)  # type: ignore[misc]
+            max((_behind(records, ratio, name, metric) for name in BASELINES), key=lambda gap: gap.estimate)
             for ratio in ratios
         ]
-        bounds = [i.high if sign == 1 else -i.low for i in worst]
-        means = [sign * i.estimate for i in worst]
-        certain = max(bounds) < 0 if sign == 1 else max(bounds) <= 0
-        verdict = "holds" if certain else "weaker" if max(means) <= 0 else "does not hold"
-        claims.append((words, verdict))
+        claims.append((words, verdict(worst, strict=metric not in HIGHER_IS_BETTER)))
     return claims
+
+
+def _behind(records: Sequence[dict[str, Any]], ratio: float, arm: str, metric: str) -> Interval:
+    """By how much ours is worse than `arm`."""
+    gap = against(records, ratio, arm, metric)
+    return Interval(-gap.estimate, -gap.high, -gap.low) if metric in HIGHER_IS_BETTER else gap

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from rich.table import Table
 
+import lissom.models
 from lissom.recipes.registry import registered
 from lissom.report.rows import Result
 
@@ -43,6 +44,35 @@ class Check(Protocol):
             progress: called with (stage, done, total).
         """
         ...
+
+
+@dataclass(frozen=True)
+class StudyCheck:
+    """A check that is made of a study in `lissom.evals.checks` and of what shows its run.
+
+    Attributes:
+        stages: see `Check`.
+        sizes: of the study, by name.
+        run: called with a model, its tokenizer, a size, a journal and a progress function.
+        result: of what `run` returns, in the one shape of everything measured.
+        tables: of the same, for the terminal.
+    """
+
+    stages: Sequence[str]
+    sizes: Mapping[SizeName, Any]
+    run: Callable[..., Any]
+    result: Callable[[Any], Result]
+    tables: Callable[[Any], Iterable[Table]]
+
+    def __call__(self, size: SizeName, model: str, journal: Path, progress: Progress) -> Outcome:
+        """See `Check`."""
+        return self.measure(self.sizes[size], model, journal, progress)
+
+    def measure(self, size: Any, model: str, journal: Path, progress: Progress) -> Outcome:
+        """The same at any size of the study."""
+        network, tokenizer = lissom.models.load(model)
+        run = self.run(network, tokenizer, size, journal, progress)
+        return Outcome(self.result(run), list(self.tables(run)))
 
 
 def check_of(method: str) -> Check:

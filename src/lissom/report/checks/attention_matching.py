@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.box import SIMPLE
 from rich.table import Table
 
-import lissom.models
 from lissom.evals.checks import attention_matching as study
+from lissom.evals.checks.attention_matching import HIGHER_IS_BETTER
 from lissom.evals.stats import paired_bootstrap
-from lissom.report.checks import Outcome, Progress, SizeName
+from lissom.report.checks import StudyCheck
 from lissom.report.rows import Claim, Result, Row
 
 Records = Sequence[dict[str, Any]]
@@ -25,7 +24,6 @@ _UNITS = {
     "top1": "share",
     "recalled": "share",
 }
-_HIGHER_IS_BETTER = ("top1", "recalled")
 
 
 def _own(records: Records, ratio: float, arm: str) -> list[dict[str, Any]]:
@@ -48,13 +46,13 @@ def result(run: study.Run) -> Result:
         best = {}
         for metric in study.METRICS:
             means = [float(study.per_question(records, ratio, name, metric).mean()) for name in study.BASELINES]
-            best[metric] = max(means) if metric in _HIGHER_IS_BETTER else min(means)
+            best[metric] = max(means) if metric in HIGHER_IS_BETTER else min(means)
         for arm in _arms(records, ratio):
             own = _own(records, ratio, arm)
             for metric, unit in _UNITS.items():
                 values = study.per_question(records, ratio, arm, metric)
                 mean = paired_bootstrap(values)
-                pair = (mean.estimate, best[metric]) if metric in _HIGHER_IS_BETTER else (best[metric], mean.estimate)
+                pair = (mean.estimate, best[metric]) if metric in HIGHER_IS_BETTER else (best[metric], mean.estimate)
                 times = pair[0] / pair[1] if pair[1] else None
                 name = f"{ratio}/{arm}/{metric}"
                 rows.append(Row(name, mean.estimate, unit, best[metric], times, mean.low, mean.high, len(values)))
@@ -120,17 +118,10 @@ def tables(run: study.Run) -> Iterator[Table]:
         yield table
 
 
-class AttentionMatchingCheck:
-    """See `lissom.report.checks.Check`."""
-
-    stages = study.STAGES
-    sizes = {"small": study.SMALL, "default": study.DEFAULT, "paper": study.PAPER}  # noqa: RUF012
-
-    def __call__(self, size: SizeName, model: str, journal: Path, progress: Progress) -> Outcome:
-        """See `lissom.report.checks.Check`."""
-        network, tokenizer = lissom.models.load(model)
-        run = study.run(network, tokenizer, self.sizes[size], journal, progress)
-        return Outcome(result(run), list(tables(run)))
-
-
-CHECK = AttentionMatchingCheck()
+CHECK = StudyCheck(
+    study.STAGES,
+    {"small": study.SMALL, "default": study.DEFAULT, "paper": study.PAPER},
+    study.run,
+    result,
+    tables,
+)

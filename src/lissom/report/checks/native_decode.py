@@ -98,7 +98,11 @@ class NativeDecodeCheck:
 
     def __call__(self, size: SizeName, model: str, journal: Path, progress: Progress) -> Outcome:
         """See `lissom.report.checks.Check`; the size of the paper is the default, since there is no paper."""
-        run = study.run(model, "default" if size == "paper" else size, journal, progress)
+        return self.measure("default" if size == "paper" else size, (), model, journal, progress)
+
+    def measure(self, size: str, counts: Sequence[int], model: str, journal: Path, progress: Progress) -> Outcome:
+        """The same at any size of the study and with other numbers of threads."""
+        run = study.run(model, size, journal, progress, counts)
         found = result(run)
         return Outcome(found, tables(run), [f"{what}: {why}" for what, why in found.facts["failed"].items()])
 

@@ -152,7 +152,7 @@ def coded(weight: torch.Tensor, mean: torch.Tensor | None, grid: Grid, settings:
     if mean is None:
         return search(weight, torch.ones(weight.shape[1]), grid, group)
     if settings.method == "gptq":
-        return gptq(weight, mean, grid, group, settings.damping, settings.act_order)
+        return gptq(weight, mean, grid, group, settings.damping, settings.act_order, settings.shrinkage)
     # Inputs that the text does not use may be used by another one.
     return search(weight, mean + settings.damping * mean.mean(), grid, group)
 

@@ -38,6 +38,8 @@ class Quantize:
         calibration_tokens: taken of it.
         damping: of GPTQ, share of the Hessian's mean diagonal (paper: 0.01).
         act_order: of GPTQ, columns with large inputs first.
+        shrinkage: of GPTQ, share that is taken off all of the Hessian but its diagonal, 0 to 1 (paper: 0). An
+            extension: of a short text, how two inputs go together is known less well than how large each is.
     """
 
     name: ClassVar[str] = "quantize"
@@ -53,6 +55,7 @@ class Quantize:
     calibration_tokens: int = 8192
     damping: float = 0.01
     act_order: bool = True
+    shrinkage: float = 0.0
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
@@ -78,6 +81,8 @@ class Quantize:
             raise UserError(f"calibration_tokens={self.calibration_tokens}: expected at least 512.")
         if not 0 < self.damping < 1:
             raise UserError(f"damping={self.damping}: expected a share between 0 and 1.")
+        if not 0 <= self.shrinkage <= 1:
+            raise UserError(f"shrinkage={self.shrinkage}: expected a share from 0 to 1.")
 
     @property
     def mixed(self) -> bool:

@@ -9,10 +9,12 @@ from lissom.kernels.rounding import Coded, Grid, nearest
 from lissom.weights.quant.search import search
 
 
-def damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
-    """`hessian` in float64 with `damping` times its mean diagonal added to the diagonal (section 3.3, step 3)."""
+def damped(hessian: torch.Tensor, damping: float, shrinkage: float = 0.0) -> torch.Tensor:
+    """`hessian` in float64 with `damping` times its mean diagonal added to the diagonal (section 3.3, step 3), after
+    what lies beside the diagonal was made smaller by the share `shrinkage`."""
     hessian = hessian.double()
     diagonal = hessian.diagonal()
+    hessian = torch.lerp(hessian, diagonal.diag(), shrinkage)
     mean = float(diagonal.mean()) or 1.0  # inputs that are always zero leave nothing to choose by
     return hessian + damping * mean * torch.eye(len(hessian), dtype=torch.float64, device=hessian.device)
 
@@ -24,6 +26,7 @@ def gptq(
     group: int,
     damping: float = 0.01,
     act_order: bool = True,
+    shrinkage: float = 0.0,
     block: int = 128,
 ) -> Coded:
     """Codes with little error of the layer's output on the calibration inputs x, i.e. of tr(E H Eᵀ), E the weights'.
@@ -36,6 +39,8 @@ def gptq(
         hessian: `[columns, columns]`, mean of x xᵀ.
         damping: share of the mean diagonal that is added to the diagonal (paper: 0.01).
         act_order: columns with large inputs first.
+        shrinkage: share that is taken off all of the Hessian but its diagonal (paper: 0). At 1 nothing makes up for
+            anything, and the codes are the nearest.
         block: columns after which the update of the others is done in one product (paper: 128).
 
     Raises:
@@ -44,7 +49,7 @@ def gptq(
     columns = weight.shape[1]
     if not bool(torch.isfinite(hessian).all()):
         raise UserError("The calibration text gives inputs that are NaN or infinite: the model is damaged.")
-    hessian = damped(hessian, damping)
+    hessian = damped(hessian, damping, shrinkage)
     importance = hessian.diagonal()
     found = search(weight, importance, grid, group)
     order = importance.argsort(descending=True, stable=True) if act_order else torch.arange(columns)

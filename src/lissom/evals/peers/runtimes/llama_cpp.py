@@ -1,7 +1,7 @@
 """llama.cpp by the low-level functions of llama-cpp-python, so that its Python layer costs next to nothing.
 
 Settings: `gguf`, `flash` (flash attention on or off), `threads`. The cache is F16; prompts are read 512 tokens at a
-time.
+time. `prepare` is llama.cpp's own quantiser.
 """
 
 from __future__ import annotations
@@ -19,6 +19,28 @@ _BATCH = 512
 @lib.llama_log_callback
 def _quiet(level: int, text: bytes, data: ctypes.c_void_p) -> None:
     pass
+
+
+def prepare(settings: dict[str, Any]) -> None:
+    """Write the file `quantised`: the matrices of `gguf` in a `type` such as Q4_K_M, embedding and head in Q8_0.
+
+    `importance`, where it is given, has the weight of each input's errors, by the tensors' names.
+    """
+    lib.llama_log_set(_quiet, ctypes.c_void_p())
+    wanted = lib.llama_model_quantize_default_params()
+    wanted.nthread = settings["threads"]
+    wanted.ftype = getattr(lib, f"LLAMA_FTYPE_MOSTLY_{settings['type']}")
+    wanted.token_embedding_type = wanted.output_tensor_type = lib.GGML_TYPE_Q8_0
+    if "importance" in settings:
+        weights = {name: np.array(values, np.float32) for name, values in settings["importance"].items()}
+        entries = (lib.llama_model_imatrix_data * (len(weights) + 1))()  # an empty one ends them
+        for entry, (name, values) in zip(entries, weights.items(), strict=False):
+            pointer = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+            entry.name, entry.data, entry.size = name.encode(), pointer, len(values)
+        wanted.imatrix = entries
+    files = (settings[name].encode() for name in ("gguf", "quantised"))
+    if lib.llama_model_quantize(*files, ctypes.byref(wanted)):
+        raise ValueError(f"llama.cpp cannot quantise {settings['gguf']} to {settings['type']}")
 
 
 class Runtime:
