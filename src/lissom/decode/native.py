@@ -6,7 +6,7 @@ import functools
 import logging
 import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -23,8 +23,8 @@ from lissom.kernels.packed import Packed
 from lissom.kernels.rounding import GRIDS, rtn
 from lissom.models.attention import installed
 from lissom.models.method import SearchContext, changed
-from lissom.models.packed_layers import PackedLinear, skeleton
-from lissom.models.plan import ARCHITECTURES, Packing
+from lissom.models.packed_layers import exchanged, skeleton
+from lissom.models.plan import ARCHITECTURES, require_supported
 
 logger = logging.getLogger(__name__)
 
@@ -89,30 +89,45 @@ class NativeDecode:
     def __call__(self, model: PreTrainedModel) -> AbstractContextManager[None]:
         return self._inside(model)
 
-    def packing(self, weight: torch.Tensor, name: str) -> Packed:
-        """How a dense layer is packed."""
+    def pack(self, model: PreTrainedModel) -> dict[str, Packed]:
+        """What `weights` makes of the dense linear layers and embeddings of `model`, by name."""
+        found, known = dict[str, Packed](), dict[int, Packed]()
+        for name, module in model.named_modules() if self.weights != "native" else ():
+            if hasattr(module, "packed") or skeleton(module, "q8", formats.GROUP) is None:
+                continue
+            weight: Any = module.weight
+            if weight.data_ptr() not in known:  # a tied head is packed once
+                known[weight.data_ptr()] = self._packed(weight.detach(), name)
+            found[name] = known[weight.data_ptr()]
+        return found
+
+    def _packed(self, weight: torch.Tensor, name: str) -> Packed:
         if self.weights == "bf16":
             return formats.pack_floats(weight, "bf16")
-        whole = self.weights == "int8" or name in ("lm_head", "embed_tokens")
-        formats.check_finite(weight)
-        return rtn(weight.detach(), GRIDS["q8" if whole else "q4_min"], formats.GROUP).pack()
+        whole = self.weights == "int8" or name.rpartition(".")[2] in ("lm_head", "embed_tokens")
+        formats.check_finite(weight, name)
+        return rtn(weight, GRIDS["q8" if whole else "q4_min"], formats.GROUP).pack()
 
-    def _passes(self, model: PreTrainedModel, packing: Packing | None) -> NativePasses:
-        return NativePasses(model, packing, _KV[self.kv], _PLANES[self.activations])
+    def _passes(self, model: PreTrainedModel) -> NativePasses:
+        return NativePasses(model, _KV[self.kv], _PLANES[self.activations])
 
     @contextmanager
     def _inside(self, model: PreTrainedModel) -> Iterator[None]:
-        packing = None if self.weights == "native" else self.packing
-        try:
-            passes = self._passes(model, packing)
-        except Unsupported as error:
-            logger.warning("%s runs without native decode: %s.", type(model).__name__, error)
-            yield
-            return
-        remake = None if packing else lambda: self._passes(model, None)
-        runner = _Runner(model, passes, remake)
-        original = model.__dict__.get("forward")
-        with installed(model), _packed_modules(model, passes, packing is not None):
+        with ExitStack() as stack:
+            try:
+                require_supported(model)
+                # Modules are exchanged, so that a pass that falls back computes with the same weights.
+                dense = stack.enter_context(exchanged(model, self.pack(model)))
+                passes = self._passes(model)
+            except Unsupported as error:
+                stack.close()
+                logger.warning("%s runs without native decode: %s.", type(model).__name__, error)
+                yield
+                return
+            stack.enter_context(installed(model))
+            kept = [tensor for module in dense.values() for tensor in module.parameters()]
+            runner = _Runner(model, passes, self._passes, kept)
+            original = model.__dict__.get("forward")
             model.forward = functools.wraps(model.forward)(runner)
             try:
                 yield
@@ -126,9 +141,15 @@ class NativeDecode:
 class _Runner:
     """Takes the place of a model's `forward`."""
 
-    def __init__(self, model: PreTrainedModel, passes: NativePasses, remake: Callable[[], NativePasses] | None) -> None:
-        """`remake` makes the passes anew when a weight has changed; None where they are packed once for the block."""
-        self._model, self._passes, self._remake = model, passes, remake
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        passes: NativePasses,
+        remake: Callable[[PreTrainedModel], NativePasses],
+        dense: Sequence[torch.Tensor],
+    ) -> None:
+        """`remake` makes the passes anew when a weight has changed; `dense` weights wait for the end of the block."""
+        self._model, self._passes, self._remake, self.dense = model, passes, remake, dense
         self._unsupported = ""  # why the model, as it has become, has no passes
         self._plain = model.forward
         self._said: set[str] = set()
@@ -139,7 +160,7 @@ class _Runner:
         return types.MethodType(type(model).forward, model)
 
     def passes(self, thorough: bool = True) -> NativePasses:
-        """Of the weights as they are now, or as they were packed when the block was entered.
+        """Of the weights as they are now.
 
         Args:
             thorough: whether to look for every change (see `NativePlan.is_current`).
@@ -147,13 +168,11 @@ class _Runner:
         Raises:
             NotNative: the model has become one that is not supported.
         """
-        if self._remake is None:
-            return self._passes
         if self._unsupported and not thorough:
             raise NotNative(self._unsupported)
         if self._unsupported or not self._passes.plan.is_current(thorough):
             try:
-                passes = self._passes = self._remake()
+                passes = self._passes = self._remake(self._model)
             except Unsupported as error:
                 self._unsupported = str(error)
                 raise NotNative(self._unsupported) from error
@@ -235,38 +254,13 @@ class _Runner:
         return list(range(max(0, tokens - wanted), tokens)) if wanted else None
 
 
-@contextmanager
-def _packed_modules(model: PreTrainedModel, passes: NativePasses, wanted: bool) -> Iterator[None]:
-    """Inside the block dense layers compute with the packed weights, so that a pass that falls back gives the same."""
-    before: list[tuple[nn.Module, str, nn.Module]] = []
-    try:
-        for parent in list(model.modules()) if wanted else []:
-            for name, child in list(parent.named_children()):
-                packed = passes.plan.packed_of(child)
-                if packed is None:
-                    continue
-                layer = skeleton(child, packed.format, packed.group, child.weight.dtype)
-                assert layer is not None
-                layer.hold(packed)
-                if isinstance(layer, PackedLinear) and layer.bias is not None:
-                    layer.bias = nn.Parameter(child.bias.detach(), requires_grad=False)
-                # Whoever listens to the one listens to the other.
-                layer.__dict__.update({key: hooks for key, hooks in vars(child).items() if "_hooks" in key})
-                before.append((parent, name, child))
-                setattr(parent, name, layer)
-        yield
-    finally:
-        for parent, name, child in before:
-            setattr(parent, name, child)
-
-
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of the weights that lie in memory: the model's own and, in a block of `NativeDecode`, what it has packed
-    for itself besides. Shared ones count once."""
+    """Bytes of the weights that lie in memory: the model's own and, in a block of `NativeDecode`, what the native pass
+    has of them and dense ones that wait for the end of the block. Shared ones count once."""
     tensors = [*model.parameters(), *model.buffers()]
     runner = model.__dict__.get("forward")
     if isinstance(runner, _Runner):
-        tensors += runner.passes().plan.tensors()
+        tensors += [*runner.passes().plan.tensors(), *runner.dense]
     sizes: dict[int, int] = {}
     for tensor in tensors:
         sizes[tensor.data_ptr()] = max(sizes.get(tensor.data_ptr(), 0), tensor.nbytes)

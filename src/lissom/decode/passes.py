@@ -16,7 +16,7 @@ from lissom.errors import UserError
 from lissom.kernels import decoder
 from lissom.kernels.ragged_attention import KeyValues
 from lissom.kv.cache import CompactCache, CompactLayer, WindowLayer, exchange_layers, exchange_windows
-from lissom.models.plan import NativePlan, Packing, Unsupported
+from lissom.models.plan import NativePlan, Unsupported
 
 # Tokens of all rows that one native call reads at most: enough that unpacking the weights does not matter.
 _CHUNK = 512
@@ -34,13 +34,13 @@ class NativePasses:
         plan: of the model's weights; made anew when a weight has changed.
     """
 
-    def __init__(self, model: PreTrainedModel, packing: Packing | None, kv_dtype: torch.dtype, planes: int = 2) -> None:
+    def __init__(self, model: PreTrainedModel, kv_dtype: torch.dtype, planes: int = 2) -> None:
         """
         Raises:
             Unsupported: the model is not what the native pass computes.
         """
-        self._model, self._packing, self._kv_dtype = model, packing, kv_dtype
-        self.plan = NativePlan(model, packing, planes)
+        self._model, self._kv_dtype = model, kv_dtype
+        self.plan = NativePlan(model, planes)
         self._hooks: list[dict[int, Any]] = [
             hooks
             for module in model.modules()
@@ -156,7 +156,7 @@ class NativePasses:
             last = min(tokens, first + chunk)
             here = [token - first for token in wanted if first <= token < last]
             part = logits[:, done : done + len(here)] if here else None
-            holes = None if gaps is None else self._holes(gaps, layers, last - first, tokens - last)
+            holes = None if gaps is None else self._holes(gaps, tokens - last)
             taken = self._query_buffer(rows * (last - first)) if observed or last > tokens - recent else None
             self._step(layers, ids[:, first:last], positions[:, first:last], holes, here, part, taken)
             if taken is not None:  # [layers, rows, heads, tokens, head_dim]
@@ -274,8 +274,8 @@ class NativePasses:
         return torch.stack([width - first, width - first - number], 1)
 
     @staticmethod
-    def _holes(gaps: torch.Tensor, layers: list[Any], count: int, left: int) -> torch.Tensor:
-        """`gaps` as seen from the end of a stretch of `count` tokens behind which `left` are still to come."""
+    def _holes(gaps: torch.Tensor, left: int) -> torch.Tensor:
+        """`gaps` as seen from the end of a stretch behind which `left` tokens are still to come."""
         return (gaps - left).clamp(min=0).contiguous()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -92,8 +92,6 @@ class Packed:
     mins: torch.Tensor | None = None
     supers: torch.Tensor | None = None
     high: torch.Tensor | None = None
-
-    _kept: list[torch.Tensor] = field(default_factory=list, repr=False)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What is stored, by name."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -160,7 +162,7 @@ def skeleton(module: nn.Module, format: str, group: int, dtype: torch.dtype | No
 
 
 def replace(model: nn.Module, name: str, packed: Packed, shared: bool = False) -> None:
-    """Put the packed layer with `packed` in the place of the module `name`, which is freed; its bias is kept.
+    """Put the packed layer with `packed` in the place of the module `name`, with its bias and its hooks.
 
     Args:
         shared: see `_PackedModule`.
@@ -174,7 +176,21 @@ def replace(model: nn.Module, name: str, packed: Packed, shared: bool = False) -
     if isinstance(layer, PackedLinear) and layer.bias is not None:
         layer.bias = nn.Parameter(module.bias.detach(), requires_grad=False)
     layer.train(module.training)
+    layer.__dict__.update({key: hooks for key, hooks in vars(module).items() if "_hooks" in key})
     model.set_submodule(name, layer)
+
+
+@contextmanager
+def exchanged(model: nn.Module, packed: Mapping[str, Packed]) -> Iterator[dict[str, nn.Module]]:
+    """Inside the block `model` has these matrices in the place of its own modules, which are returned by name."""
+    own = {name: model.get_submodule(name) for name in packed}
+    try:
+        for name, matrix in packed.items():
+            replace(model, name, matrix)
+        yield own
+    finally:
+        for name, module in own.items():
+            model.set_submodule(name, module)
 
 
 def weight_count(model: nn.Module) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 
 from lissom.kernels import decoder, native, pages
 from lissom.kernels import packed as formats
@@ -20,12 +20,32 @@ from lissom.models.decoder import describe_decoder
 # Architectures whose layers are what the native pass computes. Others have other norms, branches or experts.
 ARCHITECTURES = ("gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
 
-# How a dense linear layer is packed: its weight `[out, in]` and its name. None: as it is.
-Packing = Callable[[torch.Tensor, str], Packed]
-
 
 class Unsupported(Exception):
     """The native pass does not compute this model; says why."""
+
+
+def require_supported(model: PreTrainedModel) -> None:
+    """What can be told without looking at the weights.
+
+    Raises:
+        Unsupported: the native pass does not compute such a model.
+    """
+    if native.library() is None:
+        raise Unsupported("this installation has no native kernels")
+    if not isinstance(model, PreTrainedModel):
+        raise Unsupported(f"it is a {_kind(model)}")
+    if model.config.model_type not in ARCHITECTURES:
+        raise Unsupported(f"the architecture {model.config.model_type!r} is not supported yet")
+    name = _activation(model.config.get_text_config(decoder=True))
+    if name not in decoder.ACTIVATIONS:
+        raise Unsupported(f"the activation {name!r} is not supported yet")
+    for place, module in model.named_modules():
+        if place and "forward" in vars(module):
+            raise Unsupported(f"the forward function of {place} has been exchanged")
+    for parameter in model.parameters():
+        if parameter.device.type != "cpu":
+            raise Unsupported(f"the weights are on {parameter.device}")
 
 
 class NativePlan:
@@ -37,27 +57,18 @@ class NativePlan:
         windows: of each layer, 0 where it sees everything.
     """
 
-    def __init__(self, model: PreTrainedModel, packing: Packing | None = None, planes: int = 2) -> None:
+    def __init__(self, model: PreTrainedModel, planes: int = 2) -> None:
         """`planes`: bytes of an activation that meets integer weights.
 
         Raises:
             Unsupported: the model is not what the native pass computes.
         """
-        if native.library() is None:
-            raise Unsupported("this installation has no native kernels")
-        if not isinstance(model, PreTrainedModel):
-            raise Unsupported(f"it is a {_kind(model)}")
+        require_supported(model)
         config = model.config.get_text_config(decoder=True)
-        if model.config.model_type not in ARCHITECTURES:
-            raise Unsupported(f"the architecture {model.config.model_type!r} is not supported yet")
-        for place, module in model.named_modules():
-            if place and "forward" in vars(module):
-                raise Unsupported(f"the forward function of {place} has been exchanged")
         pages.unmap(t for m in model.modules() if hasattr(m, "packed") for t in m.buffers(recurse=False))
         body: Any = model.base_model
         self.info = describe_decoder(model)
         self._weights: list[Packed] = []
-        self._packing = packing
         self._kept: list[Any] = []
         self._seen: dict[tuple[int, tuple[int, ...]], Packed] = {}
         self._sources: list[_Source] = []
@@ -65,67 +76,88 @@ class NativePlan:
         self._rotary = body.rotary_emb
         self._kinds = self._rope_kinds()
         self._frequencies: dict[int, torch.Tensor] = {}
+        first = body.layers[0]
+        self._hidden, self._intermediate = config.hidden_size, first.mlp.down_proj.in_features
+        self._epsilon, self._scaling = _epsilon(body.norm), first.self_attn.scaling
+        self._activation = type(ACT2FN[_activation(config)])
         self.windows = tuple(
             self._window(layer.self_attn, config) if slides else 0
             for layer, slides in zip(body.layers, self.info.sliding, strict=False)
         )
         layers = (decoder.Layer * len(body.layers))(*(self._layer(i, layer) for i, layer in enumerate(body.layers)))
         self._ropes = (decoder.Rope * max(1, len(self._kinds)))()
-        first = body.layers[0].self_attn
-        mlp = body.layers[0].mlp
-        name = getattr(config, "hidden_activation", None) or config.hidden_act
-        if name not in decoder.ACTIVATIONS:
-            raise Unsupported(f"the activation {name!r} is not supported yet")
         self.plan = decoder.Plan(
-            ctypes.addressof(layers),
-            ctypes.addressof(self._ropes),
-            self._pack(body.embed_tokens, "embed_tokens").matrix(),
-            self._linear(model.lm_head, "lm_head"),
-            self._norm(body.norm),
-            *(len(layers), len(self._kinds), config.hidden_size, mlp.down_proj.in_features),
-            *(self.info.num_attention_heads, self.info.num_key_value_heads, self.info.head_dim),
-            decoder.ACTIVATIONS[name],
-            planes,
-            self._epsilon(body.norm),
-            first.scaling,
-            0.0,
-            getattr(config, "final_logit_softcapping", None) or 0.0,
-            self._scale(body.embed_tokens),
+            layers=ctypes.addressof(layers),
+            ropes=ctypes.addressof(self._ropes),
+            embedding=self._pack(body.embed_tokens, "embed_tokens", None, self._hidden).matrix(),
+            head=self._linear(model.lm_head, "lm_head", None, self._hidden),
+            final_norm=self._norm(body.norm, "norm", self._hidden),
+            layer_count=len(layers),
+            rope_count=len(self._kinds),
+            hidden=self._hidden,
+            intermediate=self._intermediate,
+            query_heads=self.info.num_attention_heads,
+            kv_heads=self.info.num_key_value_heads,
+            head_dim=self.info.head_dim,
+            activation=decoder.ACTIVATIONS[_activation(config)],
+            planes=planes,
+            epsilon=self._epsilon,
+            attention_scale=self._scaling,
+            attention_softcap=0.0,
+            final_softcap=getattr(config, "final_logit_softcapping", None) or 0.0,
+            embedding_scale=self._scale(body.embed_tokens),
         )
         self._kept += [layers]
         self.refresh(1)
         pages.collapse(tensor for packed in self._weights for tensor in packed.tensors().values())
 
     def _layer(self, index: int, layer: Any) -> decoder.Layer:
-        attention, mlp = layer.self_attn, layer.mlp
+        attention, mlp, where = layer.self_attn, layer.mlp, f"layers.{index}."
         for module in (layer, attention, mlp):
             if not type(module).__module__.startswith("transformers.models."):
                 raise Unsupported(f"layer {index} has a {_kind(module)}")
-        where = f"layers.{index}."
-        none = formats.Matrix()
+        # The plan has one of each for all layers.
+        activation = mlp.act_fn if hasattr(mlp, "act_fn") else mlp.activation_fn
+        if type(activation) is not self._activation or attention.scaling != self._scaling:
+            raise Unsupported(f"layer {index} has another activation or scale of attention than the model")
+        head_dim = self.info.head_dim
+        queries, keys = (n * head_dim for n in (self.info.num_attention_heads, self.info.num_key_value_heads))
+
+        def linear(module: Any, name: str, rows: int, columns: int) -> formats.Matrix:
+            return self._linear(module, where + name, rows, columns)
+
         if hasattr(attention, "qkv_proj"):
-            query, key, value = self._linear(attention.qkv_proj, where + "qkv_proj"), none, none
+            query = linear(attention.qkv_proj, "qkv_proj", queries + 2 * keys, self._hidden)
+            key = value = formats.Matrix()
         else:
-            query, key, value = (
-                self._linear(getattr(attention, f"{part}_proj"), f"{where}{part}_proj") for part in "qkv"
-            )
+            query = linear(attention.q_proj, "q_proj", queries, self._hidden)
+            key = linear(attention.k_proj, "k_proj", keys, self._hidden)
+            value = linear(attention.v_proj, "v_proj", keys, self._hidden)
         if hasattr(mlp, "gate_up_proj"):
             gate, up = self._halves(mlp.gate_up_proj, where + "gate_up_proj")
         else:
-            gate, up = (self._linear(getattr(mlp, f"{part}_proj"), f"{where}{part}_proj") for part in ("gate", "up"))
+            gate, up = (linear(getattr(mlp, n), n, self._intermediate, self._hidden) for n in ("gate_proj", "up_proj"))
+
+        def norm(name: str, module: Any = layer, size: int = self._hidden) -> int | None:
+            return self._norm(getattr(module, name, None), where + name, size)
+
         four_norms = hasattr(layer, "pre_feedforward_layernorm")
-        before_mlp = layer.pre_feedforward_layernorm if four_norms else layer.post_attention_layernorm
         return decoder.Layer(
-            *(query, key, value, self._linear(attention.o_proj, where + "o_proj")),
-            *(gate, up, self._linear(mlp.down_proj, where + "down_proj")),
-            self._norm(layer.input_layernorm),
-            self._norm(before_mlp),
-            self._norm(getattr(attention, "q_norm", None)),
-            self._norm(getattr(attention, "k_norm", None)),
-            self._norm(layer.post_attention_layernorm if four_norms else None),
-            self._norm(layer.post_feedforward_layernorm if four_norms else None),
-            self._rope(index, attention),
-            self.windows[index],
+            query=query,
+            key=key,
+            value=value,
+            out=linear(attention.o_proj, "o_proj", self._hidden, queries),
+            gate=gate,
+            up=up,
+            down=linear(mlp.down_proj, "down_proj", self._hidden, self._intermediate),
+            attention_norm=norm("input_layernorm"),
+            mlp_norm=norm("pre_feedforward_layernorm" if four_norms else "post_attention_layernorm"),
+            query_norm=norm("q_norm", attention, head_dim),
+            key_norm=norm("k_norm", attention, head_dim),
+            after_attention_norm=norm("post_attention_layernorm") if four_norms else None,
+            after_mlp_norm=norm("post_feedforward_layernorm") if four_norms else None,
+            rope=self._rope(index, attention),
+            window=self.windows[index],
         )
 
     @staticmethod
@@ -145,22 +177,19 @@ class NativePlan:
             assert tensor is not None
             self._sources.append((owner, name, tensor, tensor.data_ptr(), _version(tensor)))
 
-    def _pack(self, module: Any, name: str) -> Packed:
-        """The packed weights of a linear layer or an embedding."""
+    def _pack(self, module: Any, name: str, rows: int | None, columns: int) -> Packed:
+        """The packed weights `[rows, columns]` of a linear layer or an embedding; None: any number of rows."""
         packed = getattr(module, "packed", None)
         if packed is None:
             if type(module) is not nn.Linear and not isinstance(module, nn.Embedding):
                 raise Unsupported(f"{name} is a {_kind(module)}")
             weight = module.weight
-            if weight.device.type != "cpu":
-                raise Unsupported(f"the weights are on {weight.device}")
             if weight.dtype not in formats.OF_DTYPE:
                 raise Unsupported(f"{name} is {weight.dtype}")
             self._watch(module, "weight")
             key = (weight.data_ptr(), tuple(weight.shape))
             if key not in self._seen:
-                dense = formats.OF_DTYPE[weight.dtype]
-                self._seen[key] = self._packing(weight, name) if self._packing else formats.pack_floats(weight, dense)
+                self._seen[key] = formats.pack_floats(weight, formats.OF_DTYPE[weight.dtype])
             packed = self._seen[key]
         else:
             self._watch(module, *packed.tensors())
@@ -169,6 +198,9 @@ class NativePlan:
                     formats.check_finite(tensor, f"{name}.{part}")
         if packed.quants.device.type != "cpu":
             raise Unsupported(f"the weights are on {packed.quants.device}")
+        if packed.columns != columns or packed.rows != (rows or packed.rows):
+            wanted = f"{rows or 'any number of'} x {columns}"
+            raise Unsupported(f"{name} is {packed.rows} x {packed.columns} and not {wanted}")
         if all(
             other.quants.data_ptr() != packed.quants.data_ptr() for other in self._weights
         ):  # a tied one counts once
@@ -178,11 +210,6 @@ class NativePlan:
     def tensors(self) -> list[torch.Tensor]:
         """The weights that the plan was made of, and those that it computes with."""
         return [source[2] for source in self._sources] + [t for p in self._weights for t in p.tensors().values()]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all weight matrices."""
-        return sum(packed.nbytes for packed in self._weights)
 
     def _bias(self, module: Any, name: str) -> torch.Tensor | None:
         bias = getattr(module, "bias", None)
@@ -194,12 +221,12 @@ class NativePlan:
         self._kept.append(padded)
         return padded
 
-    def _linear(self, module: Any, name: str) -> formats.Matrix:
-        return self._pack(module, name).matrix(self._bias(module, name))
+    def _linear(self, module: Any, name: str, rows: int | None, columns: int) -> formats.Matrix:
+        return self._pack(module, name, rows, columns).matrix(self._bias(module, name))
 
     def _halves(self, module: Any, name: str) -> tuple[formats.Matrix, formats.Matrix]:
         """The two halves of a fused layer, without a copy."""
-        packed = self._pack(module, name)
+        packed = self._pack(module, name, 2 * self._intermediate, self._hidden)
         half = packed.rows // 2
         if half % formats.BLOCK or module.bias is not None:
             raise Unsupported(f"{name} has {packed.rows} outputs, which do not divide into blocks")
@@ -211,11 +238,6 @@ class NativePlan:
             parts.append(part.matrix())
         return parts[0], parts[1]
 
-    def packed_of(self, module: Any) -> Packed | None:
-        """The packed weights of a dense layer."""
-        weight = getattr(module, "weight", None)
-        return None if weight is None else self._seen.get((weight.data_ptr(), tuple(weight.shape)))
-
     @staticmethod
     def _scale(module: Any) -> float:
         if hasattr(module, "packed"):
@@ -223,19 +245,17 @@ class NativePlan:
         scale = getattr(module, "embed_scale", None)
         return 1.0 if scale is None else float(torch.as_tensor(scale).to(module.weight.dtype))
 
-    def _norm(self, module: Any) -> int | None:
+    def _norm(self, module: Any, name: str, size: int) -> int | None:
         if module is None:
             return None
         if "RMSNorm" not in type(module).__name__:
-            raise Unsupported(f"a {type(module).__name__} is no RMSNorm")
+            raise Unsupported(f"{name} is a {type(module).__name__} and no RMSNorm")
+        if module.weight.numel() != size or _epsilon(module) != self._epsilon:
+            raise Unsupported(f"{name} has another size or epsilon than the model")
         self._watch(module, "weight")
         formats.check_finite(module.weight, "The weight of a norm")
         weight = module.weight.detach().float()
         return self._keep((1.0 + weight if type(module).__name__.startswith("Gemma") else weight.clone()).contiguous())
-
-    @staticmethod
-    def _epsilon(module: Any) -> float:
-        return float(getattr(module, "variance_epsilon", None) or module.eps)
 
     # ---- Rotations ----
 
@@ -314,6 +334,14 @@ _Source = tuple[dict[str, torch.Tensor | None], str, torch.Tensor, int, int]
 def _version(tensor: torch.Tensor) -> int:
     """A number that changes when the tensor is written to. Those of inference mode do not count."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def _activation(config: Any) -> str:
+    return str(getattr(config, "hidden_activation", None) or config.hidden_act)
+
+
+def _epsilon(norm: Any) -> float:
+    return float(getattr(norm, "variance_epsilon", None) or norm.eps)
 
 
 def _kind(module: Any) -> str:

@@ -7,8 +7,7 @@ the empirical Fisher matrix, over the tokens of the calibration text. One backwa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +18,7 @@ from transformers import PreTrainedModel
 from lissom.errors import UserError
 from lissom.kernels.packed import Packed, unpack
 from lissom.kernels.rounding import GRIDS, rtn
-from lissom.models.packed_layers import PackedLinear
+from lissom.models.packed_layers import exchanged
 from lissom.weights.quant.apply import Progress, Statistics, weight_of
 from lissom.weights.quant.config import FINE, Quantize
 from lissom.weights.quant.search import search
@@ -88,7 +87,7 @@ def _within_loss(
     own = mean_nll(model, ids)
 
     def loss(fine: int) -> float:
-        with swapped(model, {c.name: c.packed[FINE if n < fine else coarse] for n, c in enumerate(order)}):
+        with exchanged(model, {c.name: c.packed[FINE if n < fine else coarse] for n, c in enumerate(order)}):
             return mean_nll(model, ids) - own
 
     if (least := loss(len(order))) > most:
@@ -109,19 +108,6 @@ def mean_nll(model: PreTrainedModel, ids: torch.Tensor) -> float:
     """Mean NLL (nats per token) of `ids` `[windows, tokens]`, each window for itself."""
     losses = [F.cross_entropy(model(window[None]).logits[0, :-1].float(), window[1:]) for window in ids]
     return float(torch.stack(losses).mean())
-
-
-@contextmanager
-def swapped(model: PreTrainedModel, packed: dict[str, Packed]) -> Iterator[None]:
-    """Inside the block `model` has these matrices in the place of its own."""
-    own = {name: model.get_submodule(name) for name in packed}
-    try:
-        for name, matrix in packed.items():
-            model.set_submodule(name, PackedLinear.of(matrix, own[name].bias))
-        yield
-    finally:
-        for name, module in own.items():
-            model.set_submodule(name, module)
 
 
 def _choices(
