@@ -1,4 +1,5 @@
 // One pass of a whole decoder over some tokens of each row, from a plan: every thread goes through the same phases.
+#include "arena.h"
 #include "native.h"
 
 namespace {
@@ -24,29 +25,6 @@ int64_t block_bytes(const Matrix& m) {
 }
 
 bool is_integer(const Matrix& m) { return m.format >= kQ8; }
-
-// Memory that a thread keeps from call to call: fresh pages would have to be cleared by the system every time.
-class Arena {
- public:
-  void begin(int64_t bytes) {
-    if (static_cast<int64_t>(memory_.size()) < bytes + 64) memory_.resize(bytes + 64);
-    next_ = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory_.data()) + 63) / 64 * 64);
-  }
-  template <typename T>
-  T* take(int64_t count) {
-    T* taken = reinterpret_cast<T*>(next_);
-    next_ += size<T>(count);
-    return taken;
-  }
-  template <typename T>
-  static int64_t size(int64_t count) {
-    return rounded(count * static_cast<int64_t>(sizeof(T)), 64);
-  }
-
- private:
-  std::vector<char> memory_;
-  char* next_ = nullptr;
-};
 
 class Pass {
  public:
@@ -77,22 +55,25 @@ class Pass {
     static thread_local Arena arena;
     const int64_t wide = rounded(std::max({plan_.hidden, heads_, plan_.intermediate}), kGroup);
     const int64_t table = plan_.rope_count * vectors_ * rotated_ / 2, wanted = std::max<int64_t>(1, step_.outputs);
-    // What `take` hands out below, and in the same order.
-    arena.begin(Arena::size<float>(vectors_ * plan_.hidden) * 2 + Arena::size<float>(vectors_ * fused_) +
-                Arena::size<float>(table) * 2 + 2 * activations_size(vectors_, wide) + activations_size(wanted, wide));
-    stream_ = arena.take<float>(vectors_ * plan_.hidden);
-    branch_ = arena.take<float>(vectors_ * plan_.hidden);
-    fused_out_ = arena.take<float>(vectors_ * fused_);
-    cosine_ = arena.take<float>(table);
-    sine_ = arena.take<float>(table);
-    input_ = take_activations(arena, vectors_, wide);
-    gated_ = take_activations(arena, vectors_, wide);
-    last_ = take_activations(arena, wanted, wide);
+    const auto take_activations = [&](int64_t rows) {
+      float* values = arena.take<float>(rows * wide);
+      Activations x = arena.take_forms(rows, wide, plan_.planes, integers_, halves_);
+      x.values = values;
+      return x;
+    };
+    arena.lay_out([&] {
+      stream_ = arena.take<float>(vectors_ * plan_.hidden);
+      branch_ = arena.take<float>(vectors_ * plan_.hidden);
+      fused_out_ = arena.take<float>(vectors_ * fused_);
+      cosine_ = arena.take<float>(table);
+      sine_ = arena.take<float>(table);
+      input_ = take_activations(vectors_);
+      gated_ = take_activations(vectors_);
+      last_ = take_activations(wanted);
+    });
     attention_.query = fused_out_;
     Attending attending(attention_, isa_, plan_.layer_count);
-    int64_t columns = 0;
-    for (const int64_t size : {plan_.hidden, heads_, plan_.intermediate}) columns = std::max(columns, size);
-    const int64_t scratch = std::max(isa_.multiply_scratch(columns), attending.scratch());
+    const int64_t scratch = std::max(isa_.multiply_scratch(wide), attending.scratch());
     Team team((10 + Attending::kPhases) * plan_.layer_count + 8, threads, scratch);
     team.run([&](Team::Member& member) { go(member, attending); });
   }
@@ -101,31 +82,6 @@ class Pass {
   void need(const Matrix& m) {
     if (is_integer(m)) integers_ = true;
     if (m.format == kBF16) halves_ = true;
-  }
-
-  int64_t activations_size(int64_t rows, int64_t wide) const {
-    const int64_t count = rows * wide;
-    int64_t bytes = Arena::size<float>(count);
-    if (integers_)
-      bytes += Arena::size<int8_t>(kPlanes * count) + 2 * Arena::size<float>(count / kGroup) + Arena::size<int32_t>(count / 16);
-    if (halves_) bytes += Arena::size<uint16_t>(count);
-    return bytes;
-  }
-
-  Activations take_activations(Arena& arena, int64_t rows, int64_t wide) const {
-    const int64_t count = rows * wide;
-    Activations x{};
-    x.rows = rows;
-    x.planes = plan_.planes;
-    x.values = arena.take<float>(count);
-    if (integers_) {
-      x.quants = arena.take<int8_t>(kPlanes * count);
-      x.scales = arena.take<float>(count / kGroup);
-      x.sums = arena.take<float>(count / kGroup);
-      x.totals = arena.take<int32_t>(count / 16);
-    }
-    if (halves_) x.halves = arena.take<uint16_t>(count);
-    return x;
   }
 
   // Writes vectors [first, last) of `x` by `fill(vector, out)` and makes their other forms.

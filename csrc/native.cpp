@@ -1,4 +1,5 @@
 // The plain C ABI of lissom's kernels: which instruction sets there are, which one is used, and one entry per kernel.
+#include "arena.h"
 #include "native.h"
 
 #include <new>
@@ -116,29 +117,11 @@ int attention_statistics(const AttentionStatistics& s, int threads) {
 // target = m x for vectors [rows][columns rounded up to kGroup].
 int multiply(const Matrix& m, const float* values, int64_t rows, int64_t planes, float* out, int threads) {
   const Kernels& isa = kernels();
-  const int64_t wide = (m.columns + kGroup - 1) / kGroup * kGroup, count = rows * wide;
-  static thread_local std::vector<char> memory;
-  const int64_t bytes = count * (kPlanes + 2) + count / kGroup * 16 + 4 * 64;
-  if (static_cast<int64_t>(memory.size()) < bytes) memory.resize(bytes);
-  char* next = memory.data();
-  const auto take = [&](int64_t size) {
-    char* taken = next;
-    next += (size + 63) / 64 * 64;
-    return taken;
-  };
-  Activations x{};
-  x.rows = rows;
-  x.columns = wide;
-  x.planes = planes;
+  const int64_t wide = (m.columns + kGroup - 1) / kGroup * kGroup;
+  static thread_local Arena arena;
+  Activations x;
+  arena.lay_out([&] { x = arena.take_forms(rows, wide, planes, m.format >= kQ8, m.format == kBF16); });
   x.values = values;
-  if (m.format >= kQ8) {
-    x.quants = reinterpret_cast<int8_t*>(take(kPlanes * count));
-    x.scales = reinterpret_cast<float*>(take(count / kGroup * 4));
-    x.sums = reinterpret_cast<float*>(take(count / kGroup * 4));
-    x.totals = reinterpret_cast<int32_t*>(take(count / kGroup * 8));
-  } else if (m.format == kBF16) {
-    x.halves = reinterpret_cast<uint16_t*>(take(count * 2));
-  }
   const int64_t blocks = (m.rows + kBlock - 1) / kBlock, slices = (rows + 7) / 8;
   Team team(2, rows * m.rows * m.columns < 100000 ? 1 : threads, isa.multiply_scratch(m.columns));
   team.run([&](Team::Member& member) {

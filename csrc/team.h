@@ -26,7 +26,7 @@ class Team {
     void share(int64_t units, const Work& work, const Then& then) {
       const int64_t stretches = team_.threads_, number = next_++;
       if (units <= 0) return;
-      Phase& phase = team_.phases_[number];
+      Phase& phase = team_.phases_.at(number);  // one too few allowed for: rather stop than write elsewhere
       for (int64_t i = 0; i < stretches; ++i) {
         const int64_t stretch = (index_ + i) % stretches;
         const int64_t begin = units * stretch / stretches, end = units * (stretch + 1) / stretches;

@@ -217,9 +217,31 @@ def test_masks_over_a_cache_that_was_filled_natively(attention):
     close(*results)
 
 
+def uneven(architecture, change):
+    """A model whose second layer is not like the first."""
+    model = tiny_model(architecture)
+    change(model.model.layers[1])
+    return model
+
+
+def widen(layer):
+    for name, sizes in {"gate_proj": (64, 128), "up_proj": (64, 128), "down_proj": (128, 64)}.items():
+        setattr(layer.mlp, name, torch.nn.Linear(*sizes, bias=False))
+
+
+UNEVEN = [
+    ("llama", widen, "layers.1.gate_proj is 128 x 64 and not 96 x 64"),
+    ("qwen2", widen, "layers.1.gate_proj is 128 x 64 and not 96 x 64"),
+    ("llama", lambda layer: setattr(layer.self_attn, "scaling", 0.5), "layer 1 has another activation or scale"),
+    ("gemma3", lambda layer: setattr(layer.mlp, "act_fn", torch.nn.SiLU()), "layer 1 has another activation or scale"),
+    ("qwen3", lambda layer: setattr(layer.self_attn.k_norm, "variance_epsilon", 0.1), "layers.1.k_norm has another"),
+]
+
+
 @pytest.mark.parametrize(
     "build,words",
     [
+        *((lambda case=case: uneven(*case[:2]), case[2]) for case in UNEVEN),
         (lambda: tiny_model("gpt2"), "architecture 'gpt2' is not supported"),
         (lambda: tiny_model("phi3", intermediate_size=90), "gate_up_proj has 180 outputs, which do not divide"),
         (lambda: tiny_model("llama").double(), "q_proj is torch.float64"),
