@@ -7,22 +7,53 @@ namespace {
 constexpr int64_t kFewRows = 16;   // vectors up to which one thread prepares them all
 constexpr int64_t kSlice = 8;      // vectors that a thread prepares at a time otherwise
 constexpr int64_t kClaim = 32768;  // bytes of weights that a thread takes at a time, or more
+constexpr int64_t kAsked = 8192;   // bytes of weights that are asked for before they are needed
 
 int64_t rounded(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
 
-int64_t block_bytes(const Matrix& m) {
-  switch (m.format) {
-    case kF32:
-      return m.columns * kBlock * 4;
-    case kF16:
-    case kBF16:
-      return m.columns * kBlock * 2;
-    case kQ8:
-      return m.columns * kBlock;
-    default:
-      return m.columns * kBlock * 5 / 8;
+using Matrices = std::initializer_list<const Matrix*>;
+
+// Blocks of some matrices, one after the other, in units that are taken at a time.
+class Units {
+ public:
+  Units(Matrices matrices, int64_t vectors) {
+    for (const Matrix* m : matrices) {
+      const int64_t blocks = (m->rows + kBlock - 1) / kBlock;
+      int64_t claim = std::max<int64_t>(1, kClaim / std::max<int64_t>(1, quants_of_block(*m)));
+      if (vectors > kFewRows / 2) claim = 2;  // which share a tile of activations
+      parts_[count_++] = {m, blocks, claim, (blocks + claim - 1) / claim};
+      all += parts_[count_ - 1].units;
+    }
   }
-}
+
+  // `work(index of the matrix, first block, blocks)` of a unit.
+  template <typename Work>
+  void find(int64_t unit, const Work& work) const {
+    int64_t index = 0;
+    while (unit >= parts_[index].units) unit -= parts_[index++].units;
+    const int64_t first = unit * parts_[index].claim;
+    work(index, first, std::min(parts_[index].claim, parts_[index].blocks - first));
+  }
+
+  // Asks for what the thread `index` of `threads` will read first: multiplying asks for what comes later.
+  void ask(int64_t index, int64_t threads) const {
+    if (all) find(all * index / threads, [&](int64_t part, int64_t first, int64_t) {
+      const Matrix& m = *parts_[part].matrix;
+      const char* begin = static_cast<const char*>(m.quants) + first * quants_of_block(m);
+      for (int64_t line = 0; line < kAsked; line += 64) __builtin_prefetch(begin + line);
+    });
+  }
+
+  int64_t all = 0;
+
+ private:
+  struct Part {
+    const Matrix* matrix;
+    int64_t blocks, claim, units;
+  };
+  Part parts_[3];
+  int64_t count_ = 0;
+};
 
 bool is_integer(const Matrix& m) { return m.format >= kQ8; }
 
@@ -95,43 +126,22 @@ class Pass {
     isa_.quantise(x, first, last);
   }
 
-  // `each(first, last)` over `rows` vectors after a phase: a few by the thread that ends it, many in a phase of theirs.
+  // Matrices that are multiplied with the same vectors, `work(matrix, first block, blocks)` by units of some blocks; then
+  // `each(first, last)` over the vectors, a few by the thread that ends the phase, many in a phase of theirs. `next`: the
+  // matrices that are read after these.
   template <typename Work, typename Each>
-  void then(Team::Member& member, int64_t units, const Work& work, int64_t rows, const Each& each) {
-    const bool few = rows <= kFewRows;
-    member.share(units, work, [&] {
-      if (few) each(0, rows);
-    });
+  void multiply(Team::Member& member, Matrices matrices, Matrices next, int64_t vectors, const Work& work, const Each& each) {
+    const Units units(matrices, vectors), later(next, vectors);
+    const bool few = vectors <= kFewRows;
+    member.share(
+        units.all, [&](int64_t unit) { units.find(unit, work); },
+        [&] {
+          if (few) each(0, vectors);
+        },
+        [&](int64_t index, int64_t threads) { later.ask(index, threads); });
     if (few) return;
-    const int64_t slices = (rows + kSlice - 1) / kSlice;
-    member.share(slices, [&](int64_t s) { each(s * kSlice, std::min(rows, (s + 1) * kSlice)); });
-  }
-
-  // Matrices that are multiplied with the same vectors, `work(matrix, first block, blocks, scratch)` by units of some
-  // blocks; then `each` over the vectors.
-  template <typename Work, typename Each>
-  void multiply(Team::Member& member, std::initializer_list<const Matrix*> matrices, const Activations& x,
-                const Work& work, const Each& each) {
-    struct Part {
-      int64_t blocks, claim, units;
-    };
-    Part parts[3];
-    int64_t count = 0, units = 0;
-    for (const Matrix* m : matrices) {
-      const int64_t blocks = (m->rows + kBlock - 1) / kBlock;
-      int64_t claim = std::max<int64_t>(1, kClaim / std::max<int64_t>(1, block_bytes(*m)));
-      if (x.rows > kFewRows / 2) claim = 2;  // which share a tile of activations
-      parts[count++] = {blocks, claim, (blocks + claim - 1) / claim};
-      units += parts[count - 1].units;
-    }
-    then(member, units,
-         [&](int64_t unit) {
-           int64_t index = 0;
-           while (unit >= parts[index].units) unit -= parts[index++].units;
-           const int64_t first = unit * parts[index].claim;
-           work(index, first, std::min(parts[index].claim, parts[index].blocks - first));
-         },
-         x.rows, each);
+    const int64_t slices = (vectors + kSlice - 1) / kSlice;
+    member.share(slices, [&](int64_t s) { each(s * kSlice, std::min(vectors, (s + 1) * kSlice)); });
   }
 
   static Activations of_columns(Activations x, int64_t columns) {
@@ -165,7 +175,7 @@ class Pass {
       const Layer& layer = plan_.layers[index];
       const Matrix* fused[] = {&layer.query, &layer.key, &layer.value};
       const int64_t offsets[] = {0, layer.query.rows, layer.query.rows + layer.key.rows};
-      multiply(member, {fused[0], fused[1], fused[2]}, narrow,
+      multiply(member, {fused[0], fused[1], fused[2]}, {&layer.out}, vectors_,
                [&](int64_t part, int64_t block, int64_t blocks) {
                  isa_.multiply(*fused[part], block, blocks, narrow, {fused_out_ + offsets[part], fused_, kStore, 0},
                                member.scratch);
@@ -183,8 +193,8 @@ class Pass {
       });
       if (vectors_ > kFewRows)
         member.share(slices, [&](int64_t s) { take(s * kSlice, std::min(vectors_, (s + 1) * kSlice)); });
-      add(member, layer.out, attended, layer.after_attention_norm, normed(narrow, layer.mlp_norm));
-      multiply(member, {&layer.gate}, narrow,
+      add(member, layer.out, {&layer.up}, attended, layer.after_attention_norm, normed(narrow, layer.mlp_norm));
+      multiply(member, {&layer.gate}, {&layer.down}, vectors_,
                [&](int64_t, int64_t block, int64_t blocks) {
                  Target target{const_cast<float*>(wide.values), wide.columns, kStore, plan_.activation};
                  isa_.multiply(layer.up, block, blocks, narrow, target, member.scratch);
@@ -196,7 +206,9 @@ class Pass {
                });
       const bool final = index + 1 == plan_.layer_count;
       const auto next = normed(narrow, plan_.layers[final ? index : index + 1].attention_norm);
-      add(member, layer.down, wide, layer.after_mlp_norm, [&](int64_t first, int64_t last) {
+      const Layer& following = plan_.layers[final ? index : index + 1];
+      const Matrices again = {&following.query, &following.key, &following.value}, head = {&plan_.head};
+      add(member, layer.down, final ? head : again, wide, layer.after_mlp_norm, [&](int64_t first, int64_t last) {
         if (!final) next(first, last);
       });
     }
@@ -208,7 +220,7 @@ class Pass {
       });
     });
     const int64_t vocabulary = plan_.head.rows;
-    multiply(member, {&plan_.head}, last,
+    multiply(member, {&plan_.head}, {}, last.rows,
              [&](int64_t, int64_t block, int64_t blocks) {
                isa_.multiply(plan_.head, block, blocks, last, {step_.logits, vocabulary, kStore, 0}, member.scratch);
              },
@@ -222,10 +234,10 @@ class Pass {
 
   // stream += m x, or its norm; then `each`.
   template <typename Each>
-  void add(Team::Member& member, const Matrix& m, const Activations& x, const float* norm, const Each& each) {
+  void add(Team::Member& member, const Matrix& m, Matrices next, const Activations& x, const float* norm, const Each& each) {
     const int64_t hidden = plan_.hidden;
     float* out = norm ? branch_ : stream_;
-    multiply(member, {&m}, x,
+    multiply(member, {&m}, next, x.rows,
              [&](int64_t, int64_t block, int64_t blocks) {
                isa_.multiply(m, block, blocks, x, {out, hidden, norm ? kStore : kAdd, 0}, member.scratch);
              },

@@ -21,6 +21,8 @@ enum Format : int64_t {
   kQ6K = 7,   // nibbles and two upper bits, q + 32; value = super * scale * q, 8-bit scales per 16 inputs
 };
 
+constexpr int64_t kBits[] = {32, 16, 16, 8, 4, 4, 4, 4};  // of a weight in `quants`, by format
+
 constexpr int64_t kBlock = 16;  // interleaved output rows
 constexpr int64_t kGroup = 32;  // inputs that share a scale of the activations
 constexpr int64_t kPlanes = 2;  // bytes of an activation at most
@@ -35,6 +37,12 @@ struct Matrix {
   const void* supers;             // fp16 [blocks][columns / 256][2 (scale, min) or 1][16]
   const float* bias;              // [rows rounded up to 16], or null
 };
+
+// Bytes of `quants` that a block takes.
+inline int64_t quants_of_block(const Matrix& m) {
+  const int64_t step = m.format >= kQ8 ? kGroup : m.format == kBF16 ? 2 : 1;
+  return (m.columns + step - 1) / step * step * kBlock * kBits[m.format] / 8;
+}
 
 // Vectors that matrices are multiplied with, in the forms that the formats ask for.
 struct Activations {

@@ -22,25 +22,34 @@ class Team {
 
     // Does units below `units` that nobody else has taken: of a stretch of its own first, so that it reads memory in one
     // go, then of the others'. The thread that finishes the last one does `then()`, before any thread leaves the phase.
-    template <typename Work, typename Then>
-    void share(int64_t units, const Work& work, const Then& then) {
+    // Each thread does `ready(index, threads)` when there is nothing more to take.
+    template <typename Work, typename Then, typename Ready>
+    void share(int64_t units, const Work& work, const Then& then, const Ready& ready) {
       const int64_t stretches = team_.threads_, number = next_++;
       if (units <= 0) return;
       Phase& phase = team_.phases_.at(number);  // one too few allowed for: rather stop than write elsewhere
+      bool last = false;
       for (int64_t i = 0; i < stretches; ++i) {
         const int64_t stretch = (index_ + i) % stretches;
         const int64_t begin = units * stretch / stretches, end = units * (stretch + 1) / stretches;
         std::atomic<int64_t>& taken = team_.taken_[number * stretches + stretch].units;
         for (int64_t unit; (unit = begin + taken.fetch_add(1, std::memory_order_relaxed)) < end;) {
           work(unit);
-          if (phase.done.fetch_add(1, std::memory_order_acq_rel) + 1 < units) continue;
-          then();
-          phase.over.store(true, std::memory_order_release);
+          last = phase.done.fetch_add(1, std::memory_order_acq_rel) + 1 == units;
         }
+      }
+      ready(index_, stretches);
+      if (last) {
+        then();
+        phase.over.store(true, std::memory_order_release);
       }
       const auto over = [&] { return phase.over.load(std::memory_order_acquire); };
       if (!over())
         while (!spin(over)) sched_yield();
+    }
+    template <typename Work, typename Then>
+    void share(int64_t units, const Work& work, const Then& then) {
+      share(units, work, then, [](int64_t, int64_t) {});
     }
     template <typename Work>
     void share(int64_t units, const Work& work) {
