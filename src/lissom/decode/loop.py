@@ -51,22 +51,20 @@ def generate_tokens(
     if ids.ndim != 2 or ids.shape[1] <= read:
         raise UserError(f"The prompt has {ids.shape[-1]} tokens, the cache has read {read}: there is nothing to read.")
     stop = end_tokens(model) if stop is None else stop
-    ends = torch.tensor(list(stop), device=ids.device)
+    ends = set(stop)
     sampler = Sampler(sampling, ids, mask)
     positions = None if mask is None else (mask.long().cumsum(1) - 1).clamp(min=0)
-    new, done = ids[:, read:], torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    new, done = ids[:, read:], [False] * len(ids)
     places = None if positions is None else positions[:, read:]
     for number in range(max_new_tokens):
         output = model(
             new, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True, logits_to_keep=1
         )
         tokens = sampler.draw(output.logits[:, -1].float())
-        yield torch.where(done, -1, tokens)
-        if len(ends):
-            done = done | torch.isin(tokens, ends)
-            if bool(done.all()):
-                return
-        if number + 1 == max_new_tokens:
+        drawn = tokens.tolist()
+        yield torch.tensor([-1 if over else token for over, token in zip(done, drawn, strict=True)], device=ids.device)
+        done = [over or token in ends for over, token in zip(done, drawn, strict=True)]
+        if all(done) or number + 1 == max_new_tokens:
             return
         new = tokens[:, None]
         if mask is not None and places is not None:
