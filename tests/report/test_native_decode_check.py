@@ -18,6 +18,7 @@ def measured(speeds: dict[str, float], part: study.Part, bandwidth: list[float])
             *(label, label, part.threads, part.context),
             first=[1 / speed] * 3,
             steps=[1 / (speed * noise) for noise in (0.99, 1.0, 1.01)],
+            peak=1,
             facts={"weight bytes": 5e8} if label.startswith("lissom") else {},
         )
         for label, speed in speeds.items()
