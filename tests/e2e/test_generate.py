@@ -14,20 +14,7 @@ from gguf_files import Kind
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lissom import NativeDecode, cli
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """The command in this process, which spares seconds of imports: exit code, standard output and standard error."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["lissom", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return (ended.value.code or 0, *capsys.readouterr())
-
-    return call
+from lissom import NativeDecode
 
 
 @pytest.fixture(scope="session")
