@@ -17,7 +17,7 @@ LICENCE = Path(__file__).parents[2] / "LICENSE"
 @pytest.fixture(scope="module")
 def document(tmp_path_factory):
     path = tmp_path_factory.mktemp("document") / "document.txt"
-    path.write_text(LICENCE.read_text()[:3000])
+    path.write_text(LICENCE.read_text()[:1500])
     return path
 
 
