@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import gguf
 import numpy as np
@@ -87,12 +89,21 @@ def blocks_of(weight: np.ndarray, kind: Kind) -> np.ndarray:
     return data.reshape(len(data), -1)
 
 
-def write(path: Path, model: PreTrainedModel, kind: Kind, architecture: str, leave_out: str = "", **spoilt) -> Path:
+def write(
+    path: Path,
+    model: PreTrainedModel,
+    kind: Kind,
+    architecture: str,
+    leave_out: str = "",
+    kinds: Mapping[str, Kind] = MappingProxyType({}),
+    **spoilt,
+) -> Path:
     """The file of `model` in the manner of llama.cpp's converter.
 
     Args:
         kind: of all matrices.
         leave_out: name of a tensor that is not written.
+        kinds: of other matrices than `kind`, by the name of the module in the model.
         spoilt: raw data by tensor name with `__` for dots.
     """
     config = model.config
@@ -120,10 +131,12 @@ def write(path: Path, model: PreTrainedModel, kind: Kind, architecture: str, lea
     writer.add_token_merges(MERGES)
     writer.add_eos_token_id(len(TOKENS) - 1)
     modules = _MODULES | (_GEMMA3_MODULES if architecture == "gemma3" else {})
+    kind_of_all = kind
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         *place, module, part = name.split(".")
+        kind = kinds.get(module, kind_of_all)
         layer = next((word for word in place if word.isdigit()), None)
         stored = f"{'' if layer is None else f'blk.{layer}.'}{modules[module]}.{part}"
         values = tensor.numpy()

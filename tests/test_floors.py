@@ -12,9 +12,9 @@ FLOORS = (
     ("files",),
     ("kernels",),
     ("devices",),  # measures the machine as the kernels use it
-    ("models",),
     ("plugin",),
     ("hook",),
+    ("models",),
     ("kv", "weights"),
     ("decode",),  # runs over the storage of kv
     ("recipes", "export"),

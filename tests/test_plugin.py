@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gguf_files
 import pytest
 import torch
+from gguf_files import Kind
 from safetensors.torch import load_file, save_file
 from tiny import ALL_ARCHITECTURES, random_ids, tiny_model
 from transformers import AutoModel, AutoModelForCausalLM
@@ -16,6 +18,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 import lissom
 from lissom import Quantize
 from lissom.errors import UserError
+from lissom.weights.quant.apply import formats
 
 
 def saved(folder, architecture="llama", **settings):
@@ -56,10 +59,69 @@ def test_it_is_mapped_and_lies_at_cache_lines(tmp_path):
                 assert any(low <= tensor.data_ptr() < high for low, high in spans), name
 
 
+BLOCKS = (Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q5_0, Kind.Q4_0, Kind.Q4_1, Kind.Q4_K, Kind.Q6_K)
+
+
+@pytest.mark.parametrize("kind", BLOCKS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("architecture,dtype", [("llama", torch.float32), ("qwen2", torch.bfloat16)])
+def test_blocks_of_a_gguf_file(kind, architecture, dtype, tmp_path):
+    path = gguf_files.write(tmp_path / "m.gguf", gguf_files.model_of(architecture), kind, architecture)
+    model, ids = lissom.load(path, dtype, weights="packed")[0], torch.arange(30)[None]
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.dtype == dtype and torch.equal(model(ids).logits, again(ids).logits)
+    tensors = again.state_dict()
+    assert tensors.keys() == model.state_dict().keys()
+    assert not any(tensor.data_ptr() % 64 for tensor in tensors.values() if tensor.dtype == torch.uint8)
+
+
+def test_blocks_of_many_types_beside_a_layer_that_was_unpacked(tmp_path):
+    kinds = {
+        "down_proj": Kind.Q6_K,
+        "v_proj": Kind.Q6_K,
+        "o_proj": Kind.Q4_1,
+        "gate_proj": Kind.F16,
+        "q_proj": Kind.Q8_0,
+    }
+    path = gguf_files.write(tmp_path / "m.gguf", gguf_files.model_of("gemma3"), Kind.Q4_K, "gemma3", kinds=kinds)
+    model, ids = lissom.load(path, weights="packed")[0], torch.arange(30)[None]
+    layer = model.model.layers[1].mlp
+    dense = torch.nn.Linear(layer.up_proj.columns, layer.up_proj.rows, bias=False)
+    dense.weight.data = layer.up_proj.packed.unpack()
+    layer.up_proj = dense
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(model(ids).logits, again(ids).logits)
+    assert type(again.model.layers[1].mlp.up_proj) is torch.nn.Linear
+    assert formats(again) == formats(model) and set(formats(again).values()) == {"q4_k", "q6_k", "q4_min", "f16", "q8"}
+    assert again.lm_head.quants.data_ptr() == again.model.embed_tokens.quants.data_ptr()
+
+
+def test_a_head_outlives_the_embedding_whose_tensors_it_had(tmp_path):
+    model, ids = saved(tmp_path / "a", "qwen2"), random_ids(20)
+    embedding = torch.nn.Embedding.from_pretrained(model.model.embed_tokens.packed.unpack())
+    model.model.embed_tokens = embedding
+    model.save_pretrained(tmp_path / "b")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "b")
+    assert again.lm_head.format == "q8" and torch.equal(model(ids).logits, again(ids).logits)
+
+
+def test_the_embedded_model_as_packed(tmp_path):
+    model, tokenizer = lissom.load(weights="packed")
+    ids = tokenizer("The capital of France", return_tensors="pt").input_ids
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, again(ids).logits)
+
+
 def test_the_model_without_its_head(tmp_path):
-    model, ids = saved(tmp_path), random_ids(20)
-    body = AutoModel.from_pretrained(tmp_path)
+    model, ids = saved(tmp_path / "a"), random_ids(20)
+    body = AutoModel.from_pretrained(tmp_path / "a")
     torch.testing.assert_close(body(ids).last_hidden_state, model.model(ids).last_hidden_state)
+    body.save_pretrained(tmp_path / "b")
+    again = AutoModel.from_pretrained(tmp_path / "b")
+    assert torch.equal(body(ids).last_hidden_state, again(ids).last_hidden_state)
 
 
 def test_in_another_dtype(tmp_path):

@@ -1,6 +1,6 @@
 """Checkpoints with packed matrices, as `save_pretrained` writes and `from_pretrained` reads them.
 
-`attach(model)` is all that a method needs which has put packed layers into a model. The module is imported while
+`attach(model)` is all that is needed by whatever has put packed layers into a model. The module is imported while
 transformers itself is being imported, so it takes the rest of lissom only where it is called.
 """
 
@@ -61,7 +61,7 @@ class PackedQuantizer(HfQuantizer):
     requires_calibration = True  # a plain model is quantised by `lissom.Quantize`, not while it is loaded
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        from lissom.models.packed_layers import skeleton
+        from lissom.kernels.packed_layers import skeleton
 
         config, places = self.quantization_config, _places(model, self.quantization_config)
         for name, (format, group) in config.matrices.items():
@@ -77,7 +77,7 @@ class PackedQuantizer(HfQuantizer):
         _untie(model)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        from lissom.models.packed_layers import PackedEmbedding, PackedLinear
+        from lissom.kernels.packed_layers import PackedEmbedding, PackedLinear
 
         places = _places(model, self.quantization_config)
         for name, source in self.quantization_config.shared.items():
@@ -96,6 +96,8 @@ class PackedQuantizer(HfQuantizer):
         In files codes are called `weight`, which has another shape in the plain model: so a process without lissom
         fails to load them, where it would only warn of unknown names and run with random weights.
         """
+        # Layers may have been replaced since the model was loaded; transformers writes the config after this.
+        self.quantization_config = model.config.quantization_config = _described(model)
         packed = {f"{name}.{_CODES}" for name in self.quantization_config.matrices}
         tensors = {
             name.removesuffix(_CODES) + _SAVED if name in packed else name: tensor
@@ -121,24 +123,31 @@ class PackedQuantizer(HfQuantizer):
 
 def attach(model: nn.Module) -> None:
     """Let transformers know that `model` has packed layers: `save_pretrained` then writes them as they are."""
-    from lissom.models.packed_layers import PackedEmbedding, PackedLinear
-
-    packed = {n: m for n, m in model.named_modules() if isinstance(m, PackedLinear | PackedEmbedding)}
-    owners = {m.quants.data_ptr(): n for n, m in packed.items() if not m.shared}
-    config = PackedConfig(
-        {name: [module.format, module.group] for name, module in packed.items()},
-        {name: owners[module.quants.data_ptr()] for name, module in packed.items() if module.shared},
-    )
-    model.hf_quantizer = PackedQuantizer(config)
-    model.config.quantization_config = config
+    model.config.quantization_config = _described(model)
+    model.hf_quantizer = PackedQuantizer(model.config.quantization_config)
     model.is_quantized, model.quantization_method = True, NAME
     _assign_is_quantized(model)
     _untie(model)
 
 
+def _described(model: nn.Module) -> PackedConfig:
+    """The packed layers of `model` as they are. Of those that hold the same tensors one is left to save them."""
+    from lissom.kernels.packed_layers import PackedEmbedding, PackedLinear
+
+    packed = {n: m for n, m in model.named_modules() if isinstance(m, PackedLinear | PackedEmbedding)}
+    owners: dict[int | str, str] = {}
+    shared: dict[str, str] = {}
+    for name, module in sorted(packed.items(), key=lambda item: item[1].shared):
+        owner = owners.setdefault(module.quants.data_ptr() or name, name)  # 0 is the meta device
+        module.shared = owner != name
+        if module.shared:
+            shared[name] = owner
+    return PackedConfig({name: [module.format, module.group] for name, module in packed.items()}, shared)
+
+
 def _untie(model: nn.Module) -> None:
     """Packed layers share their tensors themselves; transformers can only tie parameters."""
-    from lissom.models.packed_layers import PackedLinear
+    from lissom.kernels.packed_layers import PackedLinear
 
     if isinstance(model.get_output_embeddings(), PackedLinear):
         model._tied_weights_keys = None
@@ -157,24 +166,30 @@ def _places(model: nn.Module, config: PackedConfig) -> dict[str, str]:
     return places
 
 
-_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8", torch.int8: "I8"}
+# safetensors' names of dtypes, in the order in which it writes them.
+_DTYPES = {
+    torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16",
+    torch.float16: "F16", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 
 
 def _padding(tensors: dict[str, torch.Tensor]) -> str:
     """Text that, as metadata, makes safetensors put the first byte of uint8 tensors at a multiple of 64.
 
-    Sizes of packed codes are multiples of 64, and safetensors writes the widest dtypes first. Where the header comes
-    out differently (several files, renamed tensors) the checkpoint is the same, only less aligned.
+    Sizes of packed codes are multiples of 64, and safetensors sorts by dtype. Where the header comes out differently
+    (several files, renamed tensors, dtypes that are not known here) the checkpoint is the same, only less aligned.
     """
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    if not {tensor.dtype for tensor in tensors.values()} <= _DTYPES.keys():
+        return ""
+    dtypes = list(_DTYPES)
+    order = sorted(tensors, key=lambda name: (dtypes.index(tensors[name].dtype), name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt", "padding": ""}}
     offset = start = 0
     for name in order:
         tensor = tensors[name]
         start = offset if tensor.dtype == torch.uint8 and not start else start
         end = offset + tensor.nbytes
-        kind = _DTYPES.get(tensor.dtype, str(tensor.dtype))
-        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
     return " " * (-(8 + length + start) % _LINE)

@@ -37,13 +37,14 @@ def test_bench(lissom_cli, tiny_folder, tmp_path):
         (("--contexts", "100000", "--only", "transformers"), "at most 2048"),
     ],
 )
-def test_mistakes_are_sentences(lissom_cli, tiny_folder, given, words):
-    done = lissom_cli("bench", tiny_folder, *given)
-    assert done.returncode == 2
-    assert words in done.stderr and "Traceback" not in done.stderr
+def test_mistakes_are_sentences(run, tiny_folder, given, words):
+    code, _, err = run("bench", tiny_folder, *given)
+    assert code == 2
+    assert words in err and "Traceback" not in err
 
 
-def test_a_runtime_that_is_missing_is_named(lissom_cli, tiny_folder):
-    done = lissom_cli("bench", tiny_folder, "--only", "onnxruntime", LISSOM_ONNXRUNTIME_PYTHON="/no/such/python")
-    assert done.returncode == 2
-    assert "onnxruntime int4" in done.stderr and "/no/such/python" in done.stderr
+def test_a_runtime_that_is_missing_is_named(run, tiny_folder, monkeypatch):
+    monkeypatch.setenv("LISSOM_ONNXRUNTIME_PYTHON", "/no/such/python")
+    code, _, err = run("bench", tiny_folder, "--only", "onnxruntime")
+    assert code == 2
+    assert "onnxruntime int4" in err and "/no/such/python" in err

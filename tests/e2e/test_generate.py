@@ -14,20 +14,7 @@ from gguf_files import Kind
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lissom import cli
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """The command in this process, which spares seconds of imports: exit code, standard output and standard error."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["lissom", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return (ended.value.code or 0, *capsys.readouterr())
-
-    return call
+from lissom import NativeDecode
 
 
 @pytest.fixture(scope="session")
@@ -120,6 +107,7 @@ def test_calibration_texts_that_are_too_short(run, tiny_folder, tmp_path, text, 
     [
         ([" "], "The prompt is empty"),
         (["Who?", "--kv", "int2"], "kv='int2': expected one of bf16, int8, fp32"),
+        (["Who?", "--kv", "int8", "--no-native"], "leave out --kv or --no-native"),
         (["Who?", "--top-p", 0], "top_p=0"),
         (["Who?", "--stop", ""], "A stop string is empty"),
         (["Who?", "--max-new-tokens", 5000], "the model reads at most 2048"),
@@ -129,6 +117,20 @@ def test_arguments_that_do_not_fit(run, tiny_folder, arguments, words):
     code, out, err = run("generate", tiny_folder, *arguments)
     a_sentence(code, err, words)
     assert not out.strip()
+
+
+@pytest.mark.parametrize("method,wanted", [("native-decode: {kv: int8}", "int8"), ("kv-budget: {size: 1MB}", "bf16")])
+@pytest.mark.parametrize("given", ["fp32", None])
+def test_kv_is_what_is_given_or_the_recipes(run, tiny_folder, tmp_path, monkeypatch, method, wanted, given):
+    used, enter = [], NativeDecode.__call__
+    monkeypatch.setattr(NativeDecode, "__call__", lambda self, model: used.append(self) or enter(self, model))
+    (tmp_path / "recipe.yaml").write_text(f"methods: [{method}]")
+    options = ["--kv", given] if given else []
+    code, _, err = run(
+        "generate", tiny_folder, "Who?", "--recipe", tmp_path / "recipe.yaml", "--max-new-tokens", 2, *options
+    )
+    assert code == 0, err
+    assert [native.kv for native in used] == [given or wanted]
 
 
 @pytest.fixture

@@ -114,10 +114,10 @@ def test_a_recipe_of_native_passes_over_a_files_own_blocks_is_taken_everywhere(l
     assert again.returncode == 0 and again.stdout == used.stdout, again.stderr
 
 
-def test_apply_does_not_write_over_other_folders(report, lissom_cli, tiny_folder, tmp_path):
+def test_apply_does_not_write_over_other_folders(report, run, tiny_folder, tmp_path):
     (tmp_path / "mine.txt").write_text("precious")
-    done = lissom_cli("apply", report[0] / "recipe.yaml", tiny_folder, "-o", tmp_path)
-    assert done.returncode == 2 and "was not written by" in done.stderr
+    code, _, err = run("apply", report[0] / "recipe.yaml", tiny_folder, "-o", tmp_path)
+    assert code == 2 and "was not written by" in err
     assert (tmp_path / "mine.txt").read_text() == "precious"
 
 
@@ -158,18 +158,18 @@ def test_ctrl_c_keeps_what_is_measured(records, lissom_cli, tiny_folder, tmp_pat
         (["generate", "smollm2-135m", "--kv-budget", "little", "a"], "no size"),
     ],
 )
-def test_mistakes(arguments, words, lissom_cli, smollm2, tmp_path):
-    done = lissom_cli(*arguments)
-    assert done.returncode == 2 and words in done.stderr
-    assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
+def test_mistakes(arguments, words, run, smollm2, tmp_path):
+    code, _, err = run(*arguments)
+    assert code == 2 and words in err
+    assert "Traceback" not in err and len(err.strip().splitlines()) == 1
 
 
-def test_a_document_beyond_the_context(lissom_cli, tiny_folder, tmp_path):
+def test_a_document_beyond_the_context(run, tiny_folder, tmp_path):
     (tmp_path / "long.txt").write_text("The meeting is on Monday. " * 500)
     for arguments in (["generate", tiny_folder, "-d", tmp_path / "long.txt", "When?"],
                       ["compact", tiny_folder, "-d", tmp_path / "long.txt", "-o", tmp_path / "x"]):  # fmt: skip
-        done = lissom_cli(*arguments)
-        assert done.returncode == 2 and "at most 2048" in done.stderr and "Traceback" not in done.stderr
+        code, _, err = run(*arguments)
+        assert code == 2 and "at most 2048" in err and "Traceback" not in err
 
 
 def test_a_disk_that_takes_no_more_is_one_sentence(lissom_cli, tiny_folder, tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 
-def test_a_model_is_written_that_generates(lissom_cli, tiny_folder, tmp_path):
+def test_a_model_is_written_that_generates(lissom_cli, run, tiny_folder, tmp_path):
     (tmp_path / "text.txt").write_text("The meeting is on Monday, the report on Tuesday. " * 200)
     out = tmp_path / "out"
     given = ("--calibration", tmp_path / "text.txt", "--calibration-tokens", 1024, "--json", tmp_path / "facts.json")
@@ -29,19 +29,19 @@ def test_a_model_is_written_that_generates(lissom_cli, tiny_folder, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(out).lm_head.format == "q8"
     done = lissom_cli("generate", out, "When?", "--max-new-tokens", 3)
     assert done.returncode == 0, done.stderr
-    done = lissom_cli("quantize", tiny_folder, "-o", out, "--bits", 8, "--method", "rtn", "--json", "-")
-    assert done.returncode == 0 and json.loads(done.stdout)["bits_per_weight"] > 8, done.stderr
-    done = lissom_cli("quantize", out, "-o", tmp_path / "again")
-    assert done.returncode == 2 and "quantised already" in done.stderr
+    code, text, err = run("quantize", tiny_folder, "-o", out, "--bits", 8, "--method", "rtn", "--json", "-")
+    assert code == 0 and json.loads(text)["bits_per_weight"] > 8, err
+    code, _, err = run("quantize", out, "-o", tmp_path / "again")
+    assert code == 2 and "quantised already" in err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["facts.json", "out", "text.txt"]
 
 
-def test_through_a_recipe(lissom_cli, tiny_folder, tmp_path):
+def test_through_a_recipe(run, tiny_folder, tmp_path):
     (tmp_path / "recipe.yaml").write_text("methods: [quantize: {bits: 8, method: rtn}]")
-    done = lissom_cli("apply", tmp_path / "recipe.yaml", tiny_folder, "-o", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
-    done = lissom_cli("generate", tmp_path / "out", "When?", "--max-new-tokens", 3)
-    assert done.returncode == 0, done.stderr
+    code, _, err = run("apply", tmp_path / "recipe.yaml", tiny_folder, "-o", tmp_path / "out")
+    assert code == 0, err
+    code, _, err = run("generate", tmp_path / "out", "When?", "--max-new-tokens", 3)
+    assert code == 0, err
 
 
 @pytest.mark.parametrize(
@@ -53,18 +53,18 @@ def test_through_a_recipe(lissom_cli, tiny_folder, tmp_path):
         (["--held-out", "missing.txt"], "missing.txt"),
     ],
 )
-def test_mistakes(lissom_cli, tiny_folder, tmp_path, arguments, words):
-    done = lissom_cli("quantize", tiny_folder, "-o", tmp_path / "out", *arguments)
-    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+def test_mistakes(run, tiny_folder, tmp_path, arguments, words):
+    code, _, err = run("quantize", tiny_folder, "-o", tmp_path / "out", *arguments)
+    assert code == 2 and words in err and "Traceback" not in err
     assert not list(tmp_path.iterdir())
 
 
-def test_other_folders_are_not_written_over(lissom_cli, tiny_folder, tmp_path):
+def test_other_folders_are_not_written_over(run, tiny_folder, tmp_path):
     (tmp_path / "mine.txt").write_text("precious")
-    done = lissom_cli("quantize", tiny_folder, "-o", tmp_path)
-    assert done.returncode == 2 and "was not written by" in done.stderr
-    done = lissom_cli("quantize", tiny_folder, "-o", tiny_folder)
-    assert done.returncode == 2 and (tiny_folder / "model.safetensors").exists()
+    code, _, err = run("quantize", tiny_folder, "-o", tmp_path)
+    assert code == 2 and "was not written by" in err
+    code, _, _ = run("quantize", tiny_folder, "-o", tiny_folder)
+    assert code == 2 and (tiny_folder / "model.safetensors").exists()
 
 
 def test_ctrl_c_leaves_nothing_half_written(tiny_folder, tmp_path):

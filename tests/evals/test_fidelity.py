@@ -43,18 +43,18 @@ def test_answers_of_a_batch_are_those_of_each_question_alone(smollm2):
     with torch.no_grad():
         full = model(ids, use_cache=True).past_key_values
     for cache in (compact(model, ids, ratio=0.3, queries="context"), full):
-        together = answer_ids(model, ids, asked, cache, 20)
-        alone = [answer_ids(model, ids, [question], cache, 20)[0] for question in asked]
+        together = answer_ids(model, ids, asked, cache, 12)
+        alone = [answer_ids(model, ids, [question], cache, 12)[0] for question in asked]
         assert [answer.tolist() for answer in together] == [answer.tolist() for answer in alone]
         assert [a[:, : q.shape[1]].equal(q) for a, q in zip(together, asked, strict=True)] == [True, True]
 
 
-def test_the_paper_s_size_runs_at_a_tiny_setting(smollm2, tmp_path, monkeypatch):
+def test_the_paper_s_size_runs_at_a_tiny_setting(small, tmp_path, monkeypatch):
     speech = "My fellow citizens, the year has been long and the harvest was good.\n\n" * 30
     monkeypatch.setattr(study, "corpus", lambda name: [(f"{name} {n}", f"{n}. {speech}") for n in range(4)])
     size = replace(study.PAPER, documents=1, tokens=150, ratios=(0.1,), ablation_ratios=(), questions=2)
     size = replace(size, needle_lengths=(100, 16000))  # the second is beyond the model's context
-    run = study.run(*smollm2, size, tmp_path / "journal.jsonl")
+    run = study.run(*small, size, tmp_path / "journal.jsonl")
     assert {record["arm"] for record in run.records} == {study.OURS, *study.BASELINES}
     assert [needle["length"] for needle in run.needles] == [100] * 3
     result = report.result(run)
@@ -62,13 +62,13 @@ def test_the_paper_s_size_runs_at_a_tiny_setting(smollm2, tmp_path, monkeypatch)
     assert [table.row_count for table in report.tables(run)] == [len(study.BASELINES) + 1, 6]
 
 
-def test_a_stopped_check_goes_on_where_it_was(smollm2, tmp_path):
+def test_a_stopped_check_goes_on_where_it_was(small, tmp_path):
     size = study.Size(1, 200, (0.2,), questions=2)
     methods = {study.OURS: AttentionMatching(ratio=0.2), "h2o": Eviction(ratio=0.2, score="h2o")}
     journal = tmp_path / "journal.jsonl"
-    first = study.measure(*smollm2, size, journal, arms=lambda ratio, size: methods)
+    first = study.measure(*small, size, journal, arms=lambda ratio, size: methods)
     journal.write_text(journal.read_text()[:-50])  # killed in the middle of the second record
-    again = study.measure(*smollm2, size, journal, arms=lambda ratio, size: methods)
+    again = study.measure(*small, size, journal, arms=lambda ratio, size: methods)
     assert again[0] == first[0]
     assert again[1]["scores"] == first[1]["scores"]
-    assert study.measure(*smollm2, size, journal, arms=lambda ratio, size: methods) == again
+    assert study.measure(*small, size, journal, arms=lambda ratio, size: methods) == again

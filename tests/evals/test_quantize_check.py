@@ -24,9 +24,9 @@ from lissom.evals.checks import quantize as study
 from lissom.evals.peers import process
 from lissom.evals.peers.process import Failed, Worker
 from lissom.evals.stats import Interval, verdict
+from lissom.kernels.packed_layers import PackedLinear
 from lissom.models import calibration
 from lissom.models.gguf import load_packed
-from lissom.models.packed_layers import PackedLinear
 from lissom.report.checks import check_of
 from lissom.report.checks import quantize as report
 from lissom.weights.quant.apply import matrices

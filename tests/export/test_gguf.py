@@ -22,8 +22,8 @@ from lissom.errors import UserError
 from lissom.export.gguf import export_gguf
 from lissom.export.gguf_tokenizer import tokenizer_metadata
 from lissom.kernels.packed import pack_codes
+from lissom.kernels.packed_layers import PackedLinear
 from lissom.models.gguf import GgufFile, load_packed
-from lissom.models.packed_layers import PackedLinear
 
 OTHER_PYTHON = os.environ.get("LISSOM_LLAMA_CPP_PYTHON")
 needs_llama_cpp = pytest.mark.skipif(

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, GgufConfig
 import lissom
 from lissom.errors import UserError
 from lissom.kernels.packed import unpack
+from lissom.kernels.packed_layers import PackedEmbedding, PackedLinear
 from lissom.models import assets
 from lissom.models.gguf import GgufFile, blocks, load_packed
-from lissom.models.packed_layers import PackedEmbedding, PackedLinear
 
 KINDS = (Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q4_K, Kind.Q6_K)
 

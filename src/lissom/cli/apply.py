@@ -27,8 +27,6 @@ def apply(
 
     from lissom.errors import UserError
     from lissom.files import atomic_path, require_writable, write_json
-    from lissom.models.packed_layers import PackedLinear
-    from lissom.plugin import attach
     from lissom.recipes import Recipe
     from lissom.recipes.recipe import FILE_NAME
 
@@ -40,8 +38,6 @@ def apply(
     require_writable(output)
     with Console(stderr=True).status(f"loading {chosen.model}"):
         network, tokenizer = chosen.load_model()
-    if any(isinstance(module, PackedLinear) for module in network.modules()):
-        attach(network)
     with atomic_path(output) as temporary:
         network.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

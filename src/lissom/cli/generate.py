@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,9 @@ def generate(
     repetition_penalty: float = typer.Option(1.0, help="Above 1: what was said already is less likely."),
     stop: list[str] = typer.Option([], "--stop", metavar="TEXT", help="End before this text; may be repeated."),
     native: bool = typer.Option(True, "--native/--no-native", help="Run in native code where the model allows."),
-    kv: str = typer.Option("bf16", help="Keys and values of native passes: bf16, int8 or fp32."),
+    kv: str = typer.Option(
+        None, help="Keys and values of native passes: bf16, int8 or fp32. [default: the recipe's, or bf16]"
+    ),
     dtype: str = typer.Option(None, help="float32, bfloat16, float16 or auto. [default: the recipe's, or auto]"),
     seed: int = typer.Option(0, min=0, max=2**61, help="Seed, where temperature is above 0."),
 ) -> None:
@@ -62,10 +65,15 @@ def generate(
     if kv_budget:
         methods.append(KVBudget(kv_budget))
     facts = chosen.model_dump(exclude={"methods"})
+    wanted = {} if kv is None else {"kv": kv}
     if not native:
+        if wanted:
+            raise UserError("--kv is the type of keys and values in native passes: leave out --kv or --no-native.")
         methods = [method for method in methods if not isinstance(method, NativeDecode)]
-    elif not any(isinstance(method, NativeDecode) for method in methods):
-        methods.insert(0, NativeDecode(kv=kv))  # type: ignore[arg-type]
+    elif any(isinstance(method, NativeDecode) for method in methods):
+        methods = [replace(method, **wanted) if isinstance(method, NativeDecode) else method for method in methods]
+    else:
+        methods.insert(0, NativeDecode(**wanted))  # type: ignore[arg-type]
         # A dtype that is asked for is that of dense weights, and a method that changes weights begins with those.
         dense = dtype or any(hasattr(method, "convert") for method in methods)
         facts |= {} if dense else {"weights": "packed"}

@@ -46,7 +46,7 @@ def quantize(
     import lissom.models
     from lissom.errors import UserError
     from lissom.files import atomic_path, require_writable, write_json
-    from lissom.models.packed_layers import weight_count
+    from lissom.kernels.packed_layers import weight_count
     from lissom.weights.quant import Quantize
     from lissom.weights.quant.apply import formats, stored_bytes
 

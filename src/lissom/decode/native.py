@@ -20,10 +20,10 @@ from lissom.errors import UserError
 from lissom.kernels import native
 from lissom.kernels import packed as formats
 from lissom.kernels.packed import Packed
+from lissom.kernels.packed_layers import exchanged, skeleton
 from lissom.kernels.rounding import GRIDS, rtn
 from lissom.models.attention import installed
 from lissom.models.method import SearchContext, changed
-from lissom.models.packed_layers import exchanged, skeleton
 from lissom.models.plan import ARCHITECTURES, require_supported
 
 logger = logging.getLogger(__name__)

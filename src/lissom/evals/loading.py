@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import lissom.models.packed_layers  # noqa: F401 - what quantised checkpoints need
+import lissom.kernels.packed_layers  # noqa: F401 - what quantised checkpoints need
 from lissom.devices.meters import in_fresh_process, interleaved
 
 Seconds = dict[str, float]

@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Pr
 
 from lissom.export.gguf import export_gguf
 from lissom.kernels.packed import GROUP, Packed, pack_codes
+from lissom.kernels.packed_layers import PackedEmbedding, PackedLinear
 from lissom.models import assets
 from lissom.models.gguf import GgufFile
 from lissom.models.gguf.load import load_tokenizer
-from lissom.models.packed_layers import PackedEmbedding, PackedLinear
 
 _SPREAD = 0.02  # standard deviation of weights, as models are initialised
 

@@ -25,12 +25,12 @@ from lissom.evals.perplexity import nll_behind
 from lissom.evals.stats import Interval, paired_bootstrap
 from lissom.evals.texts import Document, planted_documents
 from lissom.kernels import native
+from lissom.kernels.packed_layers import weight_count
 from lissom.kv.cache import cache_bytes
 from lissom.kv.document import document_ids, question_ids
 from lissom.models import describe_decoder, fingerprint
 from lissom.models.load import locate
 from lissom.models.method import SearchContext
-from lissom.models.packed_layers import weight_count
 from lissom.recipes import Recipe
 
 logger = logging.getLogger(__name__)

@@ -19,6 +19,7 @@ from lissom.errors import UserError
 from lissom.export.gguf_tokenizer import tokenizer_metadata
 from lissom.files import atomic_path
 from lissom.kernels.packed import check_finite
+from lissom.kernels.packed_layers import PackedEmbedding, PackedLinear
 from lissom.models.gguf import blocks
 from lissom.models.gguf.architecture import (
     Architecture,
@@ -29,7 +30,6 @@ from lissom.models.gguf.architecture import (
     of_model_type,
     pair_rows,
 )
-from lissom.models.packed_layers import PackedEmbedding, PackedLinear
 
 TYPES = ("auto", "f16", "bf16", "q8_0", "q4_0", "q4_1")
 _OF_DTYPE = {torch.float32: Kind.F32, torch.float16: Kind.F16, torch.bfloat16: Kind.BF16}

@@ -11,7 +11,7 @@ from tiny import ALL_ARCHITECTURES, ByteTokenizer, random_ids, tiny_model
 from lissom import Quantize
 from lissom.errors import UserError
 from lissom.kernels.packed import unpack
-from lissom.models.packed_layers import PackedEmbedding, PackedLinear
+from lissom.kernels.packed_layers import PackedEmbedding, PackedLinear
 from lissom.weights.quant.apply import formats, matrices, stored_bytes, weight_of
 from lissom.weights.quant.plan import mean_nll
 

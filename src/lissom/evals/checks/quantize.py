@@ -32,12 +32,12 @@ from lissom.evals.perplexity import window_nll
 from lissom.evals.stats import Interval, paired_bootstrap, ratio_interval, verdict
 from lissom.evals.texts import passages
 from lissom.export.gguf import export_gguf
+from lissom.kernels.packed_layers import PackedLinear
 from lissom.models.assets import corpus
 from lissom.models.calibration import calibration_windows
 from lissom.models.gguf import GgufFile, load_model
 from lissom.models.gguf.architecture import names, of_model_type
 from lissom.models.layerwise import observing
-from lissom.models.packed_layers import PackedLinear
 from lissom.weights.quant import Quantize
 from lissom.weights.quant.apply import Statistics, matrices
 

@@ -20,10 +20,11 @@ from transformers import (
 
 from lissom.errors import UserError
 from lissom.kernels.packed import Packed
+from lissom.kernels.packed_layers import PackedEmbedding, PackedLinear
 from lissom.models.gguf import blocks
 from lissom.models.gguf.architecture import Architecture, config_of, heads_of, names, of_file, pair_rows
 from lissom.models.gguf.file import GgufFile, Tensor
-from lissom.models.packed_layers import PackedEmbedding, PackedLinear
+from lissom.plugin import attach
 
 
 def load_packed(
@@ -31,7 +32,8 @@ def load_packed(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model of a file, its linears `PackedLinear` and its embedding `PackedEmbedding`, and its tokenizer.
 
-    Nothing is rounded: every weight is what the file says. Tied embedding and head share one copy.
+    Nothing is rounded: every weight is what the file says. Tied embedding and head share one copy. `save_pretrained`
+    writes the same matrices, which `from_pretrained` loads after `import lissom`.
 
     Args:
         dtype: of the activations between layers, of norms and of biases.
@@ -94,6 +96,7 @@ def load_model(
     missing = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if missing:
         raise UserError(f"{file.path} cannot be used: nothing in it is known to be {missing[0]} of the model.")
+    attach(model)
     return model.eval()
 
 

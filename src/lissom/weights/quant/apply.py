@@ -11,11 +11,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lissom.errors import UserError
 from lissom.kernels.packed import check_finite
+from lissom.kernels.packed_layers import PackedEmbedding, PackedLinear, replace, skeleton
 from lissom.kernels.rounding import GRIDS, Coded, Grid, rtn
 from lissom.models import describe_decoder
 from lissom.models.calibration import calibration_windows, tokenizer_of
 from lissom.models.layerwise import LayerRunner, decoder_layers, observing
-from lissom.models.packed_layers import PackedEmbedding, PackedLinear, replace, skeleton
 from lissom.plugin import attach
 from lissom.weights.quant.config import FINE, Quantize
 from lissom.weights.quant.gptq import gptq

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from lissom.errors import UserError
 from lissom.kernels.packed import Packed, unpack
+from lissom.kernels.packed_layers import exchanged
 from lissom.kernels.rounding import GRIDS, rtn
-from lissom.models.packed_layers import exchanged
 from lissom.weights.quant.apply import Progress, Statistics, weight_of
 from lissom.weights.quant.config import FINE, Quantize
 from lissom.weights.quant.search import search

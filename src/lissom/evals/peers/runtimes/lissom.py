@@ -17,8 +17,8 @@ from transformers.generation.streamers import BaseStreamer
 import lissom
 from lissom.decode import NativeDecode, generate_tokens
 from lissom.kernels import native
+from lissom.kernels.packed_layers import PackedLinear
 from lissom.kv import AttentionMatching
-from lissom.models.packed_layers import PackedLinear
 from lissom.recipes import Recipe
 
 
