@@ -4,17 +4,29 @@ import importlib.util
 import io
 import json
 import os
-import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-import gguf_files
 import numpy as np
 import pytest
-from gguf_files import Kind
+from fake_peers import COUNTING, REFUSING, FakePeers, tiny_file
 
 from lissom.errors import UserError
-from lissom.evals.peers import ARMS, Arm, Comparison, Figure, Size, choose, compare, process, summarise
+from lissom.evals.peers import (
+    ARMS,
+    Arm,
+    Comparison,
+    Figure,
+    Size,
+    choose,
+    compare,
+    identity,
+    kept,
+    process,
+    stands,
+    summarise,
+)
 from lissom.evals.peers.worker import Session
 from lissom.evals.stats import median_interval, ratio_interval
 from lissom.report.peers import result, rows, tables
@@ -24,9 +36,7 @@ SMALL = Size(reads=2, rounds=2, tokens=3)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
-    """A tiny model as a file that every runtime computes exactly."""
-    path = tmp_path_factory.mktemp("peers") / "model.gguf"
-    return str(gguf_files.write(path, gguf_files.model_of("llama"), Kind.F32, "llama"))
+    return tiny_file(tmp_path_factory.mktemp("peers"))
 
 
 def arms(*names: str) -> list[Arm]:
@@ -67,13 +77,9 @@ def test_llama_cpp_computes_the_same_on_the_same_file(model):
 
 
 FAKES = {
-    "counting": "class Runtime:\n"
-    "    facts = {'made': 'here'}\n"
-    "    def __init__(self, settings):\n        print('noise')\n"
-    "    def generate(self, ids, capacity, emit):\n"
-    "        for number in range(capacity - len(ids)):\n            emit(number)\n",
+    "counting": COUNTING,
     "absent": "import no_such_runtime\n",
-    "refusing": "class Runtime:\n    def __init__(self, settings):\n        raise ValueError('not this model')\n",
+    "refusing": REFUSING,
     "dying": "import os, sys\n"
     "class Runtime:\n    facts = {}\n    def __init__(self, settings):\n        pass\n"
     "    def generate(self, ids, capacity, emit):\n"
@@ -86,12 +92,8 @@ FAKES = {
 @pytest.fixture
 def fakes(tmp_path, monkeypatch) -> list[Arm]:
     """Runtimes of which only `counting` can be measured."""
-    shutil.copy(Path(process.__file__).parent / "worker.py", tmp_path)
-    (tmp_path / "runtimes").mkdir()
-    for name, code in FAKES.items():
-        (tmp_path / "runtimes" / f"{name}.py").write_text(code)
-    monkeypatch.setattr(process, "_HERE", tmp_path)
-    return [Arm(name, name, "model") for name in FAKES]
+    peers = FakePeers(tmp_path, monkeypatch)
+    return [peers.runtime(name, code) for name, code in FAKES.items()]
 
 
 def test_what_fails_is_listed_and_takes_nothing_down(model, fakes, monkeypatch):
@@ -133,6 +135,54 @@ def test_session_drops_what_is_generated_when_something_else_is_wanted(fakes, tm
     assert "nothing is being read" in told[0]["error"]
     assert [answer.get("tokens") for answer in told[1:]] == [None, [0], [1, 2], [0]]
     assert len(told[3]["seconds"]) == 2
+
+
+def test_identity_is_of_the_python_and_the_versions_that_run_an_arm(tmp_path, monkeypatch):
+    peers = FakePeers(tmp_path, monkeypatch)
+    arm = peers.runtime("counting", COUNTING)
+    states = [identity([arm])]
+    for version, where in (("1.0", "python"), ("2.0", "python"), ("2.0", "another")):
+        python = peers.install("counting", version, where)
+        states.append(identity([arm]))
+        assert states[-1][0]["python"] == python and states[-1][0]["versions"] == {"counting": version}
+    monkeypatch.setenv("LISSOM_COUNTING_PYTHON", "/no/such/python")
+    kept._versions.cache_clear()
+    states.append(identity([arm]))
+    assert states[0][0]["versions"] == states[-1][0]["versions"] == {"counting": None}
+    assert len({json.dumps(state) for state in states}) == len(states)
+
+
+def test_a_python_is_asked_for_its_versions_once(tmp_path, monkeypatch):
+    peers = FakePeers(tmp_path, monkeypatch)
+    arm, started = peers.runtime("counting", COUNTING), []
+    peers.install("counting", "1.0")
+    monkeypatch.setattr(kept, "Worker", lambda *given: started.append(given) or process.Worker(*given))
+    assert identity([arm, replace(arm, name="other setting")]) != identity([arm])
+    assert len(started) == 1
+
+
+def test_kept_figures_stand_until_what_failed_runs(tmp_path, monkeypatch):
+    peers = FakePeers(tmp_path, monkeypatch)
+    peers.install("broken", "1.0")
+    whole, broken, absent = (peers.runtime(name, COUNTING) for name in ("whole", "broken", "absent"))
+    tried = []
+
+    def attempt(runs: bool):
+        def answer(arms):
+            tried.append([arm.name for arm in arms])
+            return Comparison("m", [figure_of("broken", "broken", 1)] if runs else [], {}, [])
+
+        return answer
+
+    found = Comparison("m", [], {"broken": "it crashed", "absent": "is not installed"}, [])
+    assert stands(found, [whole, broken, absent], attempt(runs=False))
+    assert not stands(found, [whole, broken, absent], attempt(runs=True))
+    assert tried == [["broken"]] * 2
+    assert stands(found, [whole, absent], attempt(runs=True)) and len(tried) == 2
+
+
+def test_every_real_arm_says_what_it_needs():
+    assert all(arm.packages for arm in ARMS)
 
 
 def test_choose():

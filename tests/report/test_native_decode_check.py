@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from fake_peers import COUNTING, REFUSING, FakePeers, tiny_file
 
 from lissom.evals.checks import native_decode as study
 from lissom.evals.peers import Comparison, Figure, Size
@@ -62,7 +63,7 @@ def test_a_run_goes_on_behind_its_last_part(tmp_path, monkeypatch):
         asked.append((model, contexts, threads, [arm.label for arm in arms], size))
         if len(asked) == 2:
             raise KeyboardInterrupt
-        return measured({"lissom": 1.0}, study.Part("decode", contexts[0], threads[0], (), size), []).comparison
+        return Comparison(model, [], {}, [])
 
     monkeypatch.setattr(study, "compare", compare)
     monkeypatch.setitem(study.SIZES, "quick", lambda counts: study.small(counts))
@@ -78,3 +79,35 @@ def test_a_run_goes_on_behind_its_last_part(tmp_path, monkeypatch):
     assert isinstance(asked[0][4], Size)
     study.run("another", "quick", journal, counts=COUNTS)
     assert len(asked) == 2 * len(parts) + 1  # of another model nothing is known
+
+
+def test_a_part_is_measured_again_when_a_runtime_was_upgraded_or_runs_by_now(tmp_path, monkeypatch):
+    peers = FakePeers(tmp_path / "peers", monkeypatch)
+    arms = (peers.runtime("steady", COUNTING), peers.runtime("shaky", REFUSING))
+    for arm in arms:
+        peers.install(arm.runtime, "1.0")
+    size = Size(reads=2, rounds=2, tokens=3)
+    part = study.Part("decode", 8, 1, tuple(arm.label for arm in arms), size)
+    monkeypatch.setattr(study, "ARMS", arms)
+    monkeypatch.setitem(study.SIZES, "quick", lambda counts: [part])
+    measured, compare = [], study.compare
+
+    def counted(model, contexts, threads, chosen, size, progress):
+        measured.append(size)
+        return compare(model, contexts, threads, chosen, size, progress)
+
+    monkeypatch.setattr(study, "compare", counted)
+    model = tiny_file(tmp_path)
+
+    def run():
+        measured.clear()
+        (one,) = study.run(model, "quick", tmp_path / "journal.jsonl", counts=COUNTS)
+        return {figure.arm for figure in one.comparison.figures}
+
+    assert run() == {"steady"} and measured == [size]
+    assert run() == {"steady"} and measured == [size.least]  # the one that failed was tried, and failed again
+    peers.runtime("shaky", COUNTING)
+    assert run() == {"steady", "shaky"} and measured == [size.least, size]
+    assert run() == {"steady", "shaky"} and not measured
+    peers.install("steady", "2.0")
+    assert run() == {"steady", "shaky"} and measured == [size]

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
 
 import torch
 
 from lissom.decode import NativeDecode
 from lissom.devices.machine import describe
-from lissom.evals.peers import ARMS, OURS, Arm, Comparison, Size, compare, recommended
+from lissom.evals.peers import ARMS, OURS, Arm, Comparison, Size, compare, identity, recommended, stands
 from lissom.evals.peers.compare import Progress
-from lissom.evals.peers.process import python_of
 from lissom.evolve.measure import Bench
 from lissom.recipes import Recipe
 
 QUICK = Size(reads=2, rounds=3, tokens=16)
-_PACKAGES = ("llama-cpp-python", "openvino", "optimum-intel", "onnxruntime-genai")
 
 
 def arms(bench: Bench, best: Recipe, quick: bool) -> list[Arm]:
@@ -61,25 +59,16 @@ def beside_peers(
 ) -> Comparison:
     """`best` and the other runtimes that are installed, at the length of the bench's documents; see `evals.peers`.
 
-    The bench's journal keeps the comparison, unless the time was too short for all of it.
+    The bench's journal keeps the comparison, unless the time was too short for all of it. It is made again where a
+    runtime has been installed or changed, or has come to run after it failed.
     """
     chosen, size = arms(bench, best, quick), QUICK if quick else Size()
-    facts = [
-        *([asdict(arm) for arm in chosen], asdict(size), torch.get_num_threads()),
-        {arm.runtime: python_of(arm.runtime) for arm in chosen},
-        {package: _version(package) for package in _PACKAGES},
-    ]
-    identity = bench.identity("peers", 0, best, facts)
-    if identity not in bench.journal:
-        found = compare(bench.base.model, (bench.tokens,), (), chosen, size, progress, deadline)
-        if found.hurried:
-            return found
-        bench.journal.add(identity, found.to_dict())
-    return Comparison.of_dict(bench.journal[identity])
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    measure = partial(compare, bench.base.model, (bench.tokens,), (), progress=progress, deadline=deadline)
+    key = bench.identity("peers", 0, best, [identity(chosen), asdict(size), torch.get_num_threads()])
+    kept = Comparison.of_dict(bench.journal[key]) if key in bench.journal else None
+    if kept and stands(kept, chosen, partial(measure, size=size.least)):
+        return kept
+    found = measure(chosen, size)
+    if found.hurried:
+        return kept or found
+    return Comparison.of_dict(bench.journal.add(key, found.to_dict()))

@@ -16,14 +16,14 @@ import lissom
 from lissom.devices.machine import describe, measure_bandwidth
 from lissom.devices.meters import threads
 from lissom.evals.journal import Journal
-from lissom.evals.peers import ARMS, OURS, Comparison, Size, compare
+from lissom.evals.peers import ARMS, OURS, Arm, Comparison, Size, compare, identity, stands
 from lissom.evals.random_model import random_llama
 
 GENERATE, INT8, COMPACTED = "lissom generate()", "lissom int8 activations", "lissom cache ÷ 10"
 LLAMA_CPP, BF16 = "llama.cpp", "transformers bf16"
 STAGES = ("parts", "within a part")
 _ALL = tuple(dict.fromkeys(arm.label for arm in ARMS))
-_SLOW = ("transformers fp32", "torch.compile")  # left out where a round of them would take minutes
+_FAST = tuple(dict.fromkeys(arm.label for arm in ARMS if not arm.slow))
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,20 @@ class Part:
     size: Size
     layers: int = 0
 
+    @property
+    def chosen(self) -> list[Arm]:
+        """The arms of those labels."""
+        return [arm for arm in ARMS if arm.label in self.arms]
+
 
 def _decode(context: int, threads: int) -> Part:
     long = context > 4096
-    arms = tuple(name for name in _ALL if not (long and name in _SLOW))
-    return Part("decode", context, threads, arms, Size(long_reads=1, rounds=7) if long else Size(reads=3, rounds=9))
+    size = Size(long_reads=1, rounds=7) if long else Size(reads=3, rounds=9)
+    return Part("decode", context, threads, _FAST if long else _ALL, size)
 
 
 def _first(context: int, threads: int) -> Part:
-    arms = tuple(name for name in _ALL if name not in (GENERATE, COMPACTED, *_SLOW))
+    arms = tuple(name for name in _FAST if name not in (GENERATE, COMPACTED))
     return Part("first token", context, threads, arms, Size(reads=5, long_reads=3, rounds=0))
 
 
@@ -106,8 +111,8 @@ def run(
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
     counts: Sequence[int] = (),
 ) -> list[Measured]:
-    """The parts of one of `SIZES`. A run that was stopped goes on behind its last whole part, unless lissom, its
-    versions or the machine have changed.
+    """The parts of one of `SIZES`. A run that was stopped goes on behind its last whole part, unless lissom, the
+    machine, or a version of what is measured has changed, or a runtime that failed has come to run.
 
     Args:
         progress: called with (stage, done, total); the stages are `STAGES`.
@@ -119,10 +124,13 @@ def run(
     found = []
     for number, part in enumerate(parts):
         progress(STAGES[0], number, len(parts))
-        identity = hashlib.sha256(json.dumps([scope, asdict(part)], sort_keys=True).encode()).hexdigest()[:16]
-        if identity not in known:
-            known.add(identity, _measure(model, part, partial(progress, STAGES[1])))
-        record = known[identity]
+        facts = json.dumps([scope, identity(part.chosen), asdict(part)], sort_keys=True)
+        key = hashlib.sha256(facts.encode()).hexdigest()[:16]
+        measure = partial(_compare, model, part, partial(progress, STAGES[1]))
+        kept = Comparison.of_dict(known[key]["comparison"]) if key in known else None
+        if not (kept and stands(kept, part.chosen, partial(measure, part.size.least))):
+            known.add(key, _measure(part, partial(measure, part.size)))
+        record = known[key]
         found.append(Measured(part, Comparison.of_dict(record["comparison"]), record["bandwidth"]))
     progress(STAGES[0], len(parts), len(parts))
     return found
@@ -137,16 +145,19 @@ def _code() -> str:
     return digest.hexdigest()[:12]
 
 
-def _measure(model: str, part: Part, progress: Callable[[int, int], None]) -> dict:
+def _measure(part: Part, measure: Callable[[Sequence[Arm]], Comparison]) -> dict:
     """A part as plain values."""
-    name = str(random_llama(part.layers)) if part.layers else model
-    arms = [arm for arm in ARMS if arm.label in part.arms]
     speeds = [_bandwidth(part.threads)] if part.layers else []
-    found = compare(
-        name, (part.context,), (part.threads,), arms, part.size, lambda _, done, total: progress(done, total)
-    )
+    found = measure(part.chosen)
     speeds += [_bandwidth(part.threads)] if part.layers else []
     return {"comparison": found.to_dict(), "bandwidth": speeds}
+
+
+def _compare(
+    model: str, part: Part, progress: Callable[[int, int], None], size: Size, arms: Sequence[Arm]
+) -> Comparison:
+    name = str(random_llama(part.layers)) if part.layers else model
+    return compare(name, (part.context,), (part.threads,), arms, size, lambda _, done, total: progress(done, total))
 
 
 def _bandwidth(count: int) -> float:

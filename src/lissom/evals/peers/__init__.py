@@ -12,9 +12,10 @@ Not compared: torchao, whose int8 and int4 products are slower than fp32 on a CP
 
 from lissom.evals.peers.arms import ARMS, OURS, RECOMMENDED, Arm, choose, recommended
 from lissom.evals.peers.compare import Comparison, Figure, Size, compare
+from lissom.evals.peers.kept import identity, stands
 from lissom.evals.peers.summary import METRICS, Metric, Value, summarise
 
 __all__ = [
     "ARMS", "METRICS", "OURS", "RECOMMENDED", "Arm", "Comparison", "Figure", "Metric", "Size", "Value", "choose",
-    "compare", "recommended", "summarise",
+    "compare", "identity", "recommended", "stands", "summarise",
 ]  # fmt: skip

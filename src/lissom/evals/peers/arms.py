@@ -30,6 +30,8 @@ class Arm:
         shown: what it is called in the results. Of arms of one name the faster one counts, figure by figure: a user
             would choose that setting.
         prepared: whether it makes a file of its own from the folder first.
+        packages: that must be installed where it runs, and whose versions its figures depend on.
+        slow: whether a round behind a long prompt takes minutes.
     """
 
     name: str
@@ -38,6 +40,8 @@ class Arm:
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
     shown: str = ""
     prepared: bool = False
+    packages: tuple[str, ...] = ()
+    slow: bool = False
 
     @property
     def label(self) -> str:
@@ -48,10 +52,22 @@ OURS = "lissom"
 RECOMMENDED = f"{OURS} recommended"
 
 _NATIVE = {"weights": "auto", "kv": "bf16", "activations": "int16"}
+_TORCH = ("torch", "transformers")
+_LLAMA_CPP = ("llama-cpp-python",)
+_OPENVINO = ("openvino", "optimum-intel", "nncf")
+_ONNXRUNTIME = ("onnxruntime-genai", "onnxruntime", "onnx", "onnx-ir", *_TORCH)
+
+
+def _ours(name: str, **settings: Any) -> Arm:
+    return Arm(name, "lissom", "model", {"through": "loop", **settings}, packages=("lissom", *_TORCH))
 
 
 def _lissom(name: str, **changes: Any) -> Arm:
-    return Arm(name, "lissom", "model", {"through": "loop", "ratio": 1.0, **_NATIVE, **changes})
+    return _ours(name, **{"ratio": 1.0, **_NATIVE, **changes})
+
+
+def _torch_compile(name: str, dtype: str) -> Arm:
+    return Arm(name, "torch_compile", "folder", {"dtype": dtype}, "torch.compile", packages=_TORCH, slow=True)
 
 
 ARMS: tuple[Arm, ...] = (
@@ -59,21 +75,21 @@ ARMS: tuple[Arm, ...] = (
     _lissom("lissom generate()", through="generate"),
     _lissom("lissom int8 activations", activations="int8"),
     _lissom("lissom cache ÷ 10", ratio=0.1),
-    Arm("llama.cpp, plain", "llama_cpp", "gguf", {"flash": False}, "llama.cpp"),
-    Arm("llama.cpp, flash attention", "llama_cpp", "gguf", {"flash": True}, "llama.cpp"),
-    Arm("transformers fp32", "transformers", "folder", {"dtype": "float32"}),
-    Arm("transformers bf16", "transformers", "folder", {"dtype": "bfloat16"}),
-    Arm("torch.compile fp32", "torch_compile", "folder", {"dtype": "float32"}, "torch.compile"),
-    Arm("torch.compile bf16", "torch_compile", "folder", {"dtype": "bfloat16"}, "torch.compile"),
-    Arm("openvino int8", "openvino", "folder", {"bits": 8}, prepared=True),
-    Arm("openvino int4", "openvino", "folder", {"bits": 4}, prepared=True),
-    Arm("onnxruntime int4", "onnxruntime", "folder", prepared=True),
+    Arm("llama.cpp, plain", "llama_cpp", "gguf", {"flash": False}, "llama.cpp", packages=_LLAMA_CPP),
+    Arm("llama.cpp, flash attention", "llama_cpp", "gguf", {"flash": True}, "llama.cpp", packages=_LLAMA_CPP),
+    Arm("transformers fp32", "transformers", "folder", {"dtype": "float32"}, packages=_TORCH, slow=True),
+    Arm("transformers bf16", "transformers", "folder", {"dtype": "bfloat16"}, packages=_TORCH),
+    _torch_compile("torch.compile fp32", "float32"),
+    _torch_compile("torch.compile bf16", "bfloat16"),
+    Arm("openvino int8", "openvino", "folder", {"bits": 8}, prepared=True, packages=_OPENVINO),
+    Arm("openvino int4", "openvino", "folder", {"bits": 4}, prepared=True, packages=_OPENVINO),
+    Arm("onnxruntime int4", "onnxruntime", "folder", prepared=True, packages=_ONNXRUNTIME),
 )
 
 
 def recommended(recipe: Mapping[str, Any]) -> Arm:
     """lissom as a recipe has it, given as the plain values of its fields."""
-    return Arm(RECOMMENDED, "lissom", "model", {"through": "loop", "recipe": dict(recipe)})
+    return _ours(RECOMMENDED, recipe=dict(recipe))
 
 
 def _words(arm: Arm) -> set[str]:

@@ -45,6 +45,11 @@ class Size:
         return self.reads if context <= 4096 else self.long_reads
 
     @property
+    def least(self) -> Size:
+        """Just enough to see whether an arm can do all of it."""
+        return Size(reads=1, long_reads=1, rounds=min(1, self.rounds), tokens=1)
+
+    @property
     def new(self) -> int:
         """Tokens that come behind a prompt."""
         return 1 + max(_WARM_STEPS, self.rounds * (self.tokens + 1))

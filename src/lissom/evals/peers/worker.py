@@ -37,6 +37,16 @@ def load_runtime(path: str) -> Any:
     return module
 
 
+def version_of(package: str) -> str | None:
+    """Version of an installed package."""
+    from importlib import metadata  # not above: what is imported there counts in every runtime's peak
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def peak_bytes() -> int:
     """Peak resident bytes of this process so far."""
     status = Path("/proc/self/status")
@@ -85,7 +95,9 @@ class Session:
         self._replies.flush()
 
     def _obey(self, command: dict[str, Any]) -> None:
-        if command["do"] == "prepare":
+        if command["do"] == "versions":
+            self._reply({"versions": {package: version_of(package) for package in command["packages"]}})
+        elif command["do"] == "prepare":
             load_runtime(command["runtime"]).prepare(command["settings"])
             self._reply({})
         elif command["do"] == "open":
