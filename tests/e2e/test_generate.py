@@ -106,6 +106,7 @@ def test_calibration_texts_that_are_too_short(run, tiny_folder, tmp_path, text, 
     "arguments,words",
     [
         ([" "], "The prompt is empty"),
+        (["Who?", "--dtype", "int3"], "No valid recipe: dtype"),
         (["Who?", "--kv", "int2"], "kv='int2': expected one of bf16, int8, fp32"),
         (["Who?", "--kv", "int8", "--no-native"], "leave out --kv or --no-native"),
         (["Who?", "--top-p", 0], "top_p=0"),

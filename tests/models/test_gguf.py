@@ -65,6 +65,9 @@ def test_a_file_is_the_model_that_transformers_makes_of_it(architecture, kind, t
         logits, expected = packed(ids).logits, reference(ids).logits
     error = (logits - expected).norm() / expected.norm()
     assert error < 0.1  # activations of 8 bits
+    for wrong in (-1, len(gguf_files.TOKENS)):
+        with pytest.raises(UserError, match="outside the vocabulary"):
+            packed(torch.tensor([[wrong]]))
     assert tokenizer("in the 12").input_ids == [gguf_files.TOKENS.index(t) for t in ("in", "Ġthe", "Ġ", "12")]
 
 

@@ -30,7 +30,7 @@ def doctor(json_file: str = JSON) -> None:
     }
     status = native.status()
     path = {"path": status.isa or "pytorch", "why": status.reason}
-    facts["kernels"] = {kernel: path for kernel in ("attention_statistics", "ragged_attention")}
+    facts["kernels"] = {kernel: path for kernel in ("decode", "multiply", "attention_statistics", "ragged_attention")}
     facts["missing"] = missing_parts()
     if json_file:
         write_json(facts, json_file)

@@ -48,7 +48,7 @@ def quantize(
     from lissom.files import atomic_path, require_writable, write_json
     from lissom.kernels.packed_layers import weight_count
     from lissom.weights.quant import Quantize
-    from lissom.weights.quant.apply import formats, stored_bytes
+    from lissom.weights.quant.apply import calibration_ids, formats, stored_bytes
 
     settings = Quantize(
         bits=bits,
@@ -68,6 +68,7 @@ def quantize(
     with console.status(f"loading {model}"):
         network, tokenizer = lissom.models.load(model, dtype)
         ids = _held_out_ids(network, tokenizer, held_out)
+        calibration_ids(network, settings, tokenizer)  # a text that is too short is refused before anything is measured
     facts: dict[str, float] = {"bytes_before": stored_bytes(network), "weights": weight_count(network)}
     with bars(console) as bar:
         tasks: dict[str, int] = {}

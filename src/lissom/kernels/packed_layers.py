@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lissom.errors import UserError
 from lissom.kernels import packed as formats
 from lissom.kernels.packed import Packed, multiply, unpack
 
@@ -135,7 +136,13 @@ class PackedEmbedding(_PackedModule):
         return layer
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """`ids` `[...]` to `[..., embedding_dim]`."""
+        """`ids` `[...]` to `[..., embedding_dim]`.
+
+        Raises:
+            UserError: an id is outside the vocabulary (looked for on the CPU only, where it costs nothing).
+        """
+        if ids.is_cpu and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.num_embeddings:
+            raise UserError(f"A token id is outside the vocabulary of {self.num_embeddings} tokens.")
         rows = unpack(self.packed.select(ids.flatten())).to(self.dtype).view(*ids.shape, self.embedding_dim)
         # The scale is rounded first, as in models that keep it as a tensor of their dtype.
         factor = torch.tensor(self.embed_scale, dtype=self.dtype, device=rows.device)

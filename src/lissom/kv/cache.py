@@ -203,7 +203,7 @@ class CompactLayer(CacheLayerMixin):
             self.store.select_rows(torch.arange(self.store.rows, device="cpu").repeat_interleave(repeats))
 
     def offload(self) -> None:
-        raise UserError("A compacted cache cannot be offloaded.")
+        raise UserError("A cache in lissom's storage cannot be offloaded.")
 
     @property
     def stored_bytes(self) -> int:

@@ -62,8 +62,15 @@ class Recipe(BaseModel):
 
     @classmethod
     def of(cls, *methods: Any, **facts: Any) -> Self:
-        """A recipe of method objects; only settings that differ from their defaults are written down."""
-        return cls(methods=tuple({method.name: _plain(changed(method))} for method in methods), **facts)
+        """A recipe of method objects; only settings that differ from their defaults are written down.
+
+        Raises:
+            UserError: a fact is not one, or none that a recipe has.
+        """
+        try:
+            return cls(methods=tuple({method.name: _plain(changed(method))} for method in methods), **facts)
+        except ValidationError as error:
+            raise UserError(f"No valid recipe: {explained(error)}") from error
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

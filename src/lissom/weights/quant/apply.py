@@ -79,6 +79,21 @@ def ends(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     return [(n, m) for n, m in model.named_modules() if any(m is w for w in wanted) and skeleton(m, FINE, 32)]
 
 
+def calibration_ids(
+    model: PreTrainedModel, settings: Quantize, tokenizer: PreTrainedTokenizerBase | None
+) -> torch.Tensor | None:
+    """The windows of text that the method reads, int64 `[windows, tokens]`; None where it reads none.
+
+    Raises:
+        UserError: the text is missing or too short, or there is no tokenizer.
+    """
+    if not settings.needs_text:
+        return None
+    length = min(_WINDOW, describe_decoder(model).max_position_embeddings)
+    tokenizer = tokenizer or tokenizer_of(model)
+    return calibration_windows(tokenizer, settings.calibration, settings.calibration_tokens, length)
+
+
 def quantize(
     model: PreTrainedModel, settings: Quantize, tokenizer: PreTrainedTokenizerBase | None, progress: Progress
 ) -> PreTrainedModel:
@@ -88,11 +103,7 @@ def quantize(
     layers = matrices(model)
     for name, parameter in model.named_parameters():
         check_finite(parameter, name)
-    ids = None
-    if settings.needs_text:
-        length = min(_WINDOW, describe_decoder(model).max_position_embeddings)
-        tokenizer = tokenizer or tokenizer_of(model)
-        ids = calibration_windows(tokenizer, settings.calibration, settings.calibration_tokens, length)
+    ids = calibration_ids(model, settings, tokenizer)
     formats = {name: settings.format for layer in layers for name in layer}
     if settings.mixed:
         from lissom.weights.quant.plan import mixed_formats

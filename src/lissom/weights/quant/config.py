@@ -55,7 +55,7 @@ class Quantize:
     calibration_tokens: int = 8192
     damping: float = 0.01
     act_order: bool = True
-    shrinkage: float = 0.0
+    shrinkage: float = 0.5
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
