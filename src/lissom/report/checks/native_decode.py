@@ -63,8 +63,8 @@ def _shares(measured: Measured, values: Sequence[Value]) -> Iterator[Row]:
 
 
 def _claims(part: Part, values: Sequence[Value]) -> Iterator[Claim]:
-    """`holds`: by the factor that is wanted and with the whole interval; `weaker`: better than the other all the same, or
-    by that factor in the estimate only."""
+    """`holds`: by the factor that is wanted and with the whole interval; `weaker`: better than the other all the
+    same, or by that factor in the estimate only."""
     metric = "first token" if part.name == "first token" else "decode"
     known = {value.label: value for value in values if value.metric.name == metric}
     wanted = _FIRST if metric == "first token" else _TARGETS.get((part.name, part.context), ())
