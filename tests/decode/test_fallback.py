@@ -229,6 +229,71 @@ def widen(layer):
         setattr(layer.mlp, name, torch.nn.Linear(*sizes, bias=False))
 
 
+def doubling(name):
+    """Make the module `name` one that computes twice as much, by a subclass whose name gives nothing away."""
+
+    def change(model):
+        module = model.get_submodule(name)
+
+        def forward(self, *args, **kwargs):
+            result = super(kind, self).forward(*args, **kwargs)
+            return tuple(2 * part for part in result) if isinstance(result, tuple) else 2 * result
+
+        kind = module.__class__ = type(type(module).__name__, (type(module),), {"forward": forward})
+
+    return change
+
+
+def own_head(model):
+    class Ours(type(model)):
+        def forward(self, *args, **kwargs):
+            result = super().forward(*args, **kwargs)
+            result.logits = -result.logits
+            return result
+
+    model.__class__ = Ours
+
+
+def see_the_future(model):
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+
+
+class Half(torch.nn.Module):
+    def forward(self, weight):
+        return weight / 2
+
+
+def parametrize(name):
+    return lambda model: torch.nn.utils.parametrize.register_parametrization(
+        model.get_submodule(name), "weight", Half()
+    )
+
+
+INNER = ["model.embed_tokens", "model.layers.1.input_layernorm", "model.norm", "model.rotary_emb", "lm_head"]
+
+
+@pytest.mark.parametrize(
+    "change,words",
+    [
+        *((doubling(name), f"{name} is a") for name in INNER),
+        (own_head, "has a forward function of its own"),
+        (see_the_future, "attention of layer 0 is not causal"),
+        (parametrize("model.layers.1.mlp.up_proj"), "model.layers.1.mlp.up_proj.parametrizations.weight.0 is a Half"),
+    ],
+)
+@torch.no_grad()
+def test_a_module_of_somebody_else_computes_what_it_likes(change, words, caplog):
+    model = tiny_model("llama")
+    plain = model(IDS).logits
+    change(model)
+    wanted = model(IDS).logits
+    assert (wanted - plain).abs().max() > 1e-3
+    with caplog.at_level(logging.WARNING, "lissom"), NativeDecode()(model):
+        assert model(IDS).logits.equal(wanted)
+    assert words in caplog.text
+
+
 UNEVEN = [
     ("llama", widen, "layers.1.gate_proj is 128 x 64 and not 96 x 64"),
     ("qwen2", widen, "layers.1.gate_proj is 128 x 64 and not 96 x 64"),
@@ -320,6 +385,36 @@ def test_a_cache_that_left_the_cpu():
             model(IDS[:, :1], past_key_values=cache)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "changes",
+    [{"num_key_value_heads": 4}, {"num_key_value_heads": 1}, {"head_dim": 32}, {"num_hidden_layers": 2}],
+    ids=str,
+)
+def test_a_cache_of_another_model_is_refused(changes):
+    model, other = tiny_model("llama"), tiny_model("llama", **changes)
+    with EXACT(model), EXACT(other):
+        cache = model(IDS, use_cache=True).past_key_values
+        for ids in (IDS, IDS[:, :1]):
+            with pytest.raises(UserError, match="The cache has"):
+                other(ids, past_key_values=cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_caches_of_half_models_go_in_and_out(architecture, dtype, calls):
+    """What transformers has stored in fp16 or bf16 is gone on with, and what was stored natively read by it."""
+    model = tiny_model(architecture).to(dtype)
+    wanted = model(IDS, use_cache=False).logits.float()
+    cache = model(IDS[:, :6]).past_key_values
+    with EXACT(model):
+        inside = model(IDS[:, 6:16], past_key_values=cache).logits
+    outside = model(IDS[:, 16:], past_key_values=cache).logits
+    got = torch.cat([inside.float(), outside.float()], 1)
+    assert calls == [10] and (got - wanted[:, 6:]).abs().max() < 0.1 * wanted.abs().max()
+
+
 def scale(model):
     model.model.layers[0].mlp.up_proj.weight.mul_(2)
 
@@ -337,17 +432,45 @@ def load_anew(model):
     model.load_state_dict({name: 0.9 * tensor for name, tensor in model.state_dict().items()}, assign=True)
 
 
+def reactivate(model):
+    for layer in model.model.layers:
+        layer.mlp.act_fn = torch.nn.ReLU()
+
+
+def sharpen(model):
+    for layer in model.model.layers:
+        layer.self_attn.scaling = 0.4
+
+
+def blur(model):
+    model.model.layers[1].input_layernorm.variance_epsilon = 0.9
+
+
 @torch.no_grad()
+@pytest.mark.parametrize("first", [19, 1])
 @pytest.mark.parametrize("change", [scale, scale_all, replace, load_anew])
-def test_weights_that_change_are_noticed(change, calls):
+def test_weights_that_change_are_noticed(change, first, calls):
+    """When a prompt is read, be it of one token."""
     model = tiny_model("llama")
     with EXACT(model):
         model(IDS)
         change(model)
         cache = DynamicCache(config=model.config)
-        got = [model(IDS[:, :-1], past_key_values=cache).logits, model(IDS[:, -1:], past_key_values=cache).logits]
-    assert calls == [20, 19, 1]
+        got = [model(ids, past_key_values=cache).logits for ids in IDS.split([first, 20 - first], 1)]
+    assert calls == [20, first, 20 - first]
     close(torch.cat(got, 1), model(IDS).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", [reactivate, sharpen, blur])
+def test_settings_that_change_are_noticed(change):
+    model = tiny_model("llama")
+    with EXACT(model):
+        before = model(IDS).logits
+        change(model)
+        after = model(IDS).logits
+    close(after, model(IDS).logits)
+    assert (after - before).abs().max() > 1e-3
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import threading
 import pytest
 import torch
 from tiny import DECODERS, close, random_ids, tiny_model
-from transformers import DynamicCache, LogitsProcessor
+from transformers import AutoModelForCausalLM, DynamicCache, LogitsProcessor
 
 from lissom.decode import NativeDecode, generate_tokens
 from lissom.errors import UserError
@@ -332,3 +332,30 @@ def test_an_empty_input_is_one_sentence():
     model = tiny_model("llama")
     with EXACT(model), pytest.raises(UserError, match=r"nothing to read: the input has the shape \[1, 0\]"):
         model(random_ids(3)[:, :0])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3"])
+@pytest.mark.parametrize("weights", ["native", "int8", "int4", "bf16"])
+def test_what_is_saved_inside_a_block_is_the_model(architecture, weights, tmp_path):
+    model, ids = tiny_model(architecture), random_ids(9)
+    wanted, state = model(ids).logits, {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with NativeDecode(weights=weights)(model):
+        model(ids)
+        inside = model.state_dict()
+        model.save_pretrained(tmp_path)
+    assert list(inside) == list(state) and all(inside[name].equal(tensor) for name, tensor in state.items())
+    again, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert again(ids).logits.equal(wanted) and not report["missing_keys"] and not report["unexpected_keys"]
+
+
+@pytest.mark.parametrize("kv", ["fp32", "bf16", "int8"])
+def test_damaged_keys_and_values_show(kv):
+    """A NaN that got into the cache is not read as a number."""
+    model, ids = tiny_model("llama"), random_ids(12)
+    for name in ("keys", "values"):
+        for later in (ids[:, :1], ids.repeat(1, 3)):
+            with NativeDecode(kv=kv)(model):
+                cache = model(ids, use_cache=True).past_key_values
+                store = cache.layers[0].store
+                (getattr(store, name) if kv != "int8" else getattr(store, f"{name[:-1]}_scales"))[:] = torch.nan
+                assert model(later, past_key_values=cache).logits.isnan().all()

@@ -98,6 +98,42 @@ def test_dense_models_come_back_as_they_were(architecture, tmp_path):
     assert tokenizer(PROBE).input_ids == tokenizer_of()(PROBE).input_ids
 
 
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ROPES = [
+    {"rope_type": "linear", "factor": 4.0},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+    LLAMA3 | {"original_max_position_embeddings": 8192},
+    LLAMA3 | {"original_max_position_embeddings": 64},
+]
+SETTINGS = [
+    *(("llama", {"rope_parameters": {"rope_theta": 777.0} | rope}) for rope in ROPES),
+    ("llama", {"rms_norm_eps": 0.03}),
+    ("llama", {"attention_bias": True, "mlp_bias": True}),
+    ("llama", {"tie_word_embeddings": True}),
+    ("llama", {"head_dim": 32}),
+    ("phi3", {"sliding_window": 8}),
+    *((architecture, {}) for architecture in ARCHITECTURES),
+]
+
+
+@pytest.mark.parametrize("weights", ["dense", "packed"])
+@pytest.mark.parametrize("architecture,changes", SETTINGS, ids=str)
+def test_every_setting_comes_back(architecture, changes, weights, tmp_path):
+    model = gguf_files.model_of(architecture, **changes)
+    export_gguf(model, tokenizer_of(), tmp_path / "m.gguf")
+    again, tokenizer = lissom.load(tmp_path / "m.gguf", weights=weights)
+    ids = torch.arange(60)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-3, atol=2e-3)
+    assert tokenizer(PROBE).input_ids == tokenizer_of()(PROBE).input_ids
+    if weights == "dense":
+        assert all(
+            again.state_dict()[name].equal(weight) for name, weight in model.state_dict().items() if weight.ndim == 2
+        )
+        again.save_pretrained(tmp_path / "folder")
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / "folder")(ids).logits.equal(again(ids).logits)
+
+
 @needs_llama_cpp
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_llama_cpp_computes_the_same(architecture, tmp_path):

@@ -148,8 +148,30 @@ def test_bad_matrices_are_refused():
         formats.shapes("q4_k", 4, 64)
     with pytest.raises(UserError, match="weight format 'q5'"):
         formats.shapes("q5", 4, 64)
+    with pytest.raises(UserError, match="too large for f16"):
+        formats.pack_floats(torch.full((4, 64), 1e6), "f16")
+    codes, scales = torch.zeros(4, 64, dtype=torch.uint8), torch.ones(4, 2)
+    for format, parts in {"q4": (scales[:, :1], None), "q8": (scales, scales), "q4_min": (scales, None)}.items():
+        with pytest.raises(ValueError, match=f"of a {format} matrix have the shape"):
+            formats.pack_codes(codes, *parts, format)
     with pytest.raises(ValueError, match="expected"):
         formats.multiply(torch.randn(2, 63), formats.pack_floats(torch.randn(4, 64), "f32"))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_is_not_finite_shows_in_its_row_and_no_other(format, bad):
+    packed, _ = made(format, 19, 512 if format.endswith("_k") else 70, 32, 3)
+    for vectors in (1, 2, 20):
+        x = torch.randn(vectors, packed.columns)
+        damaged = x.clone()
+        damaged[-1, packed.columns // 2] = bad
+        for isa in ISAS:
+            for planes in (1, 2):
+                clean, got = (
+                    on(isa, lambda v=v, planes=planes: formats.multiply(v, packed, None, planes)) for v in (x, damaged)
+                )
+                assert got[:-1].equal(clean[:-1]) and not got[-1].isfinite().any(), (isa, planes, vectors)
 
 
 @pytest.mark.skipif(native.library() is None, reason="no native kernels")

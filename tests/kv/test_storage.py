@@ -154,3 +154,40 @@ def test_pytorch_s_default_dtype_changes_nothing(dtype):
     finally:
         torch.set_default_dtype(before)
     assert store.bias.dtype == torch.float32 and store.block(1).bias.equal(bias) and not store.block(0).bias.any()
+
+
+def test_dense_keys_and_values_have_nothing_of_other_blocks():
+    """Where a block has no entry there is zero and a bias of -inf, whatever lies in the buffers."""
+    empty, full = (
+        Block(torch.full((n, SIZE), 2.0), torch.ones(n, SIZE), torch.arange(n, dtype=torch.int32)) for n in (0, 3)
+    )
+    for first, second in ((empty, full), (full, empty)):
+        store = RaggedStore([first, second], 1, spare=2)
+        for index in range(2):
+            start, end = int(store.starts[index]), int(store.starts[index] + store.lengths[index])
+            store.keys[end : start + int(store.lengths[index]) + 2] = torch.nan
+            store.values[end : start + int(store.lengths[index]) + 2] = torch.nan
+        keys, values, bias = store.padded()
+        for head, block in enumerate((first, second)):
+            held = len(block.keys) > 0
+            assert keys[0, head].eq(2.0 if held else 0.0).all() and values[0, head].eq(1.0 if held else 0.0).all()
+            assert bias[0, head].eq(0.0 if held else -torch.inf).all()
+    keys, values, bias = RaggedStore([empty, empty], 1).padded()
+    assert keys.shape == values.shape == (1, 2, 0, SIZE) and bias is None
+
+
+def test_no_more_is_dropped_than_there_is():
+    store = RaggedStore([Block(torch.ones(n, SIZE), torch.ones(n, SIZE), torch.arange(n)) for n in (3, 5)], 1)
+    for drop in (store.drop_last, store.drop_first):
+        for tokens in (-1, 4):
+            with pytest.raises(ValueError, match="cannot be removed"):
+                drop(tokens)
+    assert store.lengths.tolist() == [3, 5] and store.spare == 0
+
+
+def test_int8_shows_what_it_cannot_hold():
+    """NaN and what is larger than any scale come back as no numbers, and not as others."""
+    vectors = torch.tensor([[torch.nan, 1.0], [torch.inf, 1.0], [1e9, 1.0], [3.0, 1.0]])
+    codes, scales = to_int8(vectors)
+    back = codes.float() * scales.float()[:, None]
+    assert not back[:3, 0].isfinite().any() and back[3].allclose(vectors[3], atol=0.02)

@@ -113,8 +113,20 @@ def test_llama3_frequencies(tmp_path):
     write_with_factors(path, model, factors.numpy())
     packed, _ = load_packed(path)
     assert packed.config.rope_parameters == rope
-    write_with_factors(path, model, factors.numpy() * np.linspace(1, 2, 32, dtype=np.float32))
-    with pytest.raises(UserError, match="otherwise than Llama 3"):
+    # Any others are taken as they are, at any length.
+    odd = factors.numpy() * np.linspace(1, 2, 32, dtype=np.float32)
+    write_with_factors(path, model, odd)
+    packed, ids = load_packed(path)[0], torch.arange(40)[None]
+    wanted = 500000.0 ** -(np.arange(0, 64, 2) / 64) / odd
+    for length in (10, 40, 600):
+        cosine, _ = packed.model.rotary_emb(torch.ones(1), torch.arange(length)[None])
+        np.testing.assert_allclose(cosine[0, -1, :32].numpy(), np.cos((length - 1) * wanted), atol=2e-5)
+    with torch.no_grad():
+        plain = packed(ids).logits
+        with lissom.NativeDecode(kv="fp32")(packed):
+            torch.testing.assert_close(packed(ids).logits, plain, rtol=1e-3, atol=2e-3)
+    write_with_factors(path, model, odd[:20])
+    with pytest.raises(UserError, match="does not fit the heads"):
         load_packed(path)
 
 
@@ -195,6 +207,17 @@ def test_scales_that_are_no_numbers(tmp_path):
     gguf_files.write(path, model, Kind.Q8_0, "llama", blk__0__ffn_norm__weight=norm)
     with pytest.raises(UserError, match=r"blk\.0\.ffn_norm\.weight: .*NaN"):
         load_packed(path)
+
+
+def test_types_without_a_packed_format_load_dense(tmp_path):
+    model = gguf_files.model_of("llama")
+    path = gguf_files.write(tmp_path / "m.gguf", model, Kind.Q5_1, "llama")
+    with pytest.raises(UserError, match=r"is of type Q5_1: supported are F32"):
+        load_packed(path)
+    dense, _ = lissom.load(path)
+    for name, weight in model.model.layers[1].mlp.named_parameters():
+        wanted = gguf.dequantize(gguf.quantize(weight.detach().numpy(), Kind.Q5_1), Kind.Q5_1)
+        assert np.array_equal(dense.model.layers[1].mlp.get_parameter(name).detach().numpy(), wanted)
 
 
 def test_what_is_not_supported(tmp_path, sound):

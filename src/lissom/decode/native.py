@@ -210,7 +210,8 @@ class _Runner:
             if given.get(name) is None and getattr(config, name, False):
                 self._check_attentions(name, given.get("past_key_values"))
                 raise NotNative(f"{name} is set in the model's config")
-        ids, cache, mask = given.get("input_ids"), given.get("past_key_values"), given.get("attention_mask")
+        ids, mask = given.get("input_ids"), given.get("attention_mask")
+        cache: Any = given.get("past_key_values")
         if ids is None or ids.ndim != 2:
             raise NotNative("the input is not [rows, tokens]")
         if given.get("return_dict") is False or not getattr(config, "return_dict", True):
@@ -223,12 +224,13 @@ class _Runner:
             raise NotNative("the model is in training mode")
         if mask is not None and (not isinstance(mask, torch.Tensor) or mask.ndim != 2):
             raise NotNative("the attention mask is not [rows, tokens]")
-        passes = self.passes(thorough=ids.shape[1] > 1)
-        if passes.has_hooks():
-            raise NotNative("a module inside the model has a hook")
         own = cache is None
         if own:
             cache = DynamicCache(config=config)
+        prompt = ids.shape[1] > 1 or cache.get_seq_length() == 0
+        passes = self.passes(thorough=prompt)
+        if passes.has_hooks():
+            raise NotNative("a module inside the model has a hook")
         passes.adopt(cache)
         keep = self._kept(given.get("logits_to_keep", 0), ids.shape[1])
         logits = passes.read(cache, ids, given.get("position_ids"), mask, keep)

@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from lissom.errors import UserError
 from lissom.kernels import decoder
-from lissom.kernels.ragged_attention import KeyValues
+from lissom.kernels.ragged_attention import KV_TYPES, KeyValues
 from lissom.kv.cache import CompactCache, CompactLayer, WindowLayer, exchange_layers, exchange_windows
 from lissom.models.plan import NativePlan, Unsupported
 
@@ -58,7 +58,7 @@ class NativePasses:
 
         Raises:
             NotNative: one of them cannot be.
-            UserError: one of them is not on the CPU.
+            UserError: one of them is not on the CPU, or of another model.
         """
         if not (type(cache) is DynamicCache or isinstance(cache, CompactCache)):
             raise NotNative(f"the cache is a {type(cache).__name__}")
@@ -68,8 +68,8 @@ class NativePasses:
             exchange_layers(cache, self._model)
             exchange_windows(cache)
         info = self.plan.info
-        if len(cache.layers) < info.num_hidden_layers:
-            raise NotNative(f"the cache has {len(cache.layers)} layers, the model {info.num_hidden_layers}")
+        if len(cache.layers) != info.num_hidden_layers:
+            raise UserError(f"The cache has {len(cache.layers)} layers, the model {info.num_hidden_layers}.")
         for layer, window in zip(cache.layers, self.plan.windows, strict=False):
             if not isinstance(layer, CompactLayer):
                 raise NotNative(f"the cache has a {type(layer).__name__}")
@@ -239,12 +239,25 @@ class NativePasses:
         for layer in layers:
             if layer.store.spare < count:
                 layer.make_room(count)
-        layouts = [layer.store.layout for layer in layers]
         known, stores = self._seen
-        if layouts != known:
+        if [layer.store.layout for layer in layers] != known:
+            for layer in layers:
+                self._fit(layer)
             stores = (KeyValues * len(layers))(*(layer.store.native() for layer in layers))
-            self._seen = layouts, stores
+            self._seen = [layer.store.layout for layer in layers], stores
         return stores
+
+    def _fit(self, layer: CompactLayer) -> None:
+        """Make sure that the native pass can read what somebody else may have filled."""
+        assert layer.store is not None
+        info, store = self.plan.info, layer.store
+        if (store.heads, store.head_dim) != (info.num_key_value_heads, info.head_dim):
+            raise UserError(
+                f"The cache has {store.heads} KV heads of size {store.head_dim}, the model "
+                f"{info.num_key_value_heads} of {info.head_dim}: it is another model's."
+            )
+        if store.dtype not in KV_TYPES:
+            layer.store = store.converted(self._kv_dtype)
 
     @staticmethod
     def _ascending(positions: torch.Tensor, mask: torch.Tensor | None) -> bool:
@@ -257,10 +270,10 @@ class NativePasses:
     @staticmethod
     def _gaps(mask: torch.Tensor | None, layers: list[Any], rows: int, tokens: int) -> torch.Tensor | None:
         """Padding of each row as `[rows, 2]`: from how many tokens before the end to how many. None without any."""
+        if mask is not None and mask.shape != (rows, layers[0].logical + tokens):
+            raise NotNative(f"the attention mask {list(mask.shape)} is not one of {layers[0].logical + tokens} tokens")
         if mask is None or bool(mask.all()):
             return None
-        if mask.shape != (rows, layers[0].logical + tokens):
-            raise NotNative(f"the attention mask {list(mask.shape)} is not one of {layers[0].logical + tokens} tokens")
         whole = next((layer for layer in layers if not isinstance(layer, WindowLayer)), layers[0])
         if any(layer.tail != whole.tail for layer in layers if not isinstance(layer, WindowLayer)):
             raise NotNative("layers have different numbers of uncompacted tokens")

@@ -181,12 +181,14 @@ def pack_floats(weight: torch.Tensor, format: str) -> Packed:
     """`weight` `[rows, columns]` in a floating point format.
 
     Raises:
-        UserError: a weight is not a finite number.
+        UserError: a weight is not a finite number, or too large for the format.
     """
     check_finite(weight)
     rows, columns = weight.shape
-    weight = F.pad(weight.detach().to(FORMATS[format].dtype), (0, columns % 2))
-    quants = interleave(weight.unflatten(1, (-1, 2)) if format == "bf16" else weight)
+    stored = F.pad(weight.detach().to(FORMATS[format].dtype), (0, columns % 2))
+    if stored.dtype != weight.dtype and not bool(torch.isfinite(stored).all()):
+        raise UserError(f"A weight matrix has values that are too large for {format}.")
+    quants = interleave(stored.unflatten(1, (-1, 2)) if format == "bf16" else stored)
     return Packed(format, rows, columns, quants)
 
 
@@ -199,9 +201,18 @@ def pack_codes(
         codes: uint8 `[rows, columns]`: q8 value + 128, q4 value + 8, q4_min value.
         scales: `[rows, ceil(columns / group)]`, stored in fp16.
         mins: the same for q4_min, else None.
+
+    Raises:
+        UserError: the format is unknown, or the group does not fit it.
+        ValueError: scales or minima are missing, too many, or of another shape.
     """
     rows, columns = codes.shape
     shapes(format, rows, columns, group)
+    for name, given in (("scales", scales), ("mins", mins)):
+        shape = None if given is None else tuple(given.shape)
+        wanted = (rows, -(-columns // group)) if name in FORMATS[format].tensors else None
+        if shape != wanted:
+            raise ValueError(f"{name} of a {format} matrix have the shape {shape}, expected {wanted}.")
     # A code that means zero: what is multiplied with the padding is zero anyway.
     codes = F.pad(codes, (0, -columns % GROUP)).unflatten(1, (-1, 8, 4))
     if format != "q8":

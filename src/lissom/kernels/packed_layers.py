@@ -33,7 +33,10 @@ class _PackedModule(nn.Module):
 
     Attributes:
         shared: the tensors are another module's, which saves them: a tied head.
+        stands_for: the module, if any, whose tensors are saved instead; in a tuple, which makes it no part of this one.
     """
+
+    stands_for: tuple[nn.Module, ...] = ()
 
     def __init__(self, format: str, rows: int, columns: int, group: int, device: Any = None) -> None:
         super().__init__()
@@ -67,6 +70,10 @@ class _PackedModule(nn.Module):
 
         super()._apply(fn if not self._buffers else moved, recurse)
         return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        save = self.stands_for[0]._save_to_state_dict if self.stands_for else super()._save_to_state_dict
+        save(destination, prefix, keep_vars)
 
     def extra_repr(self) -> str:
         return f"{self.columns} -> {self.rows}, {self.format}, group {self.group}"
@@ -189,11 +196,15 @@ def replace(model: nn.Module, name: str, packed: Packed, shared: bool = False) -
 
 @contextmanager
 def exchanged(model: nn.Module, packed: Mapping[str, Packed]) -> Iterator[dict[str, nn.Module]]:
-    """Inside the block `model` has these matrices in the place of its own modules, which are returned by name."""
+    """Inside the block `model` has these matrices in the place of its own modules, which are returned by name.
+
+    What is saved inside it are the model's own weights: `state_dict` has them under their names.
+    """
     own = {name: model.get_submodule(name) for name in packed}
     try:
         for name, matrix in packed.items():
             replace(model, name, matrix)
+            model.get_submodule(name).stands_for = (own[name],)
         yield own
     finally:
         for name, module in own.items():

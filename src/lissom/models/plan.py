@@ -20,6 +20,9 @@ from lissom.models.decoder import describe_decoder
 # Architectures whose layers are what the native pass computes. Others have other norms, branches or experts.
 ARCHITECTURES = ("gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
 
+# Packages whose modules are what their names say. A subclass of somebody else may compute anything.
+_KNOWN = ("lissom", "torch", "transformers")
+
 
 class Unsupported(Exception):
     """The native pass does not compute this model; says why."""
@@ -40,9 +43,13 @@ def require_supported(model: PreTrainedModel) -> None:
     name = _activation(model.config.get_text_config(decoder=True))
     if name not in decoder.ACTIVATIONS:
         raise Unsupported(f"the activation {name!r} is not supported yet")
+    if not type(model).forward.__module__.startswith("transformers.models."):
+        raise Unsupported(f"{_kind(model)} has a forward function of its own")
     for place, module in model.named_modules():
         if place and "forward" in vars(module):
             raise Unsupported(f"the forward function of {place} has been exchanged")
+        if place and type(module).__module__.partition(".")[0] not in _KNOWN:
+            raise Unsupported(f"{place} is a {_kind(module)}")
     for parameter in model.parameters():
         if parameter.device.type != "cpu":
             raise Unsupported(f"the weights are on {parameter.device}")
@@ -79,7 +86,8 @@ class NativePlan:
         first = body.layers[0]
         self._hidden, self._intermediate = config.hidden_size, first.mlp.down_proj.in_features
         self._epsilon, self._scaling = _epsilon(body.norm), first.self_attn.scaling
-        self._activation = type(ACT2FN[_activation(config)])
+        self._settings = type(ACT2FN[_activation(config)]), self._scaling, True
+        self._layers, self._norms = body.layers, list[Any]()
         self.windows = tuple(
             self._window(layer.self_attn, config) if slides else 0
             for layer, slides in zip(body.layers, self.info.sliding, strict=False)
@@ -116,9 +124,9 @@ class NativePlan:
         for module in (layer, attention, mlp):
             if not type(module).__module__.startswith("transformers.models."):
                 raise Unsupported(f"layer {index} has a {_kind(module)}")
-        # The plan has one of each for all layers.
-        activation = mlp.act_fn if hasattr(mlp, "act_fn") else mlp.activation_fn
-        if type(activation) is not self._activation or attention.scaling != self._scaling:
+        if not getattr(attention, "is_causal", True):
+            raise Unsupported(f"the attention of layer {index} is not causal")
+        if _settings(layer) != self._settings:  # the plan has one of each for all layers
             raise Unsupported(f"layer {index} has another activation or scale of attention than the model")
         head_dim = self.info.head_dim
         queries, keys = (n * head_dim for n in (self.info.num_attention_heads, self.info.num_key_value_heads))
@@ -173,8 +181,9 @@ class NativePlan:
     def _watch(self, module: nn.Module, *names: str) -> None:
         for name in names:
             owner = module._parameters if name in module._parameters else module._buffers
-            tensor = owner[name]
-            assert tensor is not None
+            tensor = owner.get(name)
+            if tensor is None:
+                raise Unsupported(f"the {name} of a {_kind(module)} is computed")
             self._sources.append((owner, name, tensor, tensor.data_ptr(), _version(tensor)))
 
     def _pack(self, module: Any, name: str, rows: int | None, columns: int) -> Packed:
@@ -252,6 +261,7 @@ class NativePlan:
             raise Unsupported(f"{name} is a {type(module).__name__} and no RMSNorm")
         if module.weight.numel() != size or _epsilon(module) != self._epsilon:
             raise Unsupported(f"{name} has another size or epsilon than the model")
+        self._norms.append(module)
         self._watch(module, "weight")
         formats.check_finite(module.weight, "The weight of a norm")
         weight = module.weight.detach().float()
@@ -308,7 +318,7 @@ class NativePlan:
         )
 
     def is_current(self, thorough: bool = True) -> bool:
-        """Whether no weight has moved or changed, and no module was exchanged, since the plan was made.
+        """Whether no weight or setting has changed, and no module was exchanged, since the plan was made.
 
         Args:
             thorough: look at all of them. Otherwise at two weights only, in next to no time, which shows a model that
@@ -320,6 +330,10 @@ class NativePlan:
                 return False
         if not thorough:
             return True
+        if any(_settings(layer) != self._settings for layer in self._layers):
+            return False
+        if any(_epsilon(norm) != self._epsilon for norm in self._norms):
+            return False
         modules = list(self._model.modules())
         return len(modules) == len(self._modules) and all(
             now is then and (now is self._model or "forward" not in vars(now))
@@ -334,6 +348,13 @@ _Source = tuple[dict[str, torch.Tensor | None], str, torch.Tensor, int, int]
 def _version(tensor: torch.Tensor) -> int:
     """A number that changes when the tensor is written to. Those of inference mode do not count."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def _settings(layer: Any) -> tuple[Any, ...]:
+    """What a layer computes with besides its weights: activation, scale of attention, and whether that is causal."""
+    attention, mlp = layer.self_attn, layer.mlp
+    activation = mlp.act_fn if hasattr(mlp, "act_fn") else mlp.activation_fn
+    return type(activation), attention.scaling, getattr(attention, "is_causal", True)
 
 
 def _activation(config: Any) -> str:

@@ -159,6 +159,8 @@ def test_a_model_in_bf16():
         ({"bits": 3}, "expected 4 or 8"),
         ({"group_size": 48}, "a multiple of 32"),
         ({"group_size": 0}, "a multiple of 32"),
+        ({"group_size": 32.0}, "a multiple of 32"),
+        ({"target_bits": float("nan")}, "take 5"),
         ({"method": "awq"}, "expected one of"),
         ({"head_bits": 2}, "expected 4, 8 or 16"),
         ({"target_bits": 4.2}, "take 5"),

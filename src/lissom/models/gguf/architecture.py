@@ -49,6 +49,7 @@ ARCHITECTURES = (
     Architecture("gemma3", ("gemma3_text",), norm_offset=1.0, scaled_embedding=True),
     Architecture("phi3", ("phi3",)),
 )
+NAMES = tuple(architecture.name for architecture in ARCHITECTURES)
 
 
 def of_file(file: GgufFile) -> Architecture:
@@ -162,7 +163,7 @@ def config_of(file: GgufFile) -> PreTrainedConfig:
     except Exception as error:  # of many kinds: whatever a config class says to values that do not fit together
         raise UserError(f"{file.path} has metadata that do not fit together: {str(error).splitlines()[0]}") from error
     if FACTORS in file.tensors:
-        config.rope_parameters = _llama3_of(file, config)
+        config.rope_parameters = _scaled_rope_of(file, config)
     return config
 
 
@@ -197,14 +198,20 @@ def _values(file: GgufFile, name: str) -> list[float]:
     return file.tensors[name].data.view("<f4").flatten().tolist()
 
 
-def _llama3_of(file: GgufFile, config: PreTrainedConfig) -> dict[str, Any]:
-    """Rope parameters from the factors that a file has for every frequency."""
-    factors = torch.tensor(_values(file, FACTORS))
-    found = _LLAMA3 | {"rope_theta": config.rope_parameters["rope_theta"], "factor": round(float(factors.max()), 4)}
-    again = frequency_factors(config, found)
-    if factors.shape != again.shape or not torch.allclose(factors, again, rtol=1e-3):
-        raise UserError(f"{file.path} scales its rotary frequencies otherwise than Llama 3 does: not supported.")
-    return found
+def _scaled_rope_of(file: GgufFile, config: PreTrainedConfig) -> dict[str, Any]:
+    """Rope parameters from the factors that a file has for every frequency: Llama 3's settings where they give these,
+    otherwise the factors themselves, as LongRoPE has them, the same at any length."""
+    factors, theta = _values(file, FACTORS), config.rope_parameters["rope_theta"]
+    llama3 = _LLAMA3 | {"rope_theta": theta, "factor": round(max(factors), 4)}
+    again = frequency_factors(config, llama3)
+    if len(factors) != len(again) or not min(factors) > 0:
+        raise UserError(f"{file.path}: tensor {FACTORS} does not fit the heads of the model.")
+    if torch.allclose(torch.tensor(factors), again, rtol=1e-3):
+        return llama3
+    return {
+        "rope_type": "longrope", "rope_theta": theta, "long_factor": factors, "short_factor": factors,
+        "attention_factor": 1.0, "original_max_position_embeddings": config.max_position_embeddings,
+    }  # fmt: skip
 
 
 def _gemma3_of(file: GgufFile, facts: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from gguf import GGML_QUANT_SIZES
+from gguf import GGML_QUANT_SIZES, dequantize
 from gguf import GGMLQuantizationType as Kind
 
 from lissom.errors import UserError
@@ -39,6 +39,22 @@ def pack(data: torch.Tensor, kind: Kind) -> Packed:
         raise UserError(f"is of type {kind.name}: supported are {', '.join(known.name for known in _READERS)}.")
     size = GGML_QUANT_SIZES[kind][1]
     return _READERS[kind](data.view(len(data), -1, size))
+
+
+def dense(data: torch.Tensor, kind: Kind) -> torch.Tensor:
+    """fp32 `[rows, columns]`: what the rows of `pack` stand for, also of types that have no packed format.
+
+    Raises:
+        UserError: nobody knows the type, or a value is NaN or infinite.
+    """
+    if kind in _READERS:
+        return formats.unpack(pack(data, kind))
+    try:
+        values = torch.from_numpy(dequantize(data.contiguous().numpy(), kind))
+    except NotImplementedError as error:
+        raise UserError(f"is of type {kind.name}, which cannot be read.") from error
+    formats.check_finite(values)
+    return values
 
 
 def floats(data: torch.Tensor, kind: Kind) -> torch.Tensor:

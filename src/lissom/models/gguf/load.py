@@ -1,13 +1,15 @@
-"""A GGUF file as a model of transformers that computes with the file's own blocks."""
+"""A GGUF file as a model of transformers, which computes with the file's own blocks or with what they stand for."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from gguf import GGMLQuantizationType as Kind
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from torch import nn
@@ -26,6 +28,8 @@ from lissom.models.gguf.architecture import Architecture, config_of, heads_of, n
 from lissom.models.gguf.file import GgufFile, Tensor
 from lissom.plugin import attach
 
+_Matrix = TypeVar("_Matrix", Packed, torch.Tensor)
+
 
 def load_packed(
     path: str | Path, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None
@@ -43,6 +47,14 @@ def load_packed(
     """
     file = GgufFile(path)
     return load_model(file, dtype, attn_implementation), load_tokenizer(file)
+
+
+def load_dense(
+    path: str | Path, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """As `load_packed`, with plain modules whose weights are what the blocks stand for, in `dtype`."""
+    file = GgufFile(path)
+    return load_model(file, dtype, attn_implementation, packed=False), load_tokenizer(file)
 
 
 def load_tokenizer(file: GgufFile) -> PreTrainedTokenizerBase:
@@ -75,20 +87,22 @@ def _drop_invented_tokens(tokenizer: PreTrainedTokenizerBase, rows: int) -> None
 
 
 def load_model(
-    file: GgufFile, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None
+    file: GgufFile, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None, packed: bool = True
 ) -> PreTrainedModel:
-    """The model of a file; see `load_packed`."""
+    """The model of a file; see `load_packed` and `load_dense`."""
     architecture, config = of_file(file), config_of(file)
     options: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
     known = names(architecture, model, config.num_hidden_layers)
-    filler = _Filler(file, architecture, model, dtype)
+    filler = _Filler(file, architecture, model, dtype, packed)
     with blocks.one_thread():
         for name, module in list(model.named_modules()):
             if name in known:
                 filler.fill(name, module, known[name])
-    if config.tie_word_embeddings:
+    if config.tie_word_embeddings and not packed:
+        model.tie_weights()
+    elif config.tie_word_embeddings:
         head = PackedLinear.of(model.get_input_embeddings().packed)
         head.shared = True
         model.set_output_embeddings(head)
@@ -96,28 +110,40 @@ def load_model(
     missing = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if missing:
         raise UserError(f"{file.path} cannot be used: nothing in it is known to be {missing[0]} of the model.")
-    attach(model)
+    if packed:
+        attach(model)
     return model.eval()
 
 
 class _Filler:
     """Puts the tensors of a file into the modules of a model on the meta device."""
 
-    def __init__(self, file: GgufFile, architecture: Architecture, model: PreTrainedModel, dtype: torch.dtype) -> None:
-        self.file, self.architecture, self.model, self.dtype = file, architecture, model, dtype
+    def __init__(
+        self, file: GgufFile, architecture: Architecture, model: PreTrainedModel, dtype: torch.dtype, packed: bool
+    ) -> None:
+        self.file, self.architecture, self.model, self.dtype, self.packed = file, architecture, model, dtype, packed
 
     def fill(self, name: str, module: nn.Module, stored: str) -> None:
-        """Replace a linear or an embedding, or set the weights of a norm."""
+        """Fill a linear layer or an embedding, or replace it by a packed one; or set the weights of a norm."""
         if isinstance(module, nn.Linear):
             if stored == "output" and self.model.config.tie_word_embeddings:
                 return  # it is the embedding
-            packed = self._matrix(stored, tuple(module.weight.shape))
             bias = None if module.bias is None else self._vector(f"{stored}.bias", module.bias.shape)
-            self.model.set_submodule(name, PackedLinear.of(packed, bias))
+            if self.packed:
+                self.model.set_submodule(name, PackedLinear.of(self._matrix(stored, module, blocks.pack), bias))
+                return
+            module.weight = nn.Parameter(self._matrix(stored, module, blocks.dense).to(self.dtype))
+            if bias is not None:
+                module.bias = nn.Parameter(bias)
         elif isinstance(module, nn.Embedding):
-            packed = self._matrix(stored, tuple(module.weight.shape))
             scale = math.sqrt(self.model.config.hidden_size) if self.architecture.scaled_embedding else 1.0
-            self.model.set_submodule(name, PackedEmbedding.of(packed, self.dtype, scale))
+            if self.packed:
+                packed = self._matrix(stored, module, blocks.pack)
+                self.model.set_submodule(name, PackedEmbedding.of(packed, self.dtype, scale))
+                return
+            module.weight = nn.Parameter(self._matrix(stored, module, blocks.dense).to(self.dtype))
+            if self.architecture.scaled_embedding:
+                module.embed_scale = torch.tensor(scale)
         else:
             for part, parameter in list(module.named_parameters(recurse=False)):
                 values = self._vector(f"{stored}.{part}", parameter.shape, self.architecture.norm_offset)
@@ -138,10 +164,10 @@ class _Filler:
             data = data[rows] if len(shape) == 2 else data.view(shape[0], -1)[rows].view(1, -1)
         return tensor, data
 
-    def _matrix(self, stored: str, shape: tuple[int, ...]) -> Packed:
-        tensor, data = self._tensor(f"{stored}.weight", shape)
+    def _matrix(self, stored: str, module: Any, read: Callable[[torch.Tensor, Kind], _Matrix]) -> _Matrix:
+        tensor, data = self._tensor(f"{stored}.weight", tuple(module.weight.shape))
         try:
-            return blocks.pack(data, tensor.kind)
+            return read(data, tensor.kind)
         except UserError as error:
             raise self._about(tensor, error) from error
 

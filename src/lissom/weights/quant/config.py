@@ -62,7 +62,7 @@ class Quantize:
             raise UserError(f"bits={self.bits}: expected 4 or 8.")
         if self.method not in _ROUNDINGS:
             raise UserError(f"method={self.method!r}: expected one of {', '.join(_ROUNDINGS)}.")
-        if self.group_size < GROUP or self.group_size % GROUP:
+        if not isinstance(self.group_size, int) or self.group_size < GROUP or self.group_size % GROUP:
             raise UserError(f"group_size={self.group_size}: expected a multiple of {GROUP}.")
         if self.head_bits not in (4, 8, 16):
             raise UserError(f"head_bits={self.head_bits}: expected 4, 8 or 16 (as it is).")
@@ -70,7 +70,7 @@ class Quantize:
             raise UserError("target_bits and max_loss choose between 4 and 8 bits: leave bits at 4.")
         if self.target_bits is not None and self.max_loss is not None:
             raise UserError("Give either target_bits or max_loss, not both.")
-        if self.target_bits is not None and self.target_bits < self.least_bits:
+        if self.target_bits is not None and not self.target_bits >= self.least_bits:
             raise UserError(
                 f"target_bits={self.target_bits}: with scales, 4 bits in groups of {self.group_size} take "
                 f"{self.least_bits:g}; give at least that, a larger group or symmetric=true."
