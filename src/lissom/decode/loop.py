@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from lissom.decode.native import next_logits
 from lissom.decode.sampling import Sampler, Sampling
 from lissom.errors import UserError
 
@@ -57,12 +58,9 @@ def generate_tokens(
     new, done = ids[:, read:], [False] * len(ids)
     places = None if positions is None else positions[:, read:]
     for number in range(max_new_tokens):
-        output = model(
-            new, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
-        tokens = sampler.draw(output.logits[:, -1].float())
+        tokens = sampler.draw(next_logits(model, new, cache, mask, places))
         drawn = tokens.tolist()
-        yield torch.tensor([-1 if over else token for over, token in zip(done, drawn, strict=True)], device=ids.device)
+        yield tokens.masked_fill(torch.tensor(done, device=tokens.device), -1) if any(done) else tokens.clone()
         done = [over or token in ends for over, token in zip(done, drawn, strict=True)]
         if all(done) or number + 1 == max_new_tokens:
             return

@@ -6,13 +6,13 @@ import functools
 import logging
 import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lissom.decode.passes import NativePasses, NotNative, Unsupported
@@ -214,29 +214,40 @@ class _Runner:
         cache: Any = given.get("past_key_values")
         if ids is None or ids.ndim != 2:
             raise NotNative("the input is not [rows, tokens]")
-        if given.get("return_dict") is False or not getattr(config, "return_dict", True):
+        wanted = given.get("return_dict")
+        if not (getattr(config, "return_dict", True) if wanted is None else wanted):
             raise NotNative("a tuple is wanted")
-        if ids.device.type != "cpu":
-            raise NotNative(f"the input is on {ids.device}")
         if torch.is_grad_enabled() and any(p.requires_grad for p in self._model.parameters()):
             raise NotNative("gradients are wanted; use torch.no_grad() where they are not")
-        if self._model.training:
-            raise NotNative("the model is in training mode")
         if mask is not None and (not isinstance(mask, torch.Tensor) or mask.ndim != 2):
             raise NotNative("the attention mask is not [rows, tokens]")
         own = cache is None
         if own:
             cache = DynamicCache(config=config)
-        prompt = ids.shape[1] > 1 or cache.get_seq_length() == 0
-        passes = self.passes(thorough=prompt)
-        if passes.has_hooks():
-            raise NotNative("a module inside the model has a hook")
-        passes.adopt(cache)
         keep = self._kept(given.get("logits_to_keep", 0), ids.shape[1])
-        logits = passes.read(cache, ids, given.get("position_ids"), mask, keep)
+        logits = self.read(cache, ids, given.get("position_ids"), mask, keep)
         use = given.get("use_cache")
         wanted = config.get_text_config().use_cache if use is None else use
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache if wanted or not own else None)
+
+    def read(
+        self,
+        cache: DynamicCache,
+        ids: torch.Tensor,
+        positions: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        keep: Sequence[int] | None,
+    ) -> torch.Tensor:
+        """See `NativePasses.read`, which also wants no gradients."""
+        if not ids.is_cpu:
+            raise NotNative(f"the input is on {ids.device}")
+        if self._model.training:
+            raise NotNative("the model is in training mode")
+        passes = self.passes(thorough=ids.shape[1] > 1 or cache.get_seq_length() == 0)
+        if passes.has_hooks():
+            raise NotNative("a module inside the model has a hook")
+        passes.adopt(cache)
+        return passes.read(cache, ids, positions, mask, keep)
 
     @staticmethod
     def _check_attentions(name: str, cache: Any) -> None:
@@ -254,6 +265,31 @@ class _Runner:
                 raise NotNative("logits_to_keep is not in order")
             return kept
         return list(range(max(0, tokens - wanted), tokens)) if wanted else None
+
+
+def next_logits(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    cache: Cache,
+    mask: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Logits `[rows, vocabulary]` of what follows `ids`, fp32: what `model(...)` gives, with less around it in a block.
+
+    To be called without gradients.
+
+    Args:
+        ids: int64 `[rows, tokens]`, appended to `cache`.
+        mask, positions: as `attention_mask` and `position_ids` of a model.
+    """
+    runner = model.__dict__.get("forward")
+    if isinstance(runner, _Runner) and not (model._forward_hooks or model._forward_pre_hooks):
+        with suppress(NotNative):  # said below
+            return runner.read(cache, ids, positions, mask, [ids.shape[1] - 1])[:, -1]
+    output = model(
+        ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+    )
+    return output.logits[:, -1].float()
 
 
 def weight_bytes(model: nn.Module) -> int:

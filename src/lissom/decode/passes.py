@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch.nn.modules import module as every_module
+from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, PreTrainedModel
 
 from lissom.errors import UserError
@@ -41,6 +42,7 @@ class NativePasses:
         """
         self._model, self._kv_dtype = model, kv_dtype
         self.plan = NativePlan(model, planes)
+        self._outputs = self.plan.plan.head.rows
         self._hooks: list[dict[int, Any]] = [
             hooks
             for module in model.modules()
@@ -48,8 +50,11 @@ class NativePasses:
             for hooks in (module._forward_hooks, module._forward_pre_hooks)
         ]
         self._hooks += [every_module._global_forward_hooks, every_module._global_forward_pre_hooks]
+        # Hooks that had been registered anywhere when the last look found none of them here.
+        self._registered = -1
         # What the last call saw of the stores. One attribute, since several threads may read at once.
         self._seen: tuple[list[int], Any] = ([], None)
+        self._mark = object()  # of these passes, on caches that they have adopted
         # Frequencies that follow the length are the plan's, for one sequence at a time.
         self._turn: Any = threading.RLock() if self.plan.rotations_depend_on_length else nullcontext()
 
@@ -58,8 +63,11 @@ class NativePasses:
 
         Raises:
             NotNative: one of them cannot be.
-            UserError: one of them is not on the CPU, or of another model.
+            UserError: the cache is of another model.
         """
+        adopted = getattr(cache, "_adopted", None)
+        if adopted and adopted[0] is self._mark and adopted[1] == cache.layers:
+            return
         if not (type(cache) is DynamicCache or isinstance(cache, CompactCache)):
             raise NotNative(f"the cache is a {type(cache).__name__}")
         if cache.offloading:
@@ -73,23 +81,21 @@ class NativePasses:
         for layer, window in zip(cache.layers, self.plan.windows, strict=False):
             if not isinstance(layer, CompactLayer):
                 raise NotNative(f"the cache has a {type(layer).__name__}")
-            if layer.observer is not None and layer.in_order:
-                raise NotNative("a method compacts each layer on the way")
             if window and not (isinstance(layer, WindowLayer) and layer.window == window):
                 raise NotNative("the cache has other windows than the model")
             if layer.store is None:
                 layer.kv_dtype = self._kv_dtype
-            elif layer.store.keys.device.type != "cpu":
-                raise UserError(
-                    f"The cache is on {layer.store.keys.device} and the model on the CPU: read the prompt again."
-                )
+        cache._adopted = self._mark, list(cache.layers)
 
     def has_hooks(self) -> bool:
         """Whether somebody listens to a module inside the model. transformers' own hooks stay once installed, and do
         nothing unless they are asked."""
-        if not any(self._hooks):  # nearly always, and much faster than the line below
+        registered = RemovableHandle.next_id  # PyTorch counts them
+        if registered == self._registered:
             return False
-        return any(hook.__module__ != _CAPTURING for hooks in self._hooks for hook in hooks.values())
+        found = any(hook.__module__ != _CAPTURING for hooks in self._hooks for hook in hooks.values())
+        self._registered = -1 if found else registered
+        return found
 
     def read(
         self,
@@ -114,8 +120,8 @@ class NativePasses:
             Logits `[rows, len(keep), vocabulary]`, fp32.
 
         Raises:
-            NotNative: the mask has gaps, or the cache another number of rows.
-            UserError: a token is outside the vocabulary, or there is none.
+            NotNative: the mask has gaps, the cache another number of rows, or somebody wants to see each layer alone.
+            UserError: a token is outside the vocabulary, or there is none; or the cache has left the CPU.
         """
         if not ids.numel():
             raise UserError(f"There is nothing to read: the input has the shape {list(ids.shape)}.")
@@ -132,22 +138,23 @@ class NativePasses:
         progress: Callable[[int], None] | None,
     ) -> torch.Tensor:
         rows, tokens = ids.shape
-        layers: list[Any] = cache.layers[: self.plan.info.num_hidden_layers]
+        layers: list[Any] = cache.layers
         logical = layers[0].logical
-        if positions is None:
-            positions = torch.arange(logical, logical + tokens, device="cpu")[None]
-        elif tokens > 1 and not self._ascending(positions, mask):
-            raise NotNative("the position ids are not consecutive")
-        positions = positions.long().expand(rows, tokens)
+        if positions is not None:
+            if tokens > 1 and not self._ascending(positions, mask):
+                raise NotNative("the position ids are not consecutive")
+            positions = positions.long().expand(rows, tokens)
         gaps = self._gaps(mask, layers, rows, tokens)
         wanted = range(tokens) if keep is None else keep
-        logits = _floats(rows, len(wanted), self.plan.plan.head.rows)
+        logits = _floats(rows, len(wanted), self._outputs)
         chunk = max(1, _CHUNK // rows)
         if self.plan.rotations_depend_on_length:
-            self.plan.refresh(int(positions.max()) + 1)
-        followed = [layer for layer in layers if type(layer).after_pass is not CompactLayer.after_pass]
+            self.plan.refresh(logical + tokens if positions is None else int(positions.max()) + 1)
+        followed = [layer for layer in layers if layer.follows]
         recent = max((layer.queries_wanted for layer in followed), default=0)
         observed = [layer for layer in layers if layer.observer is not None]
+        if any(layer.in_order for layer in observed):
+            raise NotNative("a method compacts each layer on the way")
         scaling = float(self.plan.plan.attention_scale)
         queries: list[torch.Tensor] = []
         self._make_room(layers, rows, tokens)
@@ -155,10 +162,15 @@ class NativePasses:
         for first in range(0, tokens, chunk):
             last = min(tokens, first + chunk)
             here = [token - first for token in wanted if first <= token < last]
-            part = logits[:, done : done + len(here)] if here else None
+            whole = last - first == tokens  # slices are left out where they can be: at one token they are felt
+            part = None if not here else logits if whole else logits[:, done : done + len(here)]
+            if positions is None:
+                places: Any = _int64s([*range(logical + first, logical + last)] * rows)
+            else:
+                places = positions[:, first:last].contiguous()
             holes = None if gaps is None else self._holes(gaps, tokens - last)
             taken = self._query_buffer(rows * (last - first)) if observed or last > tokens - recent else None
-            self._step(layers, ids[:, first:last], positions[:, first:last], holes, here, part, taken)
+            self._step(layers, ids if whole else ids[:, first:last], places, holes, here, part, taken)
             if taken is not None:  # [layers, rows, heads, tokens, head_dim]
                 seen = taken.unflatten(1, (rows, last - first)).transpose(2, 3)
                 for layer in observed:
@@ -168,10 +180,10 @@ class NativePasses:
             done += len(here)
             if progress is not None:
                 progress(last)
-        whole = torch.cat(queries, 3) if queries else None
+        last_queries = torch.cat(queries, 3) if queries else None
         for layer in followed:
             visible = torch.ones(rows, layer.tail, dtype=torch.bool) if mask is None else mask[:, -layer.tail :].bool()
-            own = None if whole is None else whole[layer.index]
+            own = None if last_queries is None else last_queries[layer.index]
             layer.after_pass(own, visible, scaling)
         return logits
 
@@ -183,7 +195,7 @@ class NativePasses:
         self,
         layers: list[Any],
         ids: torch.Tensor,
-        positions: torch.Tensor,
+        positions: Any,
         holes: torch.Tensor | None,
         keep: Sequence[int],
         out: torch.Tensor | None,
@@ -191,21 +203,12 @@ class NativePasses:
     ) -> None:
         rows, count = ids.shape
         stores = self._native_stores(layers, count)
-        ids, positions = ids.contiguous(), positions.contiguous()
-        places = [row * count + token for row in range(rows) for token in keep]
-        wanted = torch.tensor(places, dtype=torch.int64, device="cpu")
+        ids = ids.contiguous()
+        wanted = _int64s([row * count + token for row in range(rows) for token in keep])
         direct = out is not None and out.is_contiguous()
         logits = None if out is None else out if direct else _floats(*out.shape)
-        step = decoder.Step(
-            ids.data_ptr(),
-            positions.data_ptr(),
-            None if holes is None else holes.data_ptr(),
-            ctypes.addressof(stores),
-            wanted.data_ptr(),
-            None if logits is None else logits.data_ptr(),
-            None if queries is None else queries.data_ptr(),
-            *(rows, count, len(wanted)),
-        )
+        parts = ids, positions, holes, stores, wanted, logits, queries
+        step = decoder.Step(*map(_address, parts), rows, count, len(wanted))
         try:
             decoder.decode(self.plan.plan, step)
             for layer in layers:
@@ -224,23 +227,30 @@ class NativePasses:
 
     def _make_room(self, layers: list[Any], rows: int, tokens: int) -> None:
         """Storage for what is going to be read: all at once, since growing on the way copies what is there."""
-        info = self.plan.info
+        info, short = self.plan.info, []
         for layer in layers:
-            if layer.store is not None and layer.store.rows != rows:
-                raise NotNative(f"the cache has {layer.store.rows} rows, the input {rows}")
-        for layer in layers:
+            store = layer.store
+            if store is None or store.spare < tokens:
+                short.append(layer)
+            if store is not None and store.rows != rows:
+                raise NotNative(f"the cache has {store.rows} rows, the input {rows}")
+            if store is not None and not store.keys.is_cpu:
+                raise UserError(f"The cache is on {store.keys.device} and the model on the CPU: read the prompt again.")
+        for layer in short:
             room = 0 if layer.is_sliding else tokens  # what has a window makes it on the way, of what is out of sight
             if layer.store is None:
                 layer.begin(rows, info.num_key_value_heads, info.head_dim, self._kv_dtype, "cpu", room + 64)
-            elif layer.store.spare < room:
+            else:
                 layer.make_room(room)
 
     def _native_stores(self, layers: list[Any], count: int) -> Any:
+        layouts = []
         for layer in layers:
             if layer.store.spare < count:
                 layer.make_room(count)
+            layouts.append(layer.store.layout)
         known, stores = self._seen
-        if [layer.store.layout for layer in layers] != known:
+        if layouts != known:
             for layer in layers:
                 self._fit(layer)
             stores = (KeyValues * len(layers))(*(layer.store.native() for layer in layers))
@@ -290,6 +300,16 @@ class NativePasses:
     def _holes(gaps: torch.Tensor, left: int) -> torch.Tensor:
         """`gaps` as seen from the end of a stretch behind which `left` tokens are still to come."""
         return (gaps - left).clamp(min=0).contiguous()
+
+
+def _int64s(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
+    """Some numbers for the native pass, made in a fraction of the time that a tensor takes."""
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def _address(part: Any) -> int | None:
+    """Where a tensor or an array lies."""
+    return None if part is None else part.data_ptr() if isinstance(part, torch.Tensor) else ctypes.addressof(part)
 
 
 def _floats(*shape: int) -> torch.Tensor:

@@ -78,11 +78,16 @@ def call(kernel: str, *arguments: Any) -> None:
         MemoryError: there is not enough memory.
     """
     given = [ctypes.byref(part) if isinstance(part, ctypes.Structure) else part for part in arguments]
-    code = getattr(library(), f"lissom_{kernel}")(*given, torch.get_num_threads())
+    code = _function(kernel)(*given, torch.get_num_threads())
     if code == -2:
         raise MemoryError(f"There is not enough memory for {kernel}.")
     if code:
         raise ValueError(f"The arguments of {kernel} do not fit together.")
+
+
+@cache
+def _function(kernel: str) -> Any:
+    return getattr(library(), f"lissom_{kernel}")
 
 
 def say_reference(kernel: str, like: torch.Tensor) -> None:

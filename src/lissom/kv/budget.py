@@ -163,6 +163,8 @@ class BudgetLayer(CompactLayer):
             whether they are real, `[rows, tokens]`.
     """
 
+    follows = True
+
     def __init__(self, settings: KVBudget, share: int) -> None:
         super().__init__()
         self.settings, self.share, self.paused = settings, share, False

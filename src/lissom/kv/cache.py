@@ -41,11 +41,13 @@ class CompactLayer(CacheLayerMixin):
         observer: called with (layer, query, scaling, first), where a compaction wants the queries `[rows, query heads,
             tokens, head_dim]` from token `first` of the pass on; their keys and values are stored already.
         in_order: whether the observer changes the storage, and must be called before the layer's attention.
+        follows: whether `after_pass` does anything.
     """
 
     is_sliding = False
     is_croppable = True
     supports_early_init = False
+    follows = False
 
     def __init__(self) -> None:
         self.store: RaggedStore | None = None
