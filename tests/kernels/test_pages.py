@@ -33,3 +33,25 @@ def test_tensors_of_a_mapped_file_get_memory_of_their_own(tmp_path):
     assert alias.data_ptr() == mapped.data_ptr()  # one copy for what shared memory
     assert torch.equal(mapped, wanted)
     assert own.data_ptr() == other
+
+
+@pytest.mark.parametrize("like", [torch.empty(0, dtype=torch.bfloat16), torch.empty(0, device="meta")], ids=str)
+def test_zeros_of_any_size(like):
+    for shape in ((0,), (3, 5), (50_000, 64)):
+        made = pages.zeros(like, shape)
+        assert (made.shape, made.dtype, made.device) == (torch.Size(shape), like.dtype, like.device)
+        assert made.is_meta or not made.any()
+
+
+def test_large_zeros_are_in_huge_pages():
+    with open("/sys/kernel/mm/transparent_hugepage/enabled") as setting:
+        if "[never]" in setting.read():
+            pytest.skip("the system has none")
+
+    def huge() -> int:
+        with open("/proc/self/smaps_rollup") as lines:
+            return next(int(line.split()[1]) for line in lines if line.startswith("AnonHugePages"))
+
+    before = huge()
+    made = pages.zeros(torch.empty(0), (50_000_000,))
+    assert huge() - before > made.nbytes / 1024 / 2

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-_HUGE = 2**21
-_COLLAPSE = 25  # MADV_COLLAPSE, since Linux 6.1
+_SMALL, _HUGE = 2**12, 2**21
+_WANTED, _COLLAPSE = 14, 25  # MADV_HUGEPAGE; MADV_COLLAPSE, since Linux 6.1
 
 
 @cache
@@ -36,6 +36,16 @@ def collapse(tensors: Iterable[torch.Tensor]) -> None:
     for page, size in covered.items():
         if 2 * size >= _HUGE:  # else it would mostly hold something else
             _madvise()(page * _HUGE, _HUGE, _COLLAPSE)
+
+
+def zeros(like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """`like.new_zeros(shape)`, in huge pages where it is large."""
+    tensor = like.new_empty(shape)
+    if tensor.is_cpu and tensor.nbytes >= _HUGE and _madvise() is not None:
+        begin = -(-tensor.data_ptr() // _SMALL) * _SMALL
+        # Before it is written to: then they are made huge at once, and not moved.
+        _madvise()(begin, (tensor.data_ptr() + tensor.nbytes - begin) // _SMALL * _SMALL, _WANTED)
+    return tensor.zero_()
 
 
 def unmap(tensors: Iterable[torch.Tensor]) -> None:

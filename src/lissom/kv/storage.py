@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lissom.errors import UserError
+from lissom.kernels import pages
 from lissom.kernels.ragged_attention import KV_TYPES, KeyValues
 
 _layouts = count()
@@ -99,7 +100,7 @@ class RaggedStore:
             starts = ends - lengths - spare
             new: dict[str, Any] = {}
             for name, column in blocks[0].items():
-                buffer = new[name] = column.new_zeros((int(ends[-1]), *column.shape[1:]))
+                buffer = new[name] = pages.zeros(column, (int(ends[-1]), *column.shape[1:]))
                 for start, block in zip(starts.tolist(), blocks, strict=True):
                     buffer[start : start + len(block[name])] = block[name]
         # All at once: an interrupt must not leave old buffers under new lengths.
