@@ -283,7 +283,7 @@ class Pass {
       for (int64_t h = 0; h < plan_.kv_heads; ++h) {
         const int64_t block = row * plan_.kv_heads + h, slot = store.starts[block] + store.lengths[block] + token;
         isa_.append(store, slot, vector + heads_ + h * size, vector + heads_ + (plan_.kv_heads + h) * size, size,
-                    step_.positions[v]);
+                    step_.first + token);
       }
     }
   }

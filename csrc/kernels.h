@@ -140,13 +140,14 @@ struct Plan {
 };
 
 struct Step {
-  const int64_t *tokens, *positions;  // [rows][count]
+  const int64_t *tokens, *positions;  // [rows][count]; positions are what rotations turn by
   const int64_t* holes;               // see Attention
   KeyValues* stores;                  // [layers]
   const int64_t* wanted;              // [outputs]: indices row * count + token whose logits are wanted
   float* logits;                      // [outputs][vocabulary]
   float* queries;                     // [layers][rows * count][query heads * head_dim], rotated; or null
   int64_t rows, count, outputs;
+  int64_t first;  // how many tokens were read before, padding included: the stored position of the first one
 };
 
 struct Kernels {

@@ -68,6 +68,8 @@ def tiny_model(architecture: str, attn_implementation: str = "sdpa", **changes: 
         for name, parameter in model.named_parameters():
             if name.endswith(".bias"):
                 parameter.normal_(0, 0.2)
+            elif parameter.ndim == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
     model.generation_config.pad_token_id = 0
     return model
 

@@ -42,6 +42,16 @@ def test_rtn_is_the_oracle_s():
     assert np.array_equal(coded.mins.numpy(), weight.reshape(5, 2, 32).min(-1).astype(np.float16))
 
 
+@pytest.mark.parametrize("format", list(GRIDS))
+def test_a_short_last_group_has_its_own_range(format):
+    """Its padding does not widen it: 8 weights alone are rounded as well as behind others."""
+    weight = torch.rand(4, 40, generator=torch.Generator().manual_seed(1)) + 5
+    whole, alone = rtn(weight, GRIDS[format], 32), rtn(weight[:, 32:], GRIDS[format], 32)
+    assert whole.values()[:, 32:].equal(alone.values()) and whole.scales[:, 1:].equal(alone.scales)
+    if format == "q4_min":
+        assert (alone.values() - weight[:, 32:]).abs().max() < 1 / 15
+
+
 def test_weights_on_the_grid_are_kept():
     """A group that uses both ends of its grid comes back as it was."""
     codes = torch.arange(64, dtype=torch.uint8).remainder(16).repeat(8, 1)

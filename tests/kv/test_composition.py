@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import nullcontext
 from itertools import permutations
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from tiny import random_ids, tiny_model
 from transformers import DynamicCache
 
-from lissom import AttentionMatching, Eviction, KVBudget, compact
+from lissom import AttentionMatching, Eviction, KVBudget, NativeDecode, compact
 
 IDS = random_ids(100)
 METHODS = {
@@ -116,3 +117,19 @@ def test_a_padded_row_is_sampled_as_it_would_be_alone(method):
     for (_, ours), (_, theirs) in zip(both.compact_layers(), alone.compact_layers(), strict=True):
         for head in range(2):
             assert ours.store.block(2 + head).positions.equal(theirs.store.block(head).positions)
+
+
+@pytest.mark.parametrize("score", ["h2o", "streaming-llm"])
+def test_a_budget_knows_padding_natively_too(score):
+    """The rows of a padded batch keep the entries that they keep in transformers' own passes, and alone."""
+    model, ids = tiny_model("llama"), random_ids(60, rows=2)
+    mask = torch.ones_like(ids)
+    mask[1, :35] = 0
+    budget = KVBudget("100KB", score)
+    kept = []
+    for native in (NativeDecode(kv="fp32"), None):
+        cache = DynamicCache(config=model.config)
+        with budget(model), native(model) if native else nullcontext(), torch.no_grad():
+            model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=20, do_sample=False)
+        kept.append([[block.positions.tolist() for block in layer.store.blocks()] for layer in cache.layers])
+    assert kept[0] == kept[1]

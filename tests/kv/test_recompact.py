@@ -30,7 +30,7 @@ def test_a_second_compaction_is_nearer_than_eviction_after_the_first(architectur
     """Averaged over seeds of the document; an eviction loses the mass of what it drops, and the biases with it."""
     model = tiny_model(architecture)
     errors = {"matching": 0.0, "eviction": 0.0}
-    for seed in range(4):
+    for seed in range(8):
         ids = random_ids(150, seed=seed)
         once = compact(model, ids, ratio=0.5)
         full = answer(model, compact(model, ids, ratio=1.0))

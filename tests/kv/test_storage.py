@@ -191,3 +191,11 @@ def test_int8_shows_what_it_cannot_hold():
     codes, scales = to_int8(vectors)
     back = codes.float() * scales.float()[:, None]
     assert not back[:3, 0].isfinite().any() and back[3].allclose(vectors[3], atol=0.02)
+
+
+def test_what_is_appended_has_no_bias_of_what_was_there():
+    keys = torch.ones(3, SIZE)
+    store = RaggedStore([Block(keys, keys, torch.arange(3), torch.tensor([1.0, 2.0, 3.0]))], 1, spare=2)
+    store.drop_last(2)
+    store.append(torch.ones(1, 1, 2, SIZE), torch.ones(1, 1, 2, SIZE), 3)
+    assert store.block(0).bias.tolist() == [1.0, 0.0, 0.0] and store.block(0).positions.tolist() == [0, 3, 4]

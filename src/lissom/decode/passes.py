@@ -208,7 +208,7 @@ class NativePasses:
         direct = out is not None and out.is_contiguous()
         logits = None if out is None else out if direct else _floats(*out.shape)
         parts = ids, positions, holes, stores, wanted, logits, queries
-        step = decoder.Step(*map(_address, parts), rows, count, len(wanted))
+        step = decoder.Step(*map(_address, parts), rows, count, len(wanted), layers[0].logical)
         try:
             decoder.decode(self.plan.plan, step)
             for layer in layers:

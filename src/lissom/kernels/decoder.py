@@ -66,7 +66,7 @@ class Step(ctypes.Structure):
             (name, ctypes.c_void_p)
             for name in ("tokens", "positions", "holes", "stores", "wanted", "logits", "queries")
         ),
-        *((name, ctypes.c_int64) for name in ("rows", "count", "outputs")),
+        *((name, ctypes.c_int64) for name in ("rows", "count", "outputs", "first")),
     )
 
 
