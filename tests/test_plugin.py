@@ -117,7 +117,8 @@ def test_the_embedded_model_as_packed(tmp_path):
 
 def test_the_model_without_its_head(tmp_path):
     model, ids = saved(tmp_path / "a"), random_ids(20)
-    body = AutoModel.from_pretrained(tmp_path / "a")
+    body, report = AutoModel.from_pretrained(tmp_path / "a", output_loading_info=True)
+    assert not report["missing_keys"] and report["unexpected_keys"] == {"lm_head.quants", "lm_head.scales"}
     torch.testing.assert_close(body(ids).last_hidden_state, model.model(ids).last_hidden_state)
     body.save_pretrained(tmp_path / "b")
     again = AutoModel.from_pretrained(tmp_path / "b")

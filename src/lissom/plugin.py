@@ -7,6 +7,7 @@ transformers itself is being imported, so it takes the rest of lissom only where
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import torch
@@ -106,10 +107,11 @@ class PackedQuantizer(HfQuantizer):
         return tensors, {"padding": _padding(tensors)}
 
     def get_weight_conversions(self) -> list[Any]:
-        """See `HfQuantizer`. Names that do not exist after the renaming keep what they were called."""
+        """See `HfQuantizer`: packed matrices, and no others, have codes where plain ones have weights."""
         from transformers.core_model_loading import WeightRenaming
 
-        return [WeightRenaming(rf"\.{_SAVED}$", f".{_CODES}")]
+        names = "|".join(rf"(?<={re.escape(name)})" for name in self.quantization_config.matrices)
+        return [WeightRenaming(rf"(?:{names})\.{_SAVED}$", f".{_CODES}")] if names else []
 
     def is_serializable(self) -> bool:
         """See `HfQuantizer`."""
