@@ -32,11 +32,15 @@ def markdown(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(["| " + " | ".join(headings) + " |", rule, *("| " + " | ".join(line) + " |" for line in lines)])
 
 
+def counted(threads: int) -> str:
+    return f"{threads} thread{'s' * (threads > 1)}"
+
+
 def stamp(facts: dict[str, Any]) -> str:
     """Where, with what and when it was measured."""
     machine, versions = facts["machine"], facts["versions"]
     return (
-        f"{machine['cpu']}, {machine['threads']} threads, torch {versions['torch']}, "
+        f"{machine['cpu']}, {counted(machine['threads'])}, torch {versions['torch']}, "
         f"transformers {versions['transformers']}, {facts['date'][:10]}."
     )
 
@@ -228,7 +232,7 @@ def _decode(part: str) -> list[str]:
                 line += [own, _times(rows, where, label, "decode")]
             peak = rows[f"{part}/threads {counts[-1]}/context {context}/{label}/peak memory"]
             lines.append([*line, f"{peak['value'] / 1e6:.0f} MB"])
-        threads = [f"{count} thread{'s' * (count > 1)}" for count in counts]
+        threads = [counted(count) for count in counts]
         headings = ["tokens/s [95 %]", *(h for t in threads for h in (t, "lissom is x times as fast")), "peak memory"]
         parts.append(f"**Behind {context} tokens**\n\n{markdown(headings, lines)}")
     return parts

@@ -132,7 +132,9 @@ def test_in_another_dtype(tmp_path):
     assert model(random_ids(8)).logits.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("first,second", [("lissom", "transformers"), ("transformers", "lissom")])
+@pytest.mark.parametrize(
+    "first,second", [("lissom", "transformers"), ("transformers", "lissom"), ("lissom.plugin", "transformers")]
+)
 def test_a_process_that_only_imports_lissom(tmp_path, first, second):
     saved(tmp_path)
     code = f"import {first}, {second}\n" + (

@@ -28,23 +28,19 @@ class _AfterRegistry(MetaPathFinder):
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
-                _register(module)
+                _register()
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
-def _register(registry: ModuleType) -> None:
-    from lissom.plugin import NAME, PackedConfig, PackedQuantizer
-
-    if NAME not in registry.AUTO_QUANTIZER_MAPPING:
-        registry.register_quantization_config(NAME)(PackedConfig)
-        registry.register_quantizer(NAME)(PackedQuantizer)
+def _register() -> None:
+    import lissom.plugin  # noqa: F401  which registers itself
 
 
 def install() -> None:
     """Register now where transformers' registry is loaded, otherwise as soon as it is."""
     if _REGISTRY in sys.modules:
-        _register(sys.modules[_REGISTRY])
+        _register()
     else:
         sys.meta_path.insert(0, _AfterRegistry())

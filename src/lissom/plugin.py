@@ -195,3 +195,14 @@ def _padding(tensors: dict[str, torch.Tensor]) -> str:
         offset = end
     length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
     return " " * (-(8 + length + start) % _LINE)
+
+
+def _register() -> None:
+    from transformers.quantizers import auto  # here: transformers may be in the middle of importing it
+
+    if NAME not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantization_config(NAME)(PackedConfig)
+        auto.register_quantizer(NAME)(PackedQuantizer)
+
+
+_register()
