@@ -80,6 +80,7 @@ class Pass {
     attention_.scale = plan.attention_scale;
     attention_.softcap = plan.attention_softcap;
     attention_.holes = step.holes;
+    attention_.sparse = step.sparse;
   }
 
   void run(int64_t threads) {
@@ -294,6 +295,7 @@ class Pass {
     for (int64_t block = 0; block < step_.rows * plan_.kv_heads; ++block) store.lengths[block] += step_.count;
     attention_.store = &store;
     attention_.window = layer.window;
+    attention_.sparse = step_.sparse ? step_.sparse + index : nullptr;
     attention_.out = const_cast<float*>(input_.values);
     attending.prepare(index);
   }

@@ -85,16 +85,50 @@ struct KeyValues {
   int64_t type, capacity;
 };
 
+// Attention in which tiles of queries meet only some blocks of entries. Blocks and tiles are counted from the first
+// entry that is no padding.
+enum Scoring : int64_t {
+  kGiven = 0,          // `selected` says which
+  kBlockMaximum = 1,   // energy of a block: the sum of e^logit with its mean key over the tile's queries
+  kRowNormalised = 2,  // the same, with the softmax over the blocks instead of e^logit
+};
+struct Sparse {
+  const float* alpha;   // [query heads]: blocks of less than this share of the largest energy are left out
+  uint8_t* selected;    // [rows][lists][tiles][blocks]: read where kGiven, written otherwise; or null
+  float* dropped;       // [rows][query_heads][tokens]: estimated share of the mass that was left out; or null
+  float* seconds;       // what it took is added to this; or null
+  int64_t scoring, size;  // entries of a block
+  int64_t sink, window, last;  // blocks that are always met: first ones, latest ones; tiles at the end that meet all
+  int64_t shared;       // whether the query heads of a KV head share a list, and the queries of a tile
+  int64_t corrected;    // whether a block that is left out counts as its mean, as many times as it has entries
+  int64_t following;    // tokens that will still be read
+  int64_t tiles, blocks;  // extents of `selected`
+};
+
 struct Attention {
   const float* query;    // [rows][tokens][query_heads][head_dim]
   float* out;            // the same, dense but for its stride
+  float* lse;            // [rows][query_heads][tokens], logarithm of the mass; or null
+  const Sparse* sparse;  // or null: all entries
   const KeyValues* store;
   const uint8_t* mask;   // [rows][tokens][masked] for the last `masked` entries of a block, or null: causal
   const int64_t* holes;  // [rows][2]: entries from `first` to `second` places before the end are hidden; or null
   int64_t rows, query_heads, kv_heads, tokens, head_dim, masked;
   int64_t query_stride, out_stride;  // floats from token to token
   int64_t window;        // a query sees this many entries at most, itself included; 0 = all
+  int64_t halves;        // whether many queries may meet fp32 entries rounded to bfloat16
   float scale, softcap;  // softcap 0 = none
+};
+
+// Queries that go over the entries together: of `tokens` and, in each, of `heads` of the group of one (row, KV head).
+struct Tile {
+  int64_t block, token, tokens, head, heads;
+  int64_t begin, end;     // entries
+  const int32_t* blocks;  // only these, of `size` entries from `begin` on, ascending; or null: all
+  int64_t count, size;
+  const float *keys, *values;  // means of blocks; null where what is left out does not count
+  int64_t whole;          // blocks, from the first on, that all queries see all of
+  float* dropped;         // [vectors]: the mass of blocks that are left out, as a logarithm; or null
 };
 
 // See attention_statistics.inc.
@@ -145,17 +179,21 @@ struct Step {
   KeyValues* stores;                  // [layers]
   const int64_t* wanted;              // [outputs]: indices row * count + token whose logits are wanted
   float* logits;                      // [outputs][vocabulary]
+  const Sparse* sparse;               // [layers]: how each attends to a prompt; or null
   float* queries;                     // [layers][rows * count][query heads * head_dim], rotated; or null
   int64_t rows, count, outputs;
   int64_t first;  // how many tokens were read before, padding included: the stored position of the first one
 };
 
 struct Kernels {
-  // One (row, KV head) of `tokens` from `token` on, entries from `begin` to `end`: running maximum and mass [vectors],
-  // and the weighted sum of values [vectors][head_dim], where vector = token * group + query head.
-  void (*attend)(const Attention&, int64_t block, int64_t token, int64_t tokens, int64_t begin, int64_t end, float* top,
-                 float* mass, float* sum, float* scratch);
+  // Maximum and mass [vectors], and the weighted sum of values [vectors][head_dim], where vector = token * heads + head.
+  void (*attend)(const Attention&, const Tile&, float* top, float* mass, float* sum, float* scratch);
   int64_t (*attend_scratch)(int64_t head_dim, int64_t vectors);  // floats
+  // See select.inc.
+  void (*pool)(const Attention&, int64_t block, int64_t first, int64_t count, float* key, float* value);
+  void (*energies)(const Attention&, const Tile&, const float* means, int64_t blocks, int64_t scoring, float* out,
+                   float* scratch);
+  int64_t (*energies_scratch)(int64_t head_dim, int64_t vectors);  // floats
   void (*append)(const KeyValues&, int64_t slot, const float* key, const float* value, int64_t head_dim,
                  int64_t position);
 

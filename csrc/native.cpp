@@ -159,8 +159,9 @@ int lissom_set_isa(int isa) {
 // Sizes of the structs, so that a caller whose idea of them differs can tell.
 int64_t lissom_sizeof(int which) {
   constexpr int64_t sizes[] = {sizeof(Matrix), sizeof(KeyValues), sizeof(Attention), sizeof(AttentionStatistics),
-                               sizeof(Layer),  sizeof(Rope),      sizeof(Plan),      sizeof(Step)};
-  return which >= 0 && which < 8 ? sizes[which] : -1;
+                               sizeof(Layer),  sizeof(Rope),      sizeof(Plan),      sizeof(Step),
+                               sizeof(Sparse)};
+  return which >= 0 && which < 9 ? sizes[which] : -1;
 }
 
 // Each kernel returns 0, -1 for arguments that do not fit together, or -2 where there is not enough memory.

@@ -6,20 +6,23 @@
 // The kernels of the instruction set that was chosen.
 const Kernels& kernels();
 
-// Attention of all queries of `a` over its store, on the members of a team, up to `times` times. A phase or two each.
+// Attention of all queries of `a` over its store, on the members of a team, up to `times` times.
 class Attending {
  public:
   Attending(const Attention& a, const Kernels& isa, int64_t times);
   int64_t scratch() const;  // floats that each member needs
-  static constexpr int64_t kPhases = 2;
+  static constexpr int64_t kPhases = 4;
 
   // Every member of the team calls this; `prepare` by one of them before, when the store's lengths are final.
   void prepare(int64_t time);
   template <typename Then>
   void run(Team::Member& member, int64_t time, const Then& then) {
     const Extent& extent = extents_[time];
+    member.share(extent.pools, [&](int64_t unit) { pool(unit); });
+    member.share(extent.pools ? extent.units : 0, [&](int64_t unit) { select(units_[unit], member.scratch); }, [&] { order(); });
     member.share(extent.units, [&](int64_t unit) { attend(units_[unit], member.scratch); },
                  [&] {
+                   finish();
                    if (!extent.split) then();
                  });
     if (extent.split) member.share(blocks(), [&](int64_t block) { join(block); }, then);
@@ -27,24 +30,44 @@ class Attending {
 
  private:
   struct Unit {
-    int64_t block, token, tokens, begin, end, part;
+    int64_t block, token, tokens, head, heads;
+    int64_t begin, end;  // entries
+    int64_t number;      // of its part or list
+    int64_t tile;        // number among those of its row, from the first token that is no padding; -1: all padding
+    int64_t work;        // entries that it meets
   };
   // Kept for every time: a member that comes late must find the phases as they were, while others prepare a later time.
   struct Extent {
-    int64_t units;
+    int64_t units, pools;
     bool split;
   };
   int64_t blocks() const { return a_.rows * a_.kv_heads; }
   int64_t group() const { return a_.query_heads / a_.kv_heads; }
+  int64_t origin(int64_t row) const;  // entries of padding
+  bool is_sparse() const;
+  void prepare_dense();
+  void prepare_sparse();
+  void pool(int64_t unit);
+  void select(Unit& unit, float* scratch);
+  void order();
+  void finish();
+  Tile tile(const Unit& unit) const;
   void attend(const Unit& unit, float* scratch);
   void join(int64_t block);
-  void write(int64_t block, int64_t token, int64_t tokens, const float* mass, const float* sum);
+  void write(const Unit& unit, const float* top, const float* mass, const float* sum, const float* dropped);
 
   const Attention& a_;
   const Kernels& isa_;
-  int64_t tokens_;       // of a unit
+  int64_t tokens_;       // of a dense unit
+  int64_t vectors_;      // of any unit
   bool split_ = false;   // whether the entries of a block are shared out over several units
+  bool sparse_ = false;
+  int64_t means_each_ = 0;  // blocks of entries of a (row, KV head)
   std::vector<Unit> units_;
   std::vector<Extent> extents_;
-  std::vector<float> parts_;  // of each unit, where they are split: top, mass, sum
+  std::vector<float> parts_;    // of each unit: top, mass, sum where they are split, energies where they are sparse
+  std::vector<float> means_;    // [rows * kv_heads][keys, values][means_each][head_dim]
+  std::vector<int32_t> lists_;  // of each unit, where they are sparse: [means_each]
+  std::vector<int64_t> counts_;
+  std::chrono::steady_clock::time_point begun_;
 };

@@ -217,9 +217,10 @@ class Store {
   double value_step(int64_t slot, double x) const { return step(value_scales_, slot, x); }
   int64_t start(int64_t block) const { return starts_[block]; }
 
-  // out [head_dim] = attention of one query over the entries of a block that `sees(entry)`.
+  // out [head_dim] = attention of one query over the entries of a block that `sees(entry)`; returns the logarithm of
+  // the mass.
   template <typename Sees>
-  void attend(int64_t block, const double* query, double scale, double softcap, const Sees& sees, double* out) const {
+  double attend(int64_t block, const double* query, double scale, double softcap, const Sees& sees, double* out) const {
     std::vector<double> logits(lengths[block], -INFINITY);
     double top = -INFINITY, mass = 0.0;
     for (int64_t j = 0; j < lengths[block]; ++j) {
@@ -238,6 +239,7 @@ class Store {
       for (int64_t d = 0; d < head_dim_; ++d) out[d] += weight * value(starts_[block] + j, d);
     }
     for (int64_t d = 0; mass > 0 && d < head_dim_; ++d) out[d] /= mass;
+    return top + std::log(mass);
   }
 
   KeyValues view{};

@@ -207,7 +207,7 @@ class NativePasses:
         wanted = _int64s([row * count + token for row in range(rows) for token in keep])
         direct = out is not None and out.is_contiguous()
         logits = None if out is None else out if direct else _floats(*out.shape)
-        parts = ids, positions, holes, stores, wanted, logits, queries
+        parts = ids, positions, holes, stores, wanted, logits, None, queries
         step = decoder.Step(*map(_address, parts), rows, count, len(wanted), layers[0].logical)
         try:
             decoder.decode(self.plan.plan, step)

@@ -64,7 +64,7 @@ class Step(ctypes.Structure):
     _fields_ = (
         *(
             (name, ctypes.c_void_p)
-            for name in ("tokens", "positions", "holes", "stores", "wanted", "logits", "queries")
+            for name in ("tokens", "positions", "holes", "stores", "wanted", "logits", "sparse", "queries")
         ),
         *((name, ctypes.c_int64) for name in ("rows", "count", "outputs", "first")),
     )

@@ -22,11 +22,11 @@ class KeyValues(ctypes.Structure):
     )
 
 
-class _Attention(ctypes.Structure):
+class Attention(ctypes.Structure):
     """Mirror of `struct Attention` in csrc/kernels.h."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("query", "out", "store", "mask", "holes")),
+        *((name, ctypes.c_void_p) for name in ("query", "out", "lse", "sparse", "store", "mask", "holes")),
         *(
             (name, ctypes.c_int64)
             for name in (
@@ -40,6 +40,7 @@ class _Attention(ctypes.Structure):
                     "query_stride",
                     "out_stride",
                     "window",
+                    "halves",
                 ),
             )
         ),
@@ -48,7 +49,7 @@ class _Attention(ctypes.Structure):
 
 
 native.mirror(1, KeyValues)
-native.mirror(2, _Attention)
+native.mirror(2, Attention)
 KV_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 
@@ -141,13 +142,28 @@ def ragged_attention(
     tensors = (keys, values, key_scales, value_scales, bias, None, starts, lengths)
     store = KeyValues(*(None if t is None else t.data_ptr() for t in tensors), KV_TYPES[keys.dtype], len(keys))
     heads, masked = len(starts) // rows, 0 if mask is None else mask.shape[-1]
-    arguments = _Attention(
+    arguments = Attention(
         vectors.data_ptr(),
         output.data_ptr(),
+        None,
+        None,
         ctypes.addressof(store),
         None if mask is None else mask.data_ptr(),
         None,
-        *(rows, query_heads, heads, queries, size, masked, query_heads * size, query_heads * size, 0, scale, softcap),
+        *(
+            rows,
+            query_heads,
+            heads,
+            queries,
+            size,
+            masked,
+            query_heads * size,
+            query_heads * size,
+            0,
+            0,
+            scale,
+            softcap,
+        ),
     )
     try:
         native.call("ragged_attention", arguments)

@@ -1,0 +1,196 @@
+"""Attention of a prompt's tokens over chosen blocks of entries, on the CPU: native, with the choice made in the kernel."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Self
+
+import torch
+
+from lissom.kernels import native
+from lissom.kernels.ragged_attention import KV_TYPES, Attention, KeyValues
+
+SCORINGS = ("given", "flashprefill", "row-normalised")
+SIZES = (64, 128)  # blocks that the kernel is made for
+TILE = 128  # queries that have a list of blocks together
+
+
+class Sparse(ctypes.Structure):
+    """Mirror of `struct Sparse` in csrc/kernels.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("alpha", "selected", "dropped", "seconds")),
+        *(
+            (name, ctypes.c_int64)
+            for name in (
+                *("scoring", "size", "sink", "window", "last", "shared", "corrected", "following", "tiles", "blocks"),
+            )
+        ),
+    )
+
+
+native.mirror(8, Sparse)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How blocks are chosen.
+
+    Attributes:
+        scoring: one of `SCORINGS`; `given` takes them from the caller.
+        size: entries of a block, one of `SIZES`.
+        sink, window: first and latest blocks that are always met.
+        last: tiles at the end of the prompt that meet everything.
+        shared: whether the query heads of a KV head, and a tile's queries of all of them, have one list.
+        corrected: whether a block that is left out counts as its mean, as many times as it has entries.
+        following: tokens of the prompt that will be read later.
+    """
+
+    scoring: str = "flashprefill"
+    size: int = 128
+    sink: int = 2
+    window: int = 4
+    last: int = 2
+    shared: bool = False
+    corrected: bool = False
+    following: int = 0
+
+    def given(self) -> Self:
+        """The same, but for the blocks, which the caller chooses."""
+        return replace(self, scoring="given")
+
+    def numbers(self) -> list[int]:
+        """In the order of the native struct."""
+        scoring = SCORINGS.index(self.scoring)
+        shared, corrected = int(self.shared), int(self.corrected)
+        return [scoring, self.size, self.sink, self.window, self.last, shared, corrected, self.following]
+
+    def extents(self, tokens: int, entries: int, padding: list[int], group: int) -> tuple[int, int]:
+        """Tiles and blocks of a selection, the most that any row has."""
+        wide = max(1, TILE // group) if self.shared else TILE
+        tiles = max((entries - p - 1) // wide - max(0, entries - tokens - p) // wide + 1 for p in padding)
+        return tiles, -(-(entries - min(padding)) // self.size)
+
+
+class SparseAttention(NamedTuple):
+    """What `sparse_attention` gives.
+
+    Attributes:
+        output: `[rows, query heads, tokens, head_dim]`, in the dtype of the query; zero where a query is padding.
+        lse: fp32 `[rows, query heads, tokens]`, the logarithm of the sum of e to the logits that were met.
+        selected: bool `[rows, lists, tiles, blocks]`.
+        dropped: fp32 `[rows, query heads, tokens]`, the estimated share of the attention that was left out; or empty.
+    """
+
+    output: torch.Tensor
+    lse: torch.Tensor
+    selected: torch.Tensor
+    dropped: torch.Tensor
+
+
+def sparse_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    rules: Rules,
+    *,
+    alpha: torch.Tensor,
+    scale: float,
+    padding: list[int] | None = None,
+    selected: torch.Tensor | None = None,
+    halves: bool = False,
+    estimate: bool = False,
+) -> SparseAttention:
+    """Softmax attention of the last tokens of each row over blocks of its entries, causal, on the CPU.
+
+    Args:
+        query: `[rows, query heads, tokens, head_dim]`, of the last `tokens` entries.
+        keys, values: `[rows, KV heads, entries, head_dim]`.
+        alpha: fp32 `[query heads]`; shared lists take that of the first head of the group.
+        scale: factor on query · key.
+        padding: entries before the first real one, for each row.
+        selected: bool `[rows, lists, tiles, blocks]` where `rules.scoring` is `given`.
+        halves: whether fp32 keys and values may be rounded to bf16 where the processor multiplies those faster.
+        estimate: whether `dropped` is wanted.
+
+    Raises:
+        MemoryError: there is not enough memory.
+    """
+    parts = _sparse_attention(
+        query, keys, values, alpha, padding or [0] * len(query), selected, scale, rules.numbers(), halves, estimate
+    )
+    return SparseAttention(*parts)
+
+
+@torch.library.custom_op("lissom::sparse_attention", mutates_args=())
+def _sparse_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    alpha: torch.Tensor,
+    padding: list[int],
+    given: torch.Tensor | None,
+    scale: float,
+    numbers: list[int],
+    halves: bool,
+    estimate: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    rows, heads, tokens, size = query.shape
+    kv_heads, entries = keys.shape[1:3]
+    vectors = query.transpose(1, 2).float().contiguous()
+    keys, values = (part if part.dtype in KV_TYPES else part.float() for part in (keys, values))
+    keys, values = keys.contiguous(), values.contiguous()
+    output, lse = torch.empty_like(vectors), vectors.new_empty(rows, heads, tokens)
+    dropped = torch.empty_like(lse) if estimate else lse.new_empty(0)
+    selected = (
+        _empty_selection(query, keys, padding, numbers)
+        if given is None
+        else given.to(torch.bool).clone(memory_format=torch.contiguous_format)
+    )
+    alpha = alpha.float().contiguous()
+    starts = torch.arange(rows * kv_heads) * entries
+    lengths = torch.full_like(starts, entries)
+    store = KeyValues(
+        *(keys.data_ptr(), values.data_ptr(), None, None, None, None, starts.data_ptr(), lengths.data_ptr()),
+        *(KV_TYPES[keys.dtype], len(starts) * entries),
+    )
+    sparse = Sparse(
+        *(alpha.data_ptr(), selected.data_ptr(), dropped.data_ptr() if estimate else None, None),
+        *(*numbers, *selected.shape[2:]),
+    )
+    holes = torch.tensor([[entries, entries - p] for p in padding])
+    arguments = Attention(
+        *(vectors.data_ptr(), output.data_ptr(), lse.data_ptr(), ctypes.addressof(sparse), ctypes.addressof(store)),
+        *(None, holes.data_ptr() if any(padding) else None),
+        *(rows, heads, kv_heads, tokens, size, 0, heads * size, heads * size, 0, int(halves), scale, 0.0),
+    )
+    native.call("ragged_attention", arguments)
+    return output.transpose(1, 2).to(query.dtype), lse, selected, dropped
+
+
+def _empty_selection(query: torch.Tensor, keys: torch.Tensor, padding: list[int], numbers: list[int]) -> torch.Tensor:
+    _, size, _, _, _, shared, _, _ = numbers
+    rules = Rules(size=size, shared=bool(shared))
+    group = query.shape[1] // keys.shape[1]
+    extents = rules.extents(query.shape[2], keys.shape[2], padding, group)
+    lists = keys.shape[1] if shared else query.shape[1]
+    return torch.zeros(len(query), lists, *extents, dtype=torch.bool, device="cpu")
+
+
+@_sparse_attention.register_fake
+def _(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    alpha: torch.Tensor,
+    padding: list[int],
+    given: torch.Tensor | None,
+    scale: float,
+    numbers: list[int],
+    halves: bool,
+    estimate: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    selected = _empty_selection(query, keys, padding, numbers) if given is None else torch.empty_like(given)
+    return torch.empty_like(query), lse, selected, torch.empty_like(lse) if estimate else lse.new_empty(0)
