@@ -15,7 +15,7 @@ FLOORS = (
     ("plugin",),
     ("hook",),
     ("models",),
-    ("kv", "weights"),
+    ("attention", "kv", "weights"),
     ("decode",),  # runs over the storage of kv
     ("recipes", "export"),
     ("evals",),  # also of what was exported

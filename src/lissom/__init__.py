@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lissom import hook
 
 if TYPE_CHECKING:
+    from lissom.attention.flash_prefill import FlashPrefill, sparse_prefill
     from lissom.decode import NativeDecode, Sampling, generate_text, generate_tokens
     from lissom.kv import AttentionMatching, CompactCache, Eviction, KVBudget, compact
     from lissom.models import load
@@ -18,6 +19,7 @@ __all__ = [
     "AttentionMatching",
     "CompactCache",
     "Eviction",
+    "FlashPrefill",
     "KVBudget",
     "NativeDecode",
     "Quantize",
@@ -26,12 +28,14 @@ __all__ = [
     "generate_text",
     "generate_tokens",
     "load",
+    "sparse_prefill",
 ]
 
 _HOMES = {
     "AttentionMatching": "lissom.kv",
     "CompactCache": "lissom.kv",
     "Eviction": "lissom.kv",
+    "FlashPrefill": "lissom.attention.flash_prefill",
     "KVBudget": "lissom.kv",
     "NativeDecode": "lissom.decode",
     "Quantize": "lissom.weights.quant",
@@ -40,6 +44,7 @@ _HOMES = {
     "generate_text": "lissom.decode",
     "generate_tokens": "lissom.decode",
     "load": "lissom.models",
+    "sparse_prefill": "lissom.attention.flash_prefill",
 }
 
 hook.install()

@@ -1,4 +1,4 @@
-"""Attention of a prompt's tokens over chosen blocks of entries, on the CPU: native, with the choice made in the kernel."""
+"""Attention of a prompt's tokens over chosen blocks of entries, in native code that also chooses them."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from lissom.errors import UserError
 from lissom.kv.attention_matching import AttentionMatching
-from lissom.kv.cache import CompactCache, CompactLayer, exchange_layers, require_full_attention
+from lissom.kv.cache import CompactCache, CompactLayer, Prompt, exchange_layers, require_full_attention
 from lissom.kv.compact import compact_layer
 from lissom.kv.compactor import Compactor, check_whole
 from lissom.kv.eviction import SCORES, Eviction
@@ -175,10 +175,15 @@ class BudgetLayer(CompactLayer):
         self.scaling = 1.0
 
     def attend(
-        self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float, softcap: float | None
+        self,
+        query: torch.Tensor,
+        mask: torch.Tensor | None,
+        scaling: float,
+        softcap: float | None,
+        prompt: Prompt | None = None,
     ) -> torch.Tensor:
         """See `CompactLayer.attend`; afterwards the layer is within its share."""
-        output = super().attend(query, mask, scaling, softcap)
+        output = super().attend(query, mask, scaling, softcap, prompt)
         visible = torch.ones(query.shape[0], self.tail, dtype=torch.bool)
         if mask is not None:  # what the last query may see is what is no padding
             visible = mask[:, 0, -1, -self.tail :].expand(query.shape[0], -1).cpu()

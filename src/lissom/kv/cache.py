@@ -19,6 +19,7 @@ from lissom.models import describe_decoder
 from lissom.models.attention import AttentionHandle, install
 
 Observer = Callable[["CompactLayer", torch.Tensor, float, int], None]
+Prompt = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor | None]
 
 # Up to here one pass over the ragged blocks is cheaper than making them dense; above, matrix products pay.
 _FEW_QUERIES = 16
@@ -102,7 +103,12 @@ class CompactLayer(CacheLayerMixin):
         self.tail += tokens
 
     def attend(
-        self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float, softcap: float | None
+        self,
+        query: torch.Tensor,
+        mask: torch.Tensor | None,
+        scaling: float,
+        softcap: float | None,
+        prompt: Prompt | None = None,
     ) -> torch.Tensor:
         """Attention over all stored entries.
 
@@ -111,10 +117,16 @@ class CompactLayer(CacheLayerMixin):
             mask: bool `[rows, 1, queries, tail]`, true = visible; None = causal.
             scaling: factor on the logits, the module's own.
             softcap: logit soft cap; a few queries only.
+            prompt: see `Attends.attend`.
         """
         if self.observer is not None:
             self.observer(self, query, scaling, 0)
         assert self.store is not None
+        if prompt is not None and self._is_whole():
+            keys, values, _ = self.store.padded()
+            output = prompt(query, keys.to(query.dtype), values.to(query.dtype))
+            if output is not None:
+                return output
         if mask is not None:
             mask = mask[:, 0, :, -self.tail :].expand(query.shape[0], -1, -1)
         if query.shape[-2] <= _FEW_QUERIES:
@@ -128,10 +140,11 @@ class CompactLayer(CacheLayerMixin):
 
     def whole(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """See `Attends.whole`; None where entries were compacted, are biased, or somebody observes the queries."""
+        return self.store.padded()[:2] if self.store is not None and not self.observer and self._is_whole() else None
+
+    def _is_whole(self) -> bool:
         store = self.store
-        if store is None or self.observer or store.bias is not None or bool((store.lengths != self.tail).any()):
-            return None
-        return store.padded()[:2]
+        return store is not None and store.bias is None and not bool((store.lengths != self.tail).any())
 
     @property
     def queries_wanted(self) -> int:
@@ -269,7 +282,12 @@ class WindowLayer(CompactLayer):
             self.tail -= outside
 
     def attend(
-        self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float, softcap: float | None
+        self,
+        query: torch.Tensor,
+        mask: torch.Tensor | None,
+        scaling: float,
+        softcap: float | None,
+        prompt: Prompt | None = None,
     ) -> torch.Tensor:
         """See `CompactLayer.attend`; the mask that transformers makes knows the window."""
         if mask is None and self.tail > self.window:

@@ -13,39 +13,67 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from threading import Lock
-from typing import Any, Protocol
-from weakref import WeakKeyDictionary, WeakSet
+from typing import Any, Protocol, Self
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.utils._pytree import tree_map_only
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
 from lissom.errors import UserError
 
 PREFIX = "lissom_"
-# How many blocks of `installed` a model is in.
-_blocks: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()
-# Models that `install` was called for by itself, so that no block takes it back.
-_kept: WeakSet[PreTrainedModel] = WeakSet()
-_lock = Lock()
 SUPPORTED = ("sdpa", "eager")
+_lock = Lock()
 
 
 class Attends(Protocol):
     """A cache layer that reads its own storage."""
 
     def attend(
-        self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float, softcap: float | None
+        self,
+        query: torch.Tensor,
+        mask: torch.Tensor | None,
+        scaling: float,
+        softcap: float | None,
+        prompt: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor | None] | None = None,
     ) -> torch.Tensor:
-        """Attention of `query` `[batch, heads, queries, head_dim]`; the result has the same shape."""
+        """Attention of `query` `[batch, heads, queries, head_dim]`; the result has the same shape.
+
+        Args:
+            prompt: what computes it from (query, keys, values) where these are all that was read, or gives None.
+        """
         ...
 
     def whole(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Keys and values `[batch, KV heads, tokens, head_dim]` of everything that the mask covers, if that is all."""
+        ...
+
+
+class PromptAttention(Protocol):
+    """A method that computes the attention of a prompt's tokens itself."""
+
+    def attend(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        padding: list[int],
+        scaling: float,
+    ) -> torch.Tensor | None:
+        """Causal attention of `query` `[rows, query heads, tokens, head_dim]`, whose tokens are the last of `key` and
+        `value` `[rows, KV heads, entries, head_dim]`; None where the method leaves it to others.
+
+        Args:
+            module: the attention layer.
+            padding: of each row, how many entries at the beginning are padding.
+        """
         ...
 
 
@@ -82,7 +110,9 @@ class AttentionHandle(torch.Tensor):
         return func(*dense[0], **dense[1])
 
 
-def _attention_through(fallback: Callable[..., Any] | None) -> Callable[..., Any]:
+def _attention_through(
+    fallback: Callable[..., Any] | None, prompt_of: Callable[[torch.nn.Module], PromptAttention | None]
+) -> Callable[..., Any]:
     def attention(
         module: torch.nn.Module,
         query: torch.Tensor,
@@ -93,17 +123,32 @@ def _attention_through(fallback: Callable[..., Any] | None) -> Callable[..., Any
         dropout: float = 0.0,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        stretch = _Stretch.of(attention_mask)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        compute = None
+        if stretch is not None and not dropout and kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
+            method = prompt_of(module)
+            if method is not None:
+                compute = partial(method.attend, module, padding=stretch.padding, scaling=scale)
         if not isinstance(key, AttentionHandle):
+            if stretch is not None:
+                if compute is not None:
+                    output = compute(query, key[:, :, : stretch.entries], value[:, :, : stretch.entries])
+                    if output is not None:
+                        return output.transpose(1, 2).contiguous(), None
+                attention_mask = stretch.mask(query, key.shape[2], fallback is None)
             function = fallback or sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
             if scaling is not None:
                 kwargs["scaling"] = scaling
             return function(module, query, key, value, attention_mask, dropout=dropout, **kwargs)
         if kwargs.get("s_aux") is not None:
             raise UserError(f"{type(module).__name__} uses attention sinks, which a compacted cache cannot honour.")
-        if attention_mask is not None:
+        if stretch is not None:
+            padded = any(stretch.padding)
+            attention_mask = stretch.visible(query.shape[2], stretch.entries, query.device) if padded else None
+        elif attention_mask is not None:
             attention_mask = _visible(attention_mask)
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        output = key.layer.attend(query, attention_mask, scale, kwargs.get("softcap"))
+        output = key.layer.attend(query, attention_mask, scale, kwargs.get("softcap"), compute)
         return output.transpose(1, 2).contiguous(), None
 
     return attention
@@ -122,9 +167,109 @@ def _visible(mask: torch.Tensor) -> torch.Tensor:
     return visible
 
 
-for _name, _function in (("sdpa", sdpa_attention_forward), ("eager", None)):
-    AttentionInterface.register(PREFIX + _name, _attention_through(_function))
+@dataclass(frozen=True)
+class _Stretch:
+    """What takes the place of the mask of a prompt whose tokens see all before them but padding at the beginning.
+
+    Attributes:
+        padding: of each row, how many entries at the beginning are padding.
+        entries: keys that there are; a static cache has room for more behind them.
+    """
+
+    padding: list[int]
+    entries: int
+
+    @staticmethod
+    def tensor(padding: torch.Tensor, entries: int) -> torch.Tensor:
+        """As models pass masks around: `[rows, 1, 1, 2]`."""
+        return torch.stack([padding, torch.full_like(padding, entries)], 1)[:, None, None]
+
+    @classmethod
+    def of(cls, mask: torch.Tensor | None) -> Self | None:
+        if mask is None or mask.dtype != torch.int64 or mask.ndim != 4:
+            return None
+        numbers = mask[:, 0, 0].tolist()
+        return cls([padding for padding, _ in numbers], numbers[0][1])
+
+    def visible(self, tokens: int, keys: int, device: torch.device) -> torch.Tensor:
+        """bool `[rows, 1, tokens, keys]`."""
+        place = torch.arange(self.entries - tokens, self.entries, device=device)[:, None]
+        key = torch.arange(keys, device=device)
+        start = torch.tensor(self.padding, device=device).view(-1, 1, 1, 1)
+        # A query of padding sees itself, so that no row of the softmax is empty.
+        return (key <= place) & ((key >= start) | (key == place))
+
+    def mask(self, query: torch.Tensor, keys: int, added: bool) -> torch.Tensor | None:
+        """For an attention function: None where its flag for causal attention says the same, and, where it is `added`
+        to the logits, in their dtype."""
+        tokens = query.shape[2]
+        if tokens == keys == self.entries and not any(self.padding) and not added:
+            return None
+        visible = self.visible(tokens, keys, query.device)
+        if not added:
+            return visible
+        return torch.zeros_like(visible, dtype=query.dtype).masked_fill(~visible, torch.finfo(query.dtype).min)
+
+
+def _mask_through(fallback: Callable[..., Any]) -> Callable[..., Any]:
+    def mask(
+        batch_size: int,
+        q_length: int,
+        kv_length: int,
+        q_offset: int | torch.Tensor = 0,
+        kv_offset: int = 0,
+        mask_function: Callable[..., Any] = causal_mask_function,
+        attention_mask: torch.Tensor | None = None,
+        local_size: int | None = None,
+        allow_is_causal_skip: bool = True,
+        device: torch.device | str = "cpu",
+        **kwargs: Any,
+    ) -> torch.Tensor | None:
+        plain = mask_function is causal_mask_function and local_size is None and allow_is_causal_skip
+        if plain and q_length > 1 and kv_offset == 0:
+            entries = int(q_offset) + q_length
+            padding = torch.zeros(batch_size, dtype=torch.int64, device=device)
+            if attention_mask is not None:
+                shown = attention_mask[:, :entries].bool()
+                padding = (~shown).long().cumprod(1).sum(1)
+                # Padding elsewhere is for the fallback.
+                plain = bool((shown.sum(1) + padding == entries).all())
+            if plain and entries <= kv_length:
+                return _Stretch.tensor(padding.to(device), entries)
+        return fallback(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            local_size=local_size,
+            allow_is_causal_skip=allow_is_causal_skip,
+            device=device,
+            **kwargs,
+        )
+
+    return mask
+
+
+_FALLBACKS: dict[str, Callable[..., Any] | None] = {"sdpa": sdpa_attention_forward, "eager": None}
+for _name, _function in _FALLBACKS.items():
+    AttentionInterface.register(PREFIX + _name, _attention_through(_function, lambda module: None))
     AttentionMaskInterface.register(PREFIX + _name, ALL_MASK_ATTENTION_FUNCTIONS[_name])
+
+
+def register_prompt_attention(key: str, of: Callable[[torch.nn.Module], PromptAttention | None]) -> None:
+    """Make `lissom_<key>` an attention implementation of transformers in which the method that `of(attention layer)`
+    gives computes what prompts attend to, and SDPA the rest. Compacted caches are read, too."""
+    for base, fallback in _FALLBACKS.items():
+        name = _prompt_name(key, base)
+        AttentionInterface.register(name, _attention_through(fallback, of))
+        AttentionMaskInterface.register(name, _mask_through(ALL_MASK_ATTENTION_FUNCTIONS[base]))
+
+
+def _prompt_name(key: str, base: str) -> str:
+    return PREFIX + key if base == "sdpa" else f"{PREFIX}{key}_{base}"
 
 
 def argument(module: torch.nn.Module, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -135,6 +280,54 @@ def argument(module: torch.nn.Module, name: str, args: Sequence[Any], kwargs: Ma
     return args[places.index(name)] if name in places and places.index(name) < len(args) else None
 
 
+@dataclass
+class _Exchange:
+    """Why a model has another attention implementation than its own.
+
+    Attributes:
+        own: what it had.
+        readers: blocks of `installed` that it is in.
+        kept: whether `install` was called, so that no block takes it back.
+        prompts: keys of the methods for prompts, the last one counts.
+    """
+
+    own: str
+    readers: int = 0
+    kept: bool = False
+    prompts: list[str] = field(default_factory=list)
+
+    @property
+    def wanted(self) -> str:
+        if self.prompts and not self.own.startswith(PREFIX):
+            return _prompt_name(self.prompts[-1], self.own)
+        return PREFIX + self.own if (self.readers or self.kept) and not self.own.startswith(PREFIX) else self.own
+
+
+_exchanges: WeakKeyDictionary[PreTrainedModel, _Exchange] = WeakKeyDictionary()
+
+
+@contextmanager
+def _exchanging(model: PreTrainedModel) -> Iterator[_Exchange]:
+    """Change what is wanted of `model`; after an error all is as it was."""
+    with _lock:
+        current = model.config._attn_implementation or "eager"
+        known = _exchanges.get(model)
+        if known is None or known.wanted != current:  # or somebody else has set another one
+            known = _Exchange(current)
+        exchange = replace(known, prompts=list(known.prompts))
+        yield exchange
+        if exchange.wanted != current:
+            if exchange.own not in SUPPORTED:
+                raise UserError(
+                    f"attn_implementation={exchange.own!r} cannot read a compacted cache. "
+                    "Load the model with attn_implementation='sdpa' or 'eager'."
+                )
+            model.set_attn_implementation(exchange.wanted)
+            if model.config._attn_implementation != exchange.wanted:
+                raise UserError(f"{type(model).__name__} does not support exchanging its attention function.")
+        _exchanges[model] = exchange
+
+
 def install(model: PreTrainedModel) -> None:
     """Let `model` read caches that compute their own attention; any other cache is handled exactly as before.
 
@@ -143,48 +336,46 @@ def install(model: PreTrainedModel) -> None:
     Raises:
         UserError: the model's attention implementation is neither `sdpa` nor `eager`, or cannot be exchanged.
     """
-    _exchange(model)
-    _kept.add(model)
-
-
-def _exchange(model: PreTrainedModel) -> None:
-    current = model.config._attn_implementation or "eager"
-    if current.startswith(PREFIX):
-        return
-    if current not in SUPPORTED:
-        raise UserError(
-            f"attn_implementation={current!r} cannot read a compacted cache. "
-            "Load the model with attn_implementation='sdpa' or 'eager'."
-        )
-    model.set_attn_implementation(PREFIX + current)
-    if not model.config._attn_implementation.startswith(PREFIX):
-        raise UserError(f"{type(model).__name__} does not support exchanging its attention function.")
+    with _exchanging(model) as exchange:
+        exchange.kept = True
 
 
 def uninstall(model: PreTrainedModel) -> None:
     """Give `model` back the attention implementation that `install` found."""
-    _kept.discard(model)
-    current = model.config._attn_implementation or ""
-    if current.startswith(PREFIX):
-        model.set_attn_implementation(current.removeprefix(PREFIX))
+    with _exchanging(model) as exchange:
+        exchange.kept, exchange.readers = False, 0
 
 
 @contextmanager
 def installed(model: PreTrainedModel) -> Iterator[None]:
     """`install` for the length of a block; where it was installed already, it stays. Blocks may end in any order."""
-    with _lock:
-        blocks = _blocks.get(model, 0)
-        own = blocks > 0 or not (model.config._attn_implementation or "").startswith(PREFIX)
-        if own:
-            _exchange(model)
-            _blocks[model] = blocks + 1
+    with _exchanging(model) as exchange:
+        exchange.readers += 1
     try:
         yield
     finally:
-        if own:
-            with _lock:
-                _blocks[model] -= 1
-                if not _blocks[model]:
-                    del _blocks[model]
-                    if model not in _kept:
-                        uninstall(model)
+        with _exchanging(model) as exchange:
+            exchange.readers = max(0, exchange.readers - 1)
+
+
+def computes_prompts(model: PreTrainedModel) -> bool:
+    """Whether `model` is in a block of `prompt_attention`."""
+    exchange = _exchanges.get(model)
+    return exchange is not None and bool(exchange.prompts)
+
+
+@contextmanager
+def prompt_attention(model: PreTrainedModel, key: str) -> Iterator[None]:
+    """Inside the block prompts of `model` are for the methods that `register_prompt_attention` was given for `key`.
+
+    Raises:
+        UserError: see `install`.
+    """
+    with _exchanging(model) as exchange:
+        exchange.prompts.append(key)
+    try:
+        yield
+    finally:
+        with _exchanging(model) as exchange:
+            if key in exchange.prompts:
+                exchange.prompts.remove(key)

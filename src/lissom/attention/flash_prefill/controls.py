@@ -1,0 +1,60 @@
+"""Other ways to choose blocks, on the same kernel: what a comparison of selections needs."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from lissom.attention.flash_prefill import selection
+from lissom.attention.flash_prefill.prefill import Select
+from lissom.attention.flash_prefill.selection import Layout
+
+NAMES = ("forced", "random", "top-k", "top-p", "flexprefill", "xattention")
+
+
+def _forced(query: torch.Tensor, keys: torch.Tensor, layout: Layout, scale: float) -> torch.Tensor:
+    return layout.forced().expand(len(query) // layout.group, -1, -1)
+
+
+def _random(
+    query: torch.Tensor, keys: torch.Tensor, layout: Layout, scale: float, alpha: float, seed: int
+) -> torch.Tensor:
+    chosen = selection.above(selection.energies(query, keys, layout, scale), alpha)
+    return selection.at_random(selection.with_forced(chosen, layout), layout, seed)
+
+
+def _largest(query: torch.Tensor, keys: torch.Tensor, layout: Layout, scale: float, count: int) -> torch.Tensor:
+    return selection.of_largest(selection.energies(query, keys, layout, scale), count)
+
+
+def _mass(query: torch.Tensor, keys: torch.Tensor, layout: Layout, scale: float, share: float) -> torch.Tensor:
+    return selection.of_mass(selection.energies(query, keys, layout, scale), share)
+
+
+def _flexprefill(query: torch.Tensor, keys: torch.Tensor, layout: Layout, scale: float, share: float) -> torch.Tensor:
+    return selection.of_mass(selection.of_mean_queries(query, keys, layout, scale), share)
+
+
+def _xattention(query: torch.Tensor, keys: torch.Tensor, layout: Layout, scale: float, share: float) -> torch.Tensor:
+    return selection.of_mass(selection.of_antidiagonals(query, keys, layout, scale), share)
+
+
+def control(name: str, alpha: float, share: float, count: int, seed: int) -> Select:
+    """One of `NAMES`.
+
+    Args:
+        alpha: of the selection whose numbers of blocks `random` has.
+        share: of the energy that `top-p`, `flexprefill` and `xattention` keep.
+        count: blocks of `top-k`.
+        seed: of `random`.
+    """
+    controls: dict[str, Select] = {
+        "forced": _forced,
+        "random": partial(_random, alpha=alpha, seed=seed),
+        "top-k": partial(_largest, count=count),
+        "top-p": partial(_mass, share=share),
+        "flexprefill": partial(_flexprefill, share=share),
+        "xattention": partial(_xattention, share=share),
+    }
+    return controls[name]

@@ -1,0 +1,227 @@
+"""`sparse_prefill`: causal attention of a prompt over the blocks that matter, with the fastest kernel there is."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import cache
+from types import ModuleType
+from typing import Literal
+
+import torch
+
+from lissom.attention.flash_prefill import selection
+from lissom.attention.flash_prefill.reference import block_attention
+from lissom.attention.flash_prefill.selection import Layout
+from lissom.errors import UserError
+from lissom.kernels import native
+from lissom.kernels.sparse_attention import SIZES, Rules, SparseAttention, sparse_attention
+
+logger = logging.getLogger(__name__)
+
+Precision = Literal["auto", "exact", "bf16"]
+# Gives bool `[lists, tiles, blocks]` from (query, keys, layout, scale) of one sequence.
+Select = Callable[[torch.Tensor, torch.Tensor, Layout, float], torch.Tensor]
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def sparse_prefill(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    alpha: float | torch.Tensor = 0.1,
+    rules: Rules | None = None,
+    scale: float | None = None,
+    padding: Sequence[int] | None = None,
+    select: Select | None = None,
+    precision: Precision = "auto",
+    estimate: bool = False,
+) -> SparseAttention:
+    """Softmax attention of the last tokens of each sequence, causal, over the blocks of keys that matter to them.
+
+    On the CPU the native kernel chooses the blocks and attends; on a GPU Triton's do, where Triton is installed;
+    otherwise, and for what those do not know, the same is computed in PyTorch.
+
+    Args:
+        query: `[rows, query heads, tokens, head_dim]`, those of the last `tokens` of the keys.
+        key, value: `[rows, KV heads, entries, head_dim]`.
+        alpha: blocks below this share of the largest energy are left out; a number, or one for each query head. 0 is
+            dense, above 1 only the blocks that are always met remain.
+        rules: how blocks are cut and chosen; default `Rules()`, which is the paper's (V1).
+        scale: factor on query · key; default head_dim ** -0.5.
+        padding: entries before the first real one, for each row.
+        select: chooses the blocks instead of the rules' scoring; those that are always met are added.
+        precision: of products on the CPU. `exact` is fp32; `bf16` rounds queries, keys, values and weights to bf16
+            where the processor multiplies those faster, with sums in fp32, as FlashAttention does; `auto` is the dtype
+            of the inputs.
+        estimate: also estimate what share of the attention was left out.
+
+    Raises:
+        UserError: shapes, dtypes or settings that do not fit together; gradients are wanted.
+    """
+    rules = rules or Rules()
+    _check(query, key, value, alpha, rules, padding)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    alphas = torch.as_tensor(alpha, dtype=torch.float32).expand(query.shape[1])
+    pads = list(padding) if padding is not None else [0] * len(query)
+    if query.is_cpu and native.library() is not None and rules.size in SIZES and query.dtype in _DTYPES:
+        given = None
+        if select is not None:
+            given = _per_row(query, key, rules, pads, lambda q, k, layout: _chosen(q, k, layout, scale, select))
+        halves = precision == "bf16" or (precision == "auto" and query.dtype == torch.bfloat16)
+        if precision == "exact":
+            key, value = key.float(), value.float()
+        return sparse_attention(
+            query, key, value, rules if given is None else rules.given(), alpha=alphas, scale=scale, padding=pads,
+            selected=given, halves=halves, estimate=estimate,
+        )  # fmt: skip
+    return _plain(query, key, value, rules, alphas, scale, pads, select, estimate)
+
+
+def _chosen(query: torch.Tensor, key: torch.Tensor, layout: Layout, scale: float, select: Select) -> torch.Tensor:
+    return selection.with_forced(select(query, key, layout, scale), layout)
+
+
+def _layout(rules: Rules, tokens: int, entries: int, group: int) -> Layout:
+    return Layout(
+        tokens, entries, rules.size, group if rules.shared else 1, rules.sink, rules.window, rules.last, rules.following
+    )
+
+
+def _per_row(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    rules: Rules,
+    padding: list[int],
+    choose: Callable[[torch.Tensor, torch.Tensor, Layout], torch.Tensor],
+) -> torch.Tensor:
+    """Selections of all rows, bool `[rows, lists, tiles, blocks]`, each in the corner of the largest one's extents."""
+    group, found = query.shape[1] // key.shape[1], []
+    for row, pad in enumerate(padding):
+        q, k, _ = _real(query[row], key[row], key[row], pad)
+        found.append(choose(q, k, _layout(rules, q.shape[1], k.shape[1], group)))
+    extents = [max(part.shape[axis] for part in found) for axis in (1, 2)]
+    whole = found[0].new_zeros(len(found), found[0].shape[0], *extents)
+    for row, part in enumerate(found):
+        whole[row, :, : part.shape[1], : part.shape[2]] = part
+    return whole
+
+
+def _real(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, padding: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One row without its padding."""
+    tokens = min(query.shape[1], key.shape[1] - padding)
+    return query[:, query.shape[1] - tokens :], key[:, padding:], value[:, padding:]
+
+
+def _plain(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rules: Rules,
+    alpha: torch.Tensor,
+    scale: float,
+    padding: list[int],
+    select: Select | None,
+    estimate: bool,
+) -> SparseAttention:
+    """By Triton, or in PyTorch, one row at a time."""
+    kernels = _triton() if query.is_cuda and rules.size in SIZES and query.dtype in _DTYPES else None
+    if kernels is None:
+        native.say_reference("sparse_prefill", query)
+    group = query.shape[1] // key.shape[1]
+    choice = rules.extents(query.shape[2], key.shape[2], padding, group)
+    lists = key.shape[1] if rules.shared else query.shape[1]
+    out = SparseAttention(
+        torch.zeros_like(query, memory_format=torch.contiguous_format),
+        query.new_full(query.shape[:3], -torch.inf, dtype=torch.float32),
+        torch.zeros(len(query), lists, *choice, dtype=torch.bool, device=query.device),
+        query.new_zeros(query.shape[:3] if estimate else 0, dtype=torch.float32),
+    )
+    for row, pad in enumerate(padding):
+        q, k, v = _real(query[row], key[row], value[row], pad)
+        layout = _layout(rules, q.shape[1], k.shape[1], group)
+        if select is not None:
+            selected = _chosen(q, k, layout, scale, select)
+        else:
+            selected = _by_energy(q, k, layout, scale, rules, alpha.to(q.device), kernels)
+        if kernels is None:
+            parts = block_attention(q, k, v, selected, layout, scale, rules.corrected, estimate)
+        else:
+            both = (selection.means(k, layout.size), selection.means(v, layout.size))
+            middles = both if rules.corrected or estimate else None
+            arguments = (q, k, v, selected, layout.group, layout.size, scale, middles, rules.corrected)
+            parts = kernels.block_attention(*arguments)
+        tokens = q.shape[1]
+        out.output[row, :, query.shape[2] - tokens :], out.lse[row, :, query.shape[2] - tokens :] = parts[:2]
+        out.selected[row, :, : selected.shape[1], : selected.shape[2]] = selected
+        if estimate:
+            out.dropped[row, :, query.shape[2] - tokens :] = parts[2]
+    return out
+
+
+def _by_energy(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    layout: Layout,
+    scale: float,
+    rules: Rules,
+    alpha: torch.Tensor,
+    kernels: ModuleType | None,
+) -> torch.Tensor:
+    if kernels is None:
+        energy = selection.energies(query, key, layout, scale, rules.scoring)  # type: ignore[arg-type]
+    else:
+        middle = selection.means(key, layout.size)
+        normalised = rules.scoring == "row-normalised"
+        energy = kernels.block_energies(query, middle, layout.entries, layout.group, layout.size, scale, normalised)
+    return selection.with_forced(selection.above(energy, alpha[:: layout.group]), layout)
+
+
+@cache
+def _triton() -> ModuleType | None:
+    try:
+        from lissom.kernels import sparse_attention_triton
+    except ImportError as error:
+        logger.warning("sparse_prefill runs in PyTorch on the GPU: %s.", error)
+        return None
+    return sparse_attention_triton
+
+
+def _check(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    alpha: float | torch.Tensor,
+    rules: Rules,
+    padding: Sequence[int] | None,
+) -> None:
+    if query.ndim != 4 or key.ndim != 4 or key.shape != value.shape:
+        raise UserError(
+            f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}: expected "
+            "[rows, heads, tokens, head_dim], keys and values alike."
+        )
+    rows, heads, tokens, size = query.shape
+    if key.shape[0] != rows or key.shape[3] != size or heads % key.shape[1] or not 1 <= tokens <= key.shape[2]:
+        raise UserError(
+            f"query {list(query.shape)} does not fit key {list(key.shape)}: rows and head_dim must be the same, "
+            "the query heads a multiple of the KV heads, and the queries those of the last keys."
+        )
+    if not query.is_floating_point() or not query.dtype == key.dtype == value.dtype:
+        raise UserError(
+            f"query {query.dtype}, key {key.dtype}, value {value.dtype}: expected one floating-point dtype."
+        )
+    if torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, value)):
+        raise UserError("sparse_prefill has no gradient: call it under torch.no_grad(), or attend densely to train.")
+    alphas = torch.as_tensor(alpha)
+    if alphas.numel() not in (1, heads) or not bool((alphas >= 0).all()):
+        raise UserError(f"alpha={alpha}: expected a number of at least 0, or one for each of the {heads} query heads.")
+    if padding is not None and (len(padding) != rows or not all(0 <= pad < key.shape[2] for pad in padding)):
+        raise UserError(f"padding={list(padding)}: expected a number of entries below {key.shape[2]} for each row.")
+    for name, least in (("size", 1), ("sink", 0), ("window", 0), ("last", 0), ("following", 0)):
+        if getattr(rules, name) < least:
+            raise UserError(f"{name}={getattr(rules, name)}: expected at least {least}.")
+    if rules.scoring not in ("flashprefill", "row-normalised"):
+        raise UserError(f"scoring={rules.scoring!r}: expected flashprefill or row-normalised.")

@@ -1,0 +1,131 @@
+"""`FlashPrefill` in running models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import ARCHITECTURES, close, random_ids, tiny_model
+
+from lissom import AttentionMatching, FlashPrefill, KVBudget, NativeDecode
+from lissom.errors import UserError
+
+EXACT = {"min_tokens": 0, "precision": "exact"}
+SPARSE = {**EXACT, "alpha": 2.0, "sink": 1, "window": 1, "last": 0}
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@torch.no_grad()
+def test_alpha_zero_is_the_plain_model(architecture, implementation):
+    """With padding on the left; leaving the block restores the model."""
+    model, ids = tiny_model(architecture, implementation), random_ids(300, 2)
+    mask = torch.ones_like(ids)
+    mask[1, :70] = 0
+    wanted = model(ids, attention_mask=mask).logits[mask.bool()]
+    with FlashPrefill(alpha=0.0, **EXACT)(model) as report:
+        close(model(ids, attention_mask=mask).logits[mask.bool()], wanted)
+    assert report.density == 1.0 and report.layers
+    assert model.config._attn_implementation == implementation
+    assert torch.equal(model(ids, attention_mask=mask).logits[mask.bool()], wanted)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt2"])
+@torch.no_grad()
+def test_sparse_is_sparse(architecture):
+    model, ids = tiny_model(architecture), random_ids(500)
+    wanted = model(ids).logits
+    with FlashPrefill(**SPARSE, estimate=True)(model) as report:
+        got = model(ids).logits
+    assert report.density == pytest.approx(7 / 10)  # the third and the fourth tile leave out what is between
+    assert 0 < report.dropped < 1 and report.seconds > 0
+    close(got[:, :256], wanted[:, :256])
+    assert float((got[:, 384:] - wanted[:, 384:]).abs().max()) > 0.01
+
+
+@torch.no_grad()
+def test_rows_of_a_batch_are_as_alone():
+    model, ids = tiny_model("llama"), random_ids(450, 2)
+    mask = torch.ones_like(ids)
+    mask[1, :37] = 0
+    with FlashPrefill(**SPARSE)(model):
+        batch = model(ids, attention_mask=mask).logits
+        positions = torch.arange(413)[None]
+        alone = model(ids[1:, 37:], position_ids=positions).logits
+        placed = model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
+    assert batch.shape == placed.shape
+    close(placed[1:, 37:], alone)
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static", "disable_compile": True},
+                                     {"prefill_chunk_size": 150}, {"num_beams": 2}])  # fmt: skip
+def test_generate(options):
+    model, ids = tiny_model("llama"), random_ids(300)
+    settings = {"max_new_tokens": 6, "do_sample": False} | options
+    wanted = model.generate(ids, **settings)
+    with FlashPrefill(alpha=0.0, **EXACT)(model) as report:
+        assert torch.equal(model.generate(ids, **settings), wanted)
+    assert report.layers
+
+
+@torch.no_grad()
+def test_what_is_loaded_with_the_name():
+    model = tiny_model("llama", "lissom_sparse_prefill")
+    ids = random_ids(200)
+    close(model(ids).logits, tiny_model("llama")(ids).logits)
+
+
+@torch.no_grad()
+def test_settings_by_layer_and_head():
+    model, ids = tiny_model("llama"), random_ids(500)
+    alphas = [[2.0, 0.0, 2.0, 0.0], [0.0] * 4, [2.0] * 4]
+    with FlashPrefill(**SPARSE | {"alpha": alphas})(model) as report:
+        model(ids)
+    assert [report.layer(i).density for i in range(3)] == pytest.approx([0.85, 1.0, 0.7])
+    with FlashPrefill(**SPARSE, dense_layers=2)(model) as report:
+        model(ids)
+    assert [report.layer(i).density for i in range(3)] == pytest.approx([1.0, 1.0, 0.7])
+    with pytest.raises(UserError, match="3 layers of 4"), FlashPrefill(alpha=[0.1, 0.2])(model):
+        pass
+
+
+@torch.no_grad()
+def test_short_prompts_stay_dense():
+    model = tiny_model("llama")
+    with FlashPrefill()(model) as report:
+        model(random_ids(300))
+    assert not report.layers
+
+
+def test_training_is_dense(caplog):
+    model = tiny_model("llama").train()
+    with FlashPrefill(**SPARSE)(model) as report:
+        for _ in range(2):
+            model(random_ids(300), labels=random_ids(300)).loss.backward()
+    assert not report.layers and [r.message for r in caplog.records if "gradients" in r.message].__len__() == 1
+
+
+@pytest.mark.parametrize("inner", [lambda: NativeDecode(kv="fp32"), lambda: KVBudget("1MB", "streaming-llm"),
+                                   lambda: AttentionMatching(0.5, queries="context")])  # fmt: skip
+@pytest.mark.parametrize("first", [True, False])
+def test_composes(inner, first):
+    """Prompts are sparse whichever block is the inner one."""
+    model, ids = tiny_model("llama"), random_ids(400)
+    settings = {"max_new_tokens": 4, "do_sample": False}
+    with inner()(model):
+        wanted = model.generate(ids, **settings)
+    blocks = [FlashPrefill(alpha=0.0, **EXACT), inner()]
+    one, other = blocks if first else blocks[::-1]
+    with one(model) as a, other(model) as b:
+        assert torch.equal(model.generate(ids, **settings), wanted)
+    assert (a if first else b).layers
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"alpha": -1.0}, {"alpha": float("nan")}, {"alpha": []}, {"selection": "best"}, {"block_size": 100}, {"sink": -1},
+     {"min_tokens": -1}, {"precision": "half"}, {"share": 0.0}, {"count": 0}],
+)  # fmt: skip
+def test_bad_settings(settings):
+    with pytest.raises(UserError):
+        FlashPrefill(**settings)

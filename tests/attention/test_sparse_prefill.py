@@ -1,0 +1,276 @@
+"""`sparse_prefill` and the semantics of selection, against each other and against brute force in double precision."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lissom import sparse_prefill
+from lissom.attention.flash_prefill import controls, selection
+from lissom.attention.flash_prefill.prefill import _plain
+from lissom.attention.flash_prefill.selection import Layout
+from lissom.errors import UserError
+from lissom.kernels import native
+from lissom.kernels.sparse_attention import Rules
+
+ISAS = native.available_isas()
+SHAPES = [  # tokens, entries, query heads, KV heads, head_dim, block, shared, scoring, corrected, padding
+    (300, 300, 3, 1, 64, 128, False, "flashprefill", False, (0, 0)),
+    (700, 900, 6, 2, 64, 64, False, "row-normalised", True, (0, 350)),
+    (513, 513, 8, 2, 32, 128, True, "flashprefill", True, (100, 0)),
+    (200, 1000, 4, 1, 80, 128, False, "flashprefill", False, (850, 999)),
+    (129, 129, 4, 4, 16, 64, True, "row-normalised", False, (128, 5)),
+    (1, 700, 4, 1, 64, 64, False, "flashprefill", False, (0, 3)),
+]
+
+
+@pytest.fixture(params=[isa for isa in ISAS])
+def isa(request):
+    before = native.status().isa
+    yield native.set_isa(request.param)
+    native.set_isa(before)
+
+
+def inputs(tokens, entries, heads, kv_heads, size, rows=2, seed=0):
+    """Keys that are alike within 64 of them, so that blocks differ in what they get."""
+    torch.manual_seed(seed)
+    query, key, value = (
+        torch.randn(rows, count, length, size)
+        for count, length in ((heads, tokens), (kv_heads, entries), (kv_heads, entries))
+    )
+    alike = torch.randn(rows, kv_heads, -(-entries // 64), size).repeat_interleave(64, 2)[:, :, :entries]
+    return query, key + alike, value
+
+
+def brute_energies(query, key, layout, scale, scoring):
+    """One sequence, one query and block at a time, in Python."""
+    group = len(query) // len(key)
+    lists = len(query) // layout.group
+    out = torch.full((lists, layout.tiles, layout.blocks), -math.inf, dtype=torch.float64)
+    tile_of = [(layout.place + t) // layout.wide - layout.place // layout.wide for t in range(layout.tokens)]
+    sums = torch.zeros_like(out)
+    for head in range(len(query)):
+        for token in range(layout.tokens):
+            whole = (layout.place + token + 1) // layout.size
+            if not whole:
+                continue
+            means = torch.stack(
+                [key[head // group, j * layout.size : (j + 1) * layout.size].mean(0) for j in range(whole)]
+            )
+            weights = (means @ query[head, token] * scale).exp()
+            if scoring == "row-normalised":
+                weights = weights / weights.sum()
+            sums[head // layout.group, tile_of[token], :whole] += weights
+    return sums.log()
+
+
+@pytest.mark.parametrize("scoring", ["flashprefill", "row-normalised"])
+@pytest.mark.parametrize("tokens,entries,group", [(70, 70, 1), (130, 130, 2), (90, 200, 1), (150, 290, 2)])
+def test_energies(tokens, entries, group, scoring):
+    query, key, _ = (part[0].double() for part in inputs(tokens, entries, 4, 2, 8))
+    layout = Layout(tokens, entries, size=32, group=group)
+    got = selection.energies(query, key, layout, 0.3, scoring)
+    torch.testing.assert_close(got, brute_energies(query, key, layout, 0.3, scoring))
+
+
+def test_forced_blocks():
+    layout = Layout(tokens=1024, entries=1024, sink=1, window=2, last=1)
+    expected = torch.zeros(8, 8, dtype=torch.bool)
+    for tile in range(8):
+        for block in range(tile + 1):
+            expected[tile, block] = block < 1 or tile - block < 2 or tile == 7
+    assert torch.equal(layout.forced(), expected)
+    # Nothing is in sight of the own block only.
+    alone = Layout(tokens=512, entries=512, sink=0, window=0, last=0)
+    assert torch.equal(alone.forced(), torch.eye(4, dtype=torch.bool))
+
+
+def test_the_last_tiles_are_those_of_the_whole_prompt():
+    assert not Layout(256, 256, sink=0, window=1, last=2, following=256).forced()[1, 0]
+    assert Layout(256, 512, sink=0, window=1, last=2).forced().sum() == 7
+
+
+@pytest.mark.parametrize("alpha,density", [(0.0, 1.0), (2.0, None)])
+def test_extreme_thresholds(alpha, density):
+    query, key, _ = (part[0] for part in inputs(900, 900, 2, 1, 16))
+    layout = Layout(900, 900)
+    chosen = selection.with_forced(selection.above(selection.energies(query, key, layout, 0.25), alpha), layout)
+    expected = layout.causal() if density else layout.forced()
+    assert torch.equal(chosen, expected.expand_as(chosen))
+
+
+@pytest.mark.parametrize("name", controls.NAMES)
+def test_controls_are_causal_and_forced(name):
+    query, key, value = inputs(900, 1000, 4, 2, 16, rows=1)
+    select = controls.control(name, alpha=0.5, share=0.7, count=2, seed=3)
+    found = sparse_prefill(query, key, value, rules=Rules(sink=1, window=1, last=1), select=select)
+    layout = Layout(900, 1000, sink=1, window=1, last=1)
+    chosen = found.selected[0]
+    assert not bool((chosen & ~layout.causal()).any()) and bool((chosen | ~layout.forced()).all())
+
+
+def test_random_blocks_are_as_many():
+    query, key, value = inputs(1500, 1500, 4, 2, 16, rows=1)
+    rules = Rules(sink=1, window=1, last=0)
+    ours = sparse_prefill(query, key, value, alpha=0.7, rules=rules).selected
+    select = controls.control("random", alpha=0.7, share=0.0, count=0, seed=0)
+    random = sparse_prefill(query, key, value, rules=rules, select=select).selected
+    assert torch.equal(ours.sum(-1), random.sum(-1)) and not torch.equal(ours, random)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_native_is_the_reference(shape, isa):
+    tokens, entries, heads, kv_heads, size, block, shared, scoring, corrected, padding = shape
+    parts = inputs(tokens, entries, heads, kv_heads, size)
+    rules = Rules(scoring, block, 1, 1, 1, shared, corrected)
+    got = sparse_prefill(*parts, alpha=0.6, rules=rules, padding=padding, estimate=True)
+    alphas = torch.full((heads,), 0.6)
+    wanted = _plain(*parts, rules, alphas, size**-0.5, list(padding), None, True)
+    assert torch.equal(got.selected, wanted.selected)
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_reference_is_a_masked_softmax(corrected):
+    """Of float64, with the means of what is left out as further keys where that is corrected."""
+    tokens, entries, size = 300, 700, 64
+    query, key, value = (part.double() for part in inputs(tokens, entries, 2, 1, 16, rows=1))
+    rules = Rules(size=size, sink=1, window=1, last=0, corrected=corrected)
+    found = _plain(query, key, value, rules, torch.full((2,), 0.6), 0.25, [0], None, True)
+    layout = Layout(tokens, entries, size, sink=1, window=1, last=0)
+    for head in range(2):
+        for tile, (first, last) in enumerate(layout.spans()):
+            chosen = found.selected[0, head, tile]
+            for token in range(first, last):
+                own = layout.place + token
+                columns = [j for j in range(own + 1) if chosen[j // size]]
+                left = [j for j in range((layout.place + first) // size) if not chosen[j]]
+                means = [key[0, 0, j * size : (j + 1) * size].mean(0) for j in left]
+                kept = key[0, 0, columns] @ query[0, head, token] * 0.25
+                missing = torch.tensor([float(m @ query[0, head, token]) * 0.25 + math.log(size) for m in means])
+                missing = missing.double()
+                logits, values = kept, value[0, 0, columns]
+                share = float(missing.exp().sum() / (missing.exp().sum() + kept.exp().sum()))
+                if corrected and left:
+                    logits = torch.cat([kept, missing])
+                    values = torch.cat([values, *(value[0, 0, j * size : (j + 1) * size].mean(0)[None] for j in left)])
+                wanted = logits.softmax(0) @ values
+                torch.testing.assert_close(found.output[0, head, token], wanted, atol=1e-6, rtol=1e-6)
+                assert float(found.lse[0, head, token]) == pytest.approx(float(logits.logsumexp(0)), abs=1e-5)
+                assert float(found.dropped[0, head, token]) == pytest.approx(share, abs=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 127, 128, 129, 1000])
+@pytest.mark.parametrize("group", [1, 3, 4, 8])
+def test_alpha_zero_is_sdpa(tokens, group):
+    query, key, value = inputs(tokens, tokens, 2 * group, 2, 64, rows=1)
+    wanted = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(sparse_prefill(query, key, value, alpha=0.0).output, wanted, atol=1e-5, rtol=1e-5)
+    halves = [part.bfloat16() for part in (query, key, value)]
+    rounded = sparse_prefill(*halves, alpha=0.0).output
+    exact = F.scaled_dot_product_attention(*(part.float() for part in halves), is_causal=True, enable_gqa=True)
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.float(), exact, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("precision", ["exact", "bf16"])
+def test_what_is_not_selected_is_not_read(precision):
+    query, key, value = inputs(1024, 1024, 2, 1, 64, rows=1)
+
+    def diagonal(query, key, layout, scale):
+        return torch.zeros(2, layout.tiles, layout.blocks, dtype=torch.bool)
+
+    rules = Rules(sink=0, window=1, last=0)
+    wanted = sparse_prefill(query, key, value, rules=rules, select=diagonal, precision=precision).output
+    key[:, :, 128:256], value[:, :, 128:256] = torch.nan, torch.nan
+    got = sparse_prefill(query, key, value, rules=rules, select=diagonal, precision=precision).output
+    assert torch.equal(got[:, :, 256:], wanted[:, :, 256:])
+    assert bool(got[:, :, 128:256].isnan().all())
+
+
+def test_a_prompt_in_stretches_is_the_same():
+    query, key, value = inputs(1024, 1024, 6, 2, 64, rows=1)
+    rules = Rules(sink=1, window=1, last=2)
+    whole = sparse_prefill(query, key, value, alpha=0.6, rules=rules)
+    first = Rules(sink=1, window=1, last=2, following=512)
+    parts = [
+        sparse_prefill(query[:, :, :512], key[:, :, :512], value[:, :, :512], alpha=0.6, rules=first),
+        sparse_prefill(query[:, :, 512:], key, value, alpha=0.6, rules=rules),
+    ]
+    assert torch.equal(torch.cat([part.output for part in parts], 2), whole.output)
+
+
+@pytest.mark.parametrize(
+    "change,words",
+    [
+        ({"alpha": -0.1}, "at least 0"),
+        ({"alpha": torch.ones(3)}, "each of the 4 query heads"),
+        ({"alpha": math.nan}, "at least 0"),
+        ({"rules": Rules(size=0)}, "size=0"),
+        ({"rules": Rules("given")}, "scoring"),
+        ({"padding": [64]}, "padding"),
+        ({"value": torch.zeros(1, 2, 64, 8)}, "alike"),
+        ({"query": torch.zeros(1, 4, 65, 16)}, "does not fit"),
+        ({"query": torch.zeros(1, 3, 64, 16)}, "does not fit"),
+        ({"query": torch.zeros(1, 4, 64, 16).half()}, "one floating-point dtype"),
+        ({"query": torch.zeros(1, 4, 64, 16, requires_grad=True)}, "no gradient"),
+    ],
+)
+def test_bad_input(change, words):
+    query, key, value = inputs(64, 64, 4, 2, 16, rows=1)
+    with pytest.raises(UserError, match=words):
+        sparse_prefill(**({"query": query, "key": key, "value": value} | change))
+
+
+TRITON = """
+import torch
+from lissom.attention.flash_prefill import selection
+from lissom.attention.flash_prefill.reference import block_attention as reference
+from lissom.attention.flash_prefill.selection import Layout
+from lissom.kernels.sparse_attention_triton import block_attention, block_energies
+torch.manual_seed(0)
+for tokens, entries, heads, kv_heads, size, block, shared, scoring, corrected, dtype in (
+    (300, 300, 3, 1, 64, 64, False, "flashprefill", False, torch.float32),
+    (160, 520, 6, 2, 48, 64, True, "row-normalised", True, torch.float32),
+    (130, 400, 2, 2, 32, 128, False, "flashprefill", True, torch.float16),
+    (1, 129, 4, 4, 16, 64, False, "flashprefill", False, torch.bfloat16),
+):
+    query, key, value = torch.randn(heads, tokens, size), *torch.randn(2, kv_heads, entries, size)
+    key = key + torch.randn(kv_heads, -(-entries // 64), size).repeat_interleave(64, 1)[:, :entries]
+    query, key, value = (part.to(dtype) for part in (query, key, value))
+    layout = Layout(tokens, entries, block, heads // kv_heads if shared else 1, 1, 1, 0)
+    wanted = selection.energies(query, key, layout, 0.2, scoring)
+    normalised = scoring == "row-normalised"
+    got = block_energies(query, selection.means(key, block), entries, layout.group, block, 0.2, normalised)
+    torch.testing.assert_close(got, wanted, atol=2e-3 if dtype != torch.float32 else 1e-5, rtol=1e-4)
+    chosen = selection.with_forced(selection.above(wanted, 0.7), layout)
+    middles = selection.means(key, block), selection.means(value, block)
+    ours = block_attention(query, key, value, chosen, layout.group, block, 0.2, middles, corrected)
+    theirs = reference(query, key, value, chosen, layout, 0.2, corrected, True)
+    for one, other in zip(ours, theirs):
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+        torch.testing.assert_close(one, other, atol=tolerance, rtol=tolerance)
+print("same")
+"""
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
+def test_triton_is_the_reference():
+    """In a process of its own: the interpreter is chosen when Triton is imported."""
+    done = subprocess.run(
+        [sys.executable, "-c", TRITON],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        cwd=Path(__file__).parent,
+    )
+    assert done.stdout.strip() == "same", done.stderr
