@@ -1,4 +1,4 @@
-"""FlashPrefill inside running models: through transformers' attention functions, and in native passes."""
+"""FlashPrefill inside running models, through transformers' attention functions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from lissom.attention.flash_prefill.prefill import Precision, sparse_prefill
+from lissom.attention.flash_prefill.prefill import Precision, layout_of, sparse_prefill
 from lissom.attention.flash_prefill.selection import Layout
 from lissom.kernels.sparse_attention import Rules
 from lissom.models import describe_decoder
@@ -160,12 +160,6 @@ class Running:
         if reason not in self._said:
             self._said.add(reason)
             logger.warning("Prompts are read with dense attention: %s.", reason)
-
-
-def layout_of(rules: Rules, tokens: int, entries: int, group: int) -> Layout:
-    """How the rules cut a sequence of `entries`, of which the last `tokens` are queries."""
-    lists = group if rules.shared else 1
-    return Layout(tokens, entries, rules.size, lists, rules.sink, rules.window, rules.last, rules.following)
 
 
 @cache

@@ -83,10 +83,10 @@ def _chosen(query: torch.Tensor, key: torch.Tensor, layout: Layout, scale: float
     return selection.with_forced(select(query, key, layout, scale), layout)
 
 
-def _layout(rules: Rules, tokens: int, entries: int, group: int) -> Layout:
-    return Layout(
-        tokens, entries, rules.size, group if rules.shared else 1, rules.sink, rules.window, rules.last, rules.following
-    )
+def layout_of(rules: Rules, tokens: int, entries: int, group: int) -> Layout:
+    """How the rules cut a sequence of `entries`, of which the last `tokens` are queries."""
+    lists = group if rules.shared else 1
+    return Layout(tokens, entries, rules.size, lists, rules.sink, rules.window, rules.last, rules.following)
 
 
 def _per_row(
@@ -100,7 +100,7 @@ def _per_row(
     group, found = query.shape[1] // key.shape[1], []
     for row, pad in enumerate(padding):
         q, k, _ = _real(query[row], key[row], key[row], pad)
-        found.append(choose(q, k, _layout(rules, q.shape[1], k.shape[1], group)))
+        found.append(choose(q, k, layout_of(rules, q.shape[1], k.shape[1], group)))
     extents = [max(part.shape[axis] for part in found) for axis in (1, 2)]
     whole = found[0].new_zeros(len(found), found[0].shape[0], *extents)
     for row, part in enumerate(found):
@@ -142,7 +142,7 @@ def _plain(
     )
     for row, pad in enumerate(padding):
         q, k, v = _real(query[row], key[row], value[row], pad)
-        layout = _layout(rules, q.shape[1], k.shape[1], group)
+        layout = layout_of(rules, q.shape[1], k.shape[1], group)
         if select is not None:
             selected = _chosen(q, k, layout, scale, select)
         else:

@@ -194,9 +194,3 @@ def at_random(like: torch.Tensor, layout: Layout, seed: int = 0) -> torch.Tensor
 def with_forced(selected: torch.Tensor, layout: Layout) -> torch.Tensor:
     """A selection with the blocks that every tile attends to, and without those that it cannot see."""
     return (selected | layout.forced().to(selected.device)) & layout.causal().to(selected.device)
-
-
-def density(selected: torch.Tensor, layout: Layout) -> float:
-    """Share of the causal blocks that are attended to, forced ones included."""
-    causal = layout.causal().to(selected.device)
-    return float((selected & causal).sum() / (causal.sum() * len(selected)))
