@@ -67,7 +67,7 @@ int64_t Attending::origin(int64_t row) const {
 
 bool Attending::is_sparse() const {
   const KeyValues& store = *a_.store;
-  if (!a_.sparse || a_.mask || a_.window || a_.softcap > 0 || store.bias) return false;
+  if (!a_.sparse || a_.sparse->size <= 0 || a_.mask || a_.window || a_.softcap > 0 || store.bias) return false;
   for (int64_t block = 0; block < blocks(); ++block) {
     const int64_t row = block / a_.kv_heads;
     if (store.lengths[block] != store.lengths[row * a_.kv_heads] || origin(row) < 0) return false;
@@ -166,9 +166,12 @@ void Attending::order() {
   std::stable_sort(units_.begin(), units_.end(), [](const Unit& a, const Unit& b) { return a.work > b.work; });
 }
 
-void Attending::finish() {
+// Adds the time since the last call to one of the two that the caller wants to know.
+void Attending::count(int64_t which) {
   if (!sparse_ || !a_.sparse->seconds) return;
-  *a_.sparse->seconds += std::chrono::duration<float>(std::chrono::steady_clock::now() - begun_).count();
+  const auto now = std::chrono::steady_clock::now();
+  a_.sparse->seconds[which] += std::chrono::duration<float>(now - begun_).count();
+  begun_ = now;
 }
 
 void Attending::attend(const Unit& unit, float* scratch) {

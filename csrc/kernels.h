@@ -96,8 +96,8 @@ struct Sparse {
   const float* alpha;   // [query heads]: blocks of less than this share of the largest energy are left out
   uint8_t* selected;    // [rows][lists][tiles][blocks]: read where kGiven, written otherwise; or null
   float* dropped;       // [rows][query_heads][tokens]: estimated share of the mass that was left out; or null
-  float* seconds;       // what it took is added to this; or null
-  int64_t scoring, size;  // entries of a block
+  float* seconds;       // [2]: what choosing and what attending took is added to these; or null
+  int64_t scoring, size;  // entries of a block; 0: dense
   int64_t sink, window, last;  // blocks that are always met: first ones, latest ones; tiles at the end that meet all
   int64_t shared;       // whether the query heads of a KV head share a list, and the queries of a tile
   int64_t corrected;    // whether a block that is left out counts as its mean, as many times as it has entries

@@ -19,10 +19,13 @@ class Attending {
   void run(Team::Member& member, int64_t time, const Then& then) {
     const Extent& extent = extents_[time];
     member.share(extent.pools, [&](int64_t unit) { pool(unit); });
-    member.share(extent.pools ? extent.units : 0, [&](int64_t unit) { select(units_[unit], member.scratch); }, [&] { order(); });
+    member.share(extent.pools ? extent.units : 0, [&](int64_t unit) { select(units_[unit], member.scratch); }, [&] {
+      order();
+      count(0);
+    });
     member.share(extent.units, [&](int64_t unit) { attend(units_[unit], member.scratch); },
                  [&] {
-                   finish();
+                   count(1);
                    if (!extent.split) then();
                  });
     if (extent.split) member.share(blocks(), [&](int64_t block) { join(block); }, then);
@@ -50,7 +53,7 @@ class Attending {
   void pool(int64_t unit);
   void select(Unit& unit, float* scratch);
   void order();
-  void finish();
+  void count(int64_t which);
   Tile tile(const Unit& unit) const;
   void attend(const Unit& unit, float* scratch);
   void join(int64_t block);

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, close, random_ids, tiny_model
+from tiny import ARCHITECTURES, DECODERS, close, random_ids, tiny_model
 
 from lissom import AttentionMatching, FlashPrefill, KVBudget, NativeDecode
+from lissom.attention.flash_prefill.apply import Running
+from lissom.decode import passes
 from lissom.errors import UserError
 
 EXACT = {"min_tokens": 0, "precision": "exact"}
@@ -72,6 +74,56 @@ def test_what_is_loaded_with_the_name():
     model = tiny_model("llama", "lissom_sparse_prefill")
     ids = random_ids(200)
     close(model(ids).logits, tiny_model("llama")(ids).logits)
+
+
+@pytest.mark.parametrize("settings", [{}, {"shared": True}, {"corrected": True}, {"last": 1}])
+@pytest.mark.parametrize("architecture", [name for name in DECODERS if name != "mistral"])  # which is all windows
+@torch.no_grad()
+def test_native_passes_are_sparse_alike(architecture, settings, monkeypatch):
+    """In stretches of whole tiles logits, blocks and estimates are those of transformers' passes."""
+    monkeypatch.setattr(passes, "_CHUNK", 512)  # of both rows
+    model, ids = tiny_model(architecture), random_ids(500, 2)
+    method = FlashPrefill(**SPARSE | {"alpha": 0.97, "block_size": 64} | settings, estimate=True)
+    with method(model) as wanted:
+        logits = model(ids).logits
+    with method(model) as got, NativeDecode(kv="fp32")(model):
+        close(model(ids).logits, logits)
+    assert got.layers.keys() == wanted.layers.keys() and wanted.density < 1
+    assert all(got.layer(i).blocks == wanted.layer(i).blocks for i in wanted.layers)
+    assert got.density == wanted.density and 0 < got.choosing < got.seconds
+    assert got.dropped == pytest.approx(wanted.dropped, rel=1e-3)
+
+
+@torch.no_grad()
+def test_native_passes_with_padding(monkeypatch):
+    """On the left, longer than the first stretch."""
+    monkeypatch.setattr(passes, "_CHUNK", 330)
+    model, ids = tiny_model("llama"), random_ids(500, 2)
+    mask = torch.ones_like(ids)
+    mask[1, :201] = 0
+    with FlashPrefill(**SPARSE)(model):
+        wanted = model(ids, attention_mask=mask).logits[mask.bool()]
+    with FlashPrefill(**SPARSE, estimate=True)(model) as report, NativeDecode(kv="fp32")(model):
+        close(model(ids, attention_mask=mask).logits[mask.bool()], wanted)
+    assert 0 < report.density < 1 and 0 < report.dropped < 1
+
+
+@torch.no_grad()
+def test_native_passes_of_a_model_that_was_loaded_with_the_name(monkeypatch):
+    seen = []
+    monkeypatch.setattr(Running, "natively", lambda *given: seen.append(given))
+    model = tiny_model("llama", "lissom_sparse_prefill")
+    with NativeDecode()(model):
+        model(random_ids(20))
+    assert len(seen) == 1
+
+
+@torch.no_grad()
+def test_controls_are_for_transformers_passes(caplog):
+    model = tiny_model("llama")
+    with FlashPrefill(**SPARSE | {"selection": "top-k", "count": 1})(model) as report, NativeDecode()(model):
+        model(random_ids(500))
+    assert 0.7 < report.density < 1 and "selection='top-k'" in caplog.text
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from lissom.kernels import packed as formats
 from lissom.kernels.packed import Packed
 from lissom.kernels.packed_layers import exchanged, skeleton
 from lissom.kernels.rounding import GRIDS, rtn
-from lissom.models.attention import computes_prompts, installed
+from lissom.models.attention import installed
 from lissom.models.method import SearchContext, changed
 from lissom.models.plan import ARCHITECTURES, require_supported
 
@@ -243,8 +243,6 @@ class _Runner:
             raise NotNative(f"the input is on {ids.device}")
         if self._model.training:
             raise NotNative("the model is in training mode")
-        if ids.shape[1] > 1 and computes_prompts(self._model):
-            raise NotNative("another method computes the attention of prompts")
         passes = self.passes(thorough=ids.shape[1] > 1 or cache.get_seq_length() == 0)
         if passes.has_hooks():
             raise NotNative("a module inside the model has a hook")

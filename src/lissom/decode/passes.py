@@ -17,6 +17,7 @@ from lissom.errors import UserError
 from lissom.kernels import decoder
 from lissom.kernels.ragged_attention import KV_TYPES, KeyValues
 from lissom.kv.cache import CompactCache, CompactLayer, WindowLayer, exchange_layers, exchange_windows
+from lissom.models.attention import NativeReading, prompt_method
 from lissom.models.plan import NativePlan, Unsupported
 
 # Tokens of all rows that one native call reads at most: enough that unpacking the weights does not matter.
@@ -157,6 +158,7 @@ class NativePasses:
             raise NotNative("a method compacts each layer on the way")
         scaling = float(self.plan.plan.attention_scale)
         queries: list[torch.Tensor] = []
+        sparse = self._sparse(layers, rows, tokens, gaps) if tokens > 1 else None
         self._make_room(layers, rows, tokens)
         done = 0
         for first in range(0, tokens, chunk):
@@ -170,7 +172,10 @@ class NativePasses:
                 places = positions[:, first:last].contiguous()
             holes = None if gaps is None else self._holes(gaps, tokens - last)
             taken = self._query_buffer(rows * (last - first)) if observed or last > tokens - recent else None
-            self._step(layers, ids if whole else ids[:, first:last], places, holes, here, part, taken)
+            told = None if sparse is None else sparse.begin(rows, last - first, logical + last, tokens - last)
+            self._step(layers, ids if whole else ids[:, first:last], places, holes, here, part, told, taken)
+            if sparse is not None:
+                sparse.end()
             if taken is not None:  # [layers, rows, heads, tokens, head_dim]
                 seen = taken.unflatten(1, (rows, last - first)).transpose(2, 3)
                 for layer in observed:
@@ -187,6 +192,22 @@ class NativePasses:
             layer.after_pass(own, visible, scaling)
         return logits
 
+    def _sparse(self, layers: list[Any], rows: int, tokens: int, gaps: torch.Tensor | None) -> NativeReading | None:
+        """How a method that computes the attention of prompts has this one read, if there is such a method."""
+        method = prompt_method(self._model)
+        if method is None:
+            return None
+        if method.not_native:
+            raise NotNative(method.not_native)
+        entries = layers[0].logical + tokens
+        padding = [0] * rows
+        if gaps is not None:
+            padding = (entries - gaps[:, 1]).tolist()
+            if bool((gaps[:, 0] < entries).logical_and(gaps[:, 0] > gaps[:, 1]).any()):
+                return None  # padding elsewhere than at the beginning
+        whole = [layer.store is None or layer.is_whole() for layer in layers]
+        return method.natively(self._model, entries, padding, whole)
+
     def _query_buffer(self, vectors: int) -> torch.Tensor:
         info = self.plan.info
         return _floats(info.num_hidden_layers, vectors, info.num_attention_heads, info.head_dim)
@@ -199,6 +220,7 @@ class NativePasses:
         holes: torch.Tensor | None,
         keep: Sequence[int],
         out: torch.Tensor | None,
+        sparse: Any,
         queries: torch.Tensor | None,
     ) -> None:
         rows, count = ids.shape
@@ -207,7 +229,7 @@ class NativePasses:
         wanted = _int64s([row * count + token for row in range(rows) for token in keep])
         direct = out is not None and out.is_contiguous()
         logits = None if out is None else out if direct else _floats(*out.shape)
-        parts = ids, positions, holes, stores, wanted, logits, None, queries
+        parts = ids, positions, holes, stores, wanted, logits, sparse, queries
         step = decoder.Step(*map(_address, parts), rows, count, len(wanted), layers[0].logical)
         try:
             decoder.decode(self.plan.plan, step)

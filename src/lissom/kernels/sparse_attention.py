@@ -70,7 +70,7 @@ class Rules:
         """Tiles and blocks of a selection, the most that any row has."""
         wide = max(1, TILE // group) if self.shared else TILE
         tiles = max((entries - p - 1) // wide - max(0, entries - tokens - p) // wide + 1 for p in padding)
-        return tiles, -(-(entries - min(padding)) // self.size)
+        return max(1, tiles), max(1, -(-(entries - min(padding)) // self.size))
 
 
 class SparseAttention(NamedTuple):
@@ -81,12 +81,14 @@ class SparseAttention(NamedTuple):
         lse: fp32 `[rows, query heads, tokens]`, the logarithm of the sum of e to the logits that were met.
         selected: bool `[rows, lists, tiles, blocks]`.
         dropped: fp32 `[rows, query heads, tokens]`, the estimated share of the attention that was left out; or empty.
+        seconds: fp32 `[2]`, what choosing blocks and what attending took; or empty, where it was not measured.
     """
 
     output: torch.Tensor
     lse: torch.Tensor
     selected: torch.Tensor
     dropped: torch.Tensor
+    seconds: torch.Tensor
 
 
 def sparse_attention(
@@ -135,7 +137,7 @@ def _sparse_attention(
     numbers: list[int],
     halves: bool,
     estimate: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     rows, heads, tokens, size = query.shape
     kv_heads, entries = keys.shape[1:3]
     vectors = query.transpose(1, 2).float().contiguous()
@@ -143,6 +145,7 @@ def _sparse_attention(
     keys, values = keys.contiguous(), values.contiguous()
     output, lse = torch.empty_like(vectors), vectors.new_empty(rows, heads, tokens)
     dropped = torch.empty_like(lse) if estimate else lse.new_empty(0)
+    seconds = lse.new_zeros(2)
     selected = (
         _empty_selection(query, keys, padding, numbers)
         if given is None
@@ -156,7 +159,7 @@ def _sparse_attention(
         *(KV_TYPES[keys.dtype], len(starts) * entries),
     )
     sparse = Sparse(
-        *(alpha.data_ptr(), selected.data_ptr(), dropped.data_ptr() if estimate else None, None),
+        *(alpha.data_ptr(), selected.data_ptr(), dropped.data_ptr() if estimate else None, seconds.data_ptr()),
         *(*numbers, *selected.shape[2:]),
     )
     holes = torch.tensor([[entries, entries - p] for p in padding])
@@ -166,7 +169,7 @@ def _sparse_attention(
         *(rows, heads, kv_heads, tokens, size, 0, heads * size, heads * size, 0, int(halves), scale, 0.0),
     )
     native.call("ragged_attention", arguments)
-    return output.transpose(1, 2).to(query.dtype), lse, selected, dropped
+    return output.transpose(1, 2).to(query.dtype), lse, selected, dropped, seconds
 
 
 def _empty_selection(query: torch.Tensor, keys: torch.Tensor, padding: list[int], numbers: list[int]) -> torch.Tensor:
@@ -190,7 +193,8 @@ def _(
     numbers: list[int],
     halves: bool,
     estimate: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     selected = _empty_selection(query, keys, padding, numbers) if given is None else torch.empty_like(given)
-    return torch.empty_like(query), lse, selected, torch.empty_like(lse) if estimate else lse.new_empty(0)
+    dropped = torch.empty_like(lse) if estimate else lse.new_empty(0)
+    return torch.empty_like(query), lse, selected, dropped, lse.new_empty(2)

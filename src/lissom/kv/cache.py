@@ -122,7 +122,7 @@ class CompactLayer(CacheLayerMixin):
         if self.observer is not None:
             self.observer(self, query, scaling, 0)
         assert self.store is not None
-        if prompt is not None and self._is_whole():
+        if prompt is not None and self.is_whole():
             keys, values, _ = self.store.padded()
             output = prompt(query, keys.to(query.dtype), values.to(query.dtype))
             if output is not None:
@@ -140,9 +140,10 @@ class CompactLayer(CacheLayerMixin):
 
     def whole(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """See `Attends.whole`; None where entries were compacted, are biased, or somebody observes the queries."""
-        return self.store.padded()[:2] if self.store is not None and not self.observer and self._is_whole() else None
+        return self.store.padded()[:2] if self.store is not None and not self.observer and self.is_whole() else None
 
-    def _is_whole(self) -> bool:
+    def is_whole(self) -> bool:
+        """Whether all that was read is stored as it was."""
         store = self.store
         return store is not None and store.bias is None and not bool((store.lengths != self.tail).any())
 

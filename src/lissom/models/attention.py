@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from threading import Lock
 from typing import Any, Protocol, Self
 from weakref import WeakKeyDictionary
@@ -55,8 +55,42 @@ class Attends(Protocol):
         ...
 
 
+class NativeReading(Protocol):
+    """How a method has native passes read one prompt, stretch by stretch."""
+
+    def begin(self, rows: int, tokens: int, entries: int, following: int) -> Any:
+        """What native passes are told of a stretch: an array of `lissom.kernels.sparse_attention.Sparse`, one for each
+        layer.
+
+        Args:
+            tokens: of the stretch, the last of `entries`.
+            following: tokens of the prompt behind the stretch.
+        """
+        ...
+
+    def end(self) -> None:
+        """The stretch has been read."""
+        ...
+
+
 class PromptAttention(Protocol):
     """A method that computes the attention of a prompt's tokens itself."""
+
+    @property
+    def not_native(self) -> str:
+        """Why native passes cannot compute it; empty where they can."""
+        ...
+
+    def natively(
+        self, model: PreTrainedModel, entries: int, padding: list[int], whole: list[bool]
+    ) -> NativeReading | None:
+        """For a prompt whose last token is one of `entries`; None where it is read densely.
+
+        Args:
+            padding: see `attend`.
+            whole: of each layer, whether its cache has everything that was read.
+        """
+        ...
 
     def attend(
         self,
@@ -259,9 +293,21 @@ for _name, _function in _FALLBACKS.items():
     AttentionMaskInterface.register(PREFIX + _name, ALL_MASK_ATTENTION_FUNCTIONS[_name])
 
 
-def register_prompt_attention(key: str, of: Callable[[torch.nn.Module], PromptAttention | None]) -> None:
-    """Make `lissom_<key>` an attention implementation of transformers in which the method that `of(attention layer)`
-    gives computes what prompts attend to, and SDPA the rest. Compacted caches are read, too."""
+# Of attention layers, the methods of the blocks that they are in; and, by key, what counts outside of blocks.
+_methods: WeakKeyDictionary[torch.nn.Module, list[PromptAttention]] = WeakKeyDictionary()
+_defaults: dict[str, Callable[[], PromptAttention]] = {}
+
+
+def register_prompt_attention(key: str, default: Callable[[], PromptAttention]) -> None:
+    """Make `lissom_<key>` an attention implementation of transformers in which a method computes what prompts attend
+    to, and SDPA the rest: the one of the block of `prompt_attention` that a model is in, or else `default()`, which is
+    made once. Compacted caches are read, too."""
+    _defaults[key] = cache(default)
+
+    def of(module: torch.nn.Module) -> PromptAttention:
+        methods = _methods.get(module)
+        return methods[-1] if methods else _defaults[key]()
+
     for base, fallback in _FALLBACKS.items():
         name = _prompt_name(key, base)
         AttentionInterface.register(name, _attention_through(fallback, of))
@@ -288,18 +334,18 @@ class _Exchange:
         own: what it had.
         readers: blocks of `installed` that it is in.
         kept: whether `install` was called, so that no block takes it back.
-        prompts: keys of the methods for prompts, the last one counts.
+        prompts: keys of the methods for prompts, and these; the last one counts.
     """
 
     own: str
     readers: int = 0
     kept: bool = False
-    prompts: list[str] = field(default_factory=list)
+    prompts: list[tuple[str, PromptAttention]] = field(default_factory=list)
 
     @property
     def wanted(self) -> str:
         if self.prompts and not self.own.startswith(PREFIX):
-            return _prompt_name(self.prompts[-1], self.own)
+            return _prompt_name(self.prompts[-1][0], self.own)
         return PREFIX + self.own if (self.readers or self.kept) and not self.own.startswith(PREFIX) else self.own
 
 
@@ -358,24 +404,33 @@ def installed(model: PreTrainedModel) -> Iterator[None]:
             exchange.readers = max(0, exchange.readers - 1)
 
 
-def computes_prompts(model: PreTrainedModel) -> bool:
-    """Whether `model` is in a block of `prompt_attention`."""
-    exchange = _exchanges.get(model)
-    return exchange is not None and bool(exchange.prompts)
+def prompt_method(model: PreTrainedModel) -> PromptAttention | None:
+    """What computes the attention of prompts in `model`: the method of the innermost block of `prompt_attention`, or
+    that of the attention implementation with which it was loaded."""
+    exchange, name = _exchanges.get(model), model.config._attn_implementation
+    if exchange is not None and exchange.prompts:
+        return exchange.prompts[-1][1]
+    own = [key for key in _defaults if name in (_prompt_name(key, base) for base in SUPPORTED)]
+    return _defaults[own[0]]() if own else None
 
 
 @contextmanager
-def prompt_attention(model: PreTrainedModel, key: str) -> Iterator[None]:
-    """Inside the block prompts of `model` are for the methods that `register_prompt_attention` was given for `key`.
+def prompt_attention(model: PreTrainedModel, key: str, method: PromptAttention) -> Iterator[None]:
+    """Inside the block `method` computes what prompts of `model` attend to; `register_prompt_attention` knows `key`.
 
     Raises:
         UserError: see `install`.
     """
+    layers, entry = [module for module in model.modules() if hasattr(module, "layer_idx")], (key, method)
     with _exchanging(model) as exchange:
-        exchange.prompts.append(key)
+        exchange.prompts.append(entry)
+    for layer in layers:
+        _methods.setdefault(layer, []).append(method)
     try:
         yield
     finally:
+        for layer in layers:
+            _methods[layer].remove(method)
         with _exchanging(model) as exchange:
-            if key in exchange.prompts:
-                exchange.prompts.remove(key)
+            if entry in exchange.prompts:
+                exchange.prompts.remove(entry)

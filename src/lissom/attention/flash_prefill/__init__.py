@@ -6,8 +6,8 @@ for the last tiles of a prompt. `selection` is these semantics in plain PyTorch;
 native kernel on the CPU, by Triton on a GPU, or in PyTorch; `FlashPrefill` puts it into a running model.
 """
 
-from lissom.attention.flash_prefill.apply import Report
 from lissom.attention.flash_prefill.config import FlashPrefill
 from lissom.attention.flash_prefill.prefill import sparse_prefill
+from lissom.attention.flash_prefill.report import Report
 
 __all__ = ["FlashPrefill", "Report", "sparse_prefill"]

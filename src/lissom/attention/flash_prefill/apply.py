@@ -1,4 +1,4 @@
-"""FlashPrefill inside running models, through transformers' attention functions."""
+"""FlashPrefill inside running models: through transformers' attention functions, and in native passes."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +16,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lissom.attention.flash_prefill.prefill import Precision, layout_of, sparse_prefill
-from lissom.attention.flash_prefill.selection import Layout
-from lissom.kernels.sparse_attention import Rules
+from lissom.attention.flash_prefill.report import Report
+from lissom.kernels.sparse_attention import Rules, Sparse
 from lissom.models import describe_decoder
 from lissom.models.attention import prompt_attention, register_prompt_attention
 
@@ -30,79 +29,17 @@ KEY = "sparse_prefill"  # transformers takes every name with "flash" in it for o
 _LONGEST_TRIED = 16384  # tokens for which dense attention is compared
 
 
-@dataclass
-class LayerReport:
-    """What one layer did with the prompts that it read sparsely.
-
-    Attributes:
-        blocks: blocks that were met, forced ones included, of `causal` that there are, over all heads.
-        seconds: spent on choosing and attending.
-        dropped: estimated share of the attention that was left out, the mean over queries and heads; NaN unless
-            `FlashPrefill.estimate` is set.
-        queries: over which `dropped` is the mean.
-    """
-
-    blocks: int = 0
-    causal: int = 0
-    seconds: float = 0.0
-    dropped: float = float("nan")
-    queries: int = 0
-
-    @property
-    def density(self) -> float:
-        """Share of the causal blocks that was attended to; 1 where nothing was read sparsely."""
-        return self.blocks / self.causal if self.causal else 1.0
-
-    def add(self, selected: torch.Tensor, layout: Layout, dropped: torch.Tensor | None, seconds: float) -> None:
-        """One sequence: its selection `[lists, tiles, blocks]`, and `dropped` `[query heads, tokens]`."""
-        causal = layout.causal()
-        self.blocks += int((selected[:, : layout.tiles, : layout.blocks] & causal).sum())
-        self.causal += int(causal.sum()) * len(selected)
-        self.seconds += seconds
-        if dropped is not None:
-            before = self.dropped * self.queries if self.queries else 0.0
-            self.queries += dropped.numel()
-            self.dropped = (before + float(dropped.sum())) / self.queries
-
-
-@dataclass
-class Report:
-    """Of each layer by its index, since the block was entered."""
-
-    layers: dict[int, LayerReport] = field(default_factory=dict)
-
-    def layer(self, index: int) -> LayerReport:
-        return self.layers.setdefault(index, LayerReport())
-
-    @property
-    def density(self) -> float:
-        """Over all layers."""
-        causal = sum(layer.causal for layer in self.layers.values())
-        return sum(layer.blocks for layer in self.layers.values()) / causal if causal else 1.0
-
-    @property
-    def seconds(self) -> float:
-        """Over all layers."""
-        return sum(layer.seconds for layer in self.layers.values())
-
-    @property
-    def dropped(self) -> float:
-        """The mean over all layers' queries."""
-        queries = sum(layer.queries for layer in self.layers.values())
-        total = sum(layer.dropped * layer.queries for layer in self.layers.values() if layer.queries)
-        return total / queries if queries else float("nan")
-
-
 class Running:
     """The method in one model; see `lissom.models.attention.PromptAttention`."""
 
     def __init__(self, settings: FlashPrefill, model: PreTrainedModel | None = None) -> None:
         self.settings, self.report = settings, Report()
-        self._alphas: torch.Tensor | None = None
-        if model is not None:
-            info = describe_decoder(model)
-            self._alphas = settings.alphas(info.num_hidden_layers, info.num_attention_heads)
+        self._alphas = None if model is None else self._of(model)
         self._said: set[str] = set()
+
+    def _of(self, model: PreTrainedModel) -> torch.Tensor:
+        info = describe_decoder(model)
+        return self.settings.alphas(info.num_hidden_layers, info.num_attention_heads)
 
     def alphas(self, layer: int, heads: int) -> torch.Tensor:
         """`[heads]` of a layer."""
@@ -127,7 +64,8 @@ class Running:
         if key.shape != value.shape:
             self._say("keys and values have different sizes")
             return None
-        if key.shape[2] < self._least(query, key):
+        shape, entries = (query.shape[1], key.shape[1], query.shape[3]), key.shape[2]
+        if not self._is_long(entries, *shape, query.dtype, str(query.device), natively=False):
             return None
         layer = int(getattr(module, "layer_idx", 0))
         rules, begun = settings.rules(), time.perf_counter()
@@ -135,31 +73,103 @@ class Running:
             query, key, value, alpha=self.alphas(layer, query.shape[1]), rules=rules, scale=scaling, padding=padding,
             select=settings.select(), precision=settings.products, estimate=settings.estimate,
         )  # fmt: skip
-        if not torch.compiler.is_compiling():
-            seconds = (time.perf_counter() - begun) / len(query)
-            group = query.shape[1] // key.shape[1]
-            for row, pad in enumerate(padding):
-                entries = key.shape[2] - pad
-                layout = layout_of(rules, min(query.shape[2], entries), entries, group)
-                dropped = found.dropped[row, :, -layout.tokens :] if settings.estimate else None
-                self.report.layer(layer).add(found.selected[row], layout, dropped, seconds)
+        if torch.compiler.is_compiling():
+            return found.output
+        seconds, measured = time.perf_counter() - begun, found.seconds.tolist()
+        report = self.report.layer(layer)
+        report.seconds += seconds
+        report.choosing += seconds - measured[1] if measured else float("nan")
+        for row, pad in enumerate(padding):
+            real = min(query.shape[2], entries - pad)
+            report.count(found.selected[row], layout_of(rules, real, entries - pad, shape[0] // shape[1]))
+            if settings.estimate:
+                report.drop(found.dropped[row, :, -real:])
         return found.output
 
-    def _least(self, query: torch.Tensor, key: torch.Tensor) -> int:
+    @property
+    def not_native(self) -> str:
+        """See `PromptAttention`."""
+        return "" if self.settings.select() is None else f"selection={self.settings.selection!r} is PyTorch's"
+
+    def natively(
+        self, model: PreTrainedModel, entries: int, padding: list[int], whole: list[bool]
+    ) -> NativeReading | None:
+        """See `PromptAttention.natively`."""
+        info = describe_decoder(model)
+        shape = info.num_attention_heads, info.num_key_value_heads, info.head_dim
+        if not self._is_long(entries, *shape, torch.float32, "cpu", natively=True):
+            return None
+        alphas = self._of(model) if self._alphas is None else self._alphas
+        return NativeReading(self, alphas, info.num_key_value_heads, padding, whole)
+
+    def _is_long(
+        self, entries: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: str, natively: bool
+    ) -> bool:
         settings = self.settings
         if settings.min_tokens != "auto":
-            return settings.min_tokens
+            return entries >= settings.min_tokens
         rules = settings.rules()
         floor = first_sparse(rules)
-        if key.shape[2] < floor or torch.compiler.is_compiling():
-            return floor
-        shape = query.shape[1], key.shape[1], query.shape[3]
-        return crossover(*shape, query.dtype, str(query.device), rules, settings.products)
+        if entries < floor or torch.compiler.is_compiling():
+            return entries >= floor
+        return entries >= crossover(heads, kv_heads, head_dim, dtype, device, rules, settings.products, natively)
 
     def _say(self, reason: str) -> None:
         if reason not in self._said:
             self._said.add(reason)
             logger.warning("Prompts are read with dense attention: %s.", reason)
+
+
+class NativeReading:
+    """One prompt in native passes; see `lissom.models.attention.NativeReading`."""
+
+    def __init__(
+        self, running: Running, alphas: torch.Tensor, kv_heads: int, padding: list[int], whole: list[bool]
+    ) -> None:
+        """`alphas`: `[layers, query heads]`."""
+        self._report, self._rules, self._estimate = running.report, running.settings.rules(), running.settings.estimate
+        self._alphas, self._kv_heads, self._padding, self._whole = alphas.contiguous(), kv_heads, padding, whole
+
+    def begin(self, rows: int, tokens: int, entries: int, following: int) -> Any:
+        """See `lissom.models.attention.NativeReading`."""
+        layers, heads = self._alphas.shape
+        rules = self._rules = replace(self._rules, following=following)
+        self._padded = [min(pad, entries) for pad in self._padding]
+        self._tokens, self._entries = tokens, entries
+        extents = rules.extents(tokens, entries, self._padded, heads // self._kv_heads)
+        lists = self._kv_heads if rules.shared else heads
+        self._selected = torch.zeros(layers, rows, lists, *extents, dtype=torch.bool, device="cpu")
+        dropped = (layers, rows, heads, tokens) if self._estimate else (layers, 0)
+        self._dropped = torch.zeros(dropped, dtype=torch.float32, device="cpu")
+        self._seconds = torch.zeros(layers, 2, dtype=torch.float32, device="cpu")
+        return (Sparse * layers)(*(self._told(layer, extents) for layer in range(layers)))
+
+    def _told(self, layer: int, extents: tuple[int, int]) -> Sparse:
+        dropped = self._dropped[layer].data_ptr() if self._estimate else None
+        numbers = self._rules.numbers()
+        if not self._whole[layer]:
+            numbers[1] = 0  # no blocks: dense
+        parts = self._alphas[layer], self._selected[layer], self._seconds[layer]
+        alpha, selected, seconds = (part.data_ptr() for part in parts)
+        return Sparse(alpha, selected, dropped, seconds, *numbers, *extents)
+
+    def end(self) -> None:
+        """See `lissom.models.attention.NativeReading`."""
+        group = self._alphas.shape[1] // self._kv_heads
+        read = self._selected.flatten(1).any(1).tolist()  # layers with a window, say, have no blocks
+        for layer, selected in enumerate(self._selected):
+            if not read[layer]:
+                continue
+            report = self._report.layer(layer)
+            choosing, attending = self._seconds[layer].tolist()
+            report.seconds += choosing + attending
+            report.choosing += choosing
+            for row, pad in enumerate(self._padded):
+                real = min(self._tokens, self._entries - pad)
+                if real > 0:
+                    report.count(selected[row], layout_of(self._rules, real, self._entries - pad, group))
+                    if self._estimate:
+                        report.drop(self._dropped[layer, row, :, -real:])
 
 
 @cache
@@ -175,16 +185,27 @@ def first_sparse(rules: Rules) -> int:
 
 @cache
 def crossover(
-    heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: str, rules: Rules, products: Precision
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: str,
+    rules: Rules,
+    products: Precision,
+    natively: bool,
 ) -> int:
-    """Tokens of the shortest prompt for which sparse attention can be faster than SDPA here: measured once on random
-    numbers, with no more than what is always met."""
+    """Tokens of the shortest prompt for which sparse attention can be faster here than dense attention, that is SDPA or
+    `natively` the same kernel with all blocks: measured once on random numbers, with no more than what is always met.
+    """
     tokens, generator = first_sparse(rules), torch.Generator().manual_seed(0)
     while tokens < _LONGEST_TRIED:
         shapes = [(1, count, tokens, head_dim) for count in (heads, kv_heads, kv_heads)]
         query, key, value = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
-        dense = partial(F.scaled_dot_product_attention, query, key, value, is_causal=True, enable_gqa=True)
-        sparse = partial(sparse_prefill, query, key, value, alpha=2.0, rules=rules, precision=products)
+        ours = partial(sparse_prefill, query, key, value, rules=rules, precision=products)
+        sparse = partial(ours, alpha=2.0)
+        dense: Callable[[], Any] = partial(ours, alpha=0.0)
+        if not natively:
+            dense = partial(F.scaled_dot_product_attention, query, key, value, is_causal=True, enable_gqa=True)
         if min(_seconds(sparse) for _ in range(3)) < min(_seconds(dense) for _ in range(3)):
             return tokens
         tokens *= 2
@@ -201,20 +222,14 @@ def _seconds(work: Callable[[], Any]) -> float:
     return time.perf_counter() - begun
 
 
-_running: WeakKeyDictionary[nn.Module, list[Running]] = WeakKeyDictionary()
+def _default() -> Running:
+    """Of models that were loaded with `attn_implementation="lissom_sparse_prefill"`."""
+    from lissom.attention.flash_prefill.config import FlashPrefill
+
+    return Running(FlashPrefill())
 
 
-def _of(module: nn.Module) -> Running:
-    """The method in the model that an attention layer belongs to; with default settings where the model was loaded with
-    `attn_implementation="lissom_sparse_prefill"`."""
-    if not _running.get(module):
-        from lissom.attention.flash_prefill.config import FlashPrefill
-
-        _running[module] = [Running(FlashPrefill())]
-    return _running[module][-1]
-
-
-register_prompt_attention(KEY, _of)
+register_prompt_attention(KEY, _default)
 
 
 @contextmanager
@@ -223,12 +238,5 @@ def applied(settings: FlashPrefill, model: PreTrainedModel) -> Iterator[Report]:
     running, info = Running(settings, model), describe_decoder(model)
     if any(info.sliding):
         logger.warning("%d of %d layers have a sliding window: they stay dense.", sum(info.sliding), len(info.sliding))
-    layers = [module for module in model.modules() if hasattr(module, "layer_idx")]
-    with prompt_attention(model, KEY):
-        for layer in layers:
-            _running.setdefault(layer, []).append(running)
-        try:
-            yield running.report
-        finally:
-            for layer in layers:
-                _running[layer].remove(running)
+    with prompt_attention(model, KEY, running):
+        yield running.report

@@ -11,8 +11,9 @@ import torch
 from transformers import PreTrainedModel
 
 from lissom.attention.flash_prefill import controls
-from lissom.attention.flash_prefill.apply import Report, applied
+from lissom.attention.flash_prefill.apply import applied
 from lissom.attention.flash_prefill.prefill import Precision, Select
+from lissom.attention.flash_prefill.report import Report
 from lissom.errors import UserError
 from lissom.kernels.sparse_attention import Rules
 from lissom.models.method import SearchContext, described

@@ -139,6 +139,7 @@ def _plain(
         query.new_full(query.shape[:3], -torch.inf, dtype=torch.float32),
         torch.zeros(len(query), lists, *choice, dtype=torch.bool, device=query.device),
         query.new_zeros(query.shape[:3] if estimate else 0, dtype=torch.float32),
+        query.new_empty(0, dtype=torch.float32),
     )
     for row, pad in enumerate(padding):
         q, k, v = _real(query[row], key[row], value[row], pad)

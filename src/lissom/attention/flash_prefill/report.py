@@ -1,0 +1,86 @@
+"""What FlashPrefill did, layer by layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+
+from lissom.attention.flash_prefill.selection import Layout
+
+
+@dataclass
+class LayerReport:
+    """What one layer did with the prompts that it read sparsely.
+
+    Attributes:
+        blocks: blocks that were met, forced ones included, of `causal` that there are, over all heads.
+        seconds: spent on choosing and attending.
+        choosing: of these, spent on choosing blocks; NaN where it was not measured.
+        dropped: estimated share of the attention that was left out, the mean over queries and heads; NaN unless
+            `FlashPrefill.estimate` is set.
+        queries: over which `dropped` is the mean.
+    """
+
+    blocks: int = 0
+    causal: int = 0
+    seconds: float = 0.0
+    choosing: float = 0.0
+    dropped: float = float("nan")
+    queries: int = 0
+
+    @property
+    def density(self) -> float:
+        """Share of the causal blocks that was attended to; 1 where nothing was read sparsely."""
+        return self.blocks / self.causal if self.causal else 1.0
+
+    def count(self, selected: torch.Tensor, layout: Layout) -> None:
+        """Add the selection `[lists, tiles, blocks]` of one sequence."""
+        causal = _causal(layout)
+        self.blocks += int((selected[:, : layout.tiles, : layout.blocks].cpu() & causal).sum())
+        self.causal += int(causal.sum()) * len(selected)
+
+    def drop(self, dropped: torch.Tensor) -> None:
+        """Add what some queries left out."""
+        before = self.dropped * self.queries if self.queries else 0.0
+        self.queries += dropped.numel()
+        self.dropped = (before + float(dropped.sum())) / self.queries
+
+
+@lru_cache(maxsize=256)
+def _causal(layout: Layout) -> torch.Tensor:
+    return layout.causal()
+
+
+@dataclass
+class Report:
+    """Of each layer by its index, since the block was entered."""
+
+    layers: dict[int, LayerReport] = field(default_factory=dict)
+
+    def layer(self, index: int) -> LayerReport:
+        return self.layers.setdefault(index, LayerReport())
+
+    @property
+    def density(self) -> float:
+        """Over all layers."""
+        causal = sum(layer.causal for layer in self.layers.values())
+        return sum(layer.blocks for layer in self.layers.values()) / causal if causal else 1.0
+
+    @property
+    def seconds(self) -> float:
+        """Over all layers."""
+        return sum(layer.seconds for layer in self.layers.values())
+
+    @property
+    def choosing(self) -> float:
+        """Of these, spent on choosing blocks."""
+        return sum(layer.choosing for layer in self.layers.values())
+
+    @property
+    def dropped(self) -> float:
+        """The mean over all layers' queries."""
+        queries = sum(layer.queries for layer in self.layers.values())
+        total = sum(layer.dropped * layer.queries for layer in self.layers.values() if layer.queries)
+        return total / queries if queries else float("nan")
