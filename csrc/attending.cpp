@@ -27,8 +27,33 @@ void Attending::prepare(int64_t time) {
   sparse_ = is_sparse();
   split_ = false;
   begun_ = std::chrono::steady_clock::now();
+  packed_ = a_.tokens > tokens_ ? isa_.packed_size(a_) : 0;
   sparse_ ? prepare_sparse() : prepare_dense();
-  extents_[time] = {static_cast<int64_t>(units_.size()), sparse_ ? blocks() * means_each_ : 0, split_};
+  prepare_packs();
+  extents_[time] = {static_cast<int64_t>(units_.size()), sparse_ ? blocks() * means_each_ : 0,
+                    packed_ ? blocks() * packs_each_ : 0, split_};
+}
+
+// Room for the entries that units meet.
+void Attending::prepare_packs() {
+  if (!packed_) return;
+  int64_t last = 0;
+  first_pack_ = INT64_MAX;
+  for (const Unit& unit : units_) {
+    const int64_t from = sparse_ ? origin(unit.block / a_.kv_heads) : 0;
+    first_pack_ = std::min(first_pack_, std::max<int64_t>(0, unit.begin - from) / kTile);
+    last = std::max(last, (unit.end - from + kTile - 1) / kTile);
+  }
+  packs_each_ = last - first_pack_;
+  const int64_t size = blocks() * packs_each_ * packed_;
+  if (size > packs_size_) packs_.reset(new uint16_t[packs_size_ = size]);  // a vector would write zeros first
+}
+
+void Attending::pack(int64_t unit) {
+  const int64_t block = unit / packs_each_, row = block / a_.kv_heads;
+  const int64_t first = (sparse_ ? origin(row) : 0) + (first_pack_ + unit % packs_each_) * kTile;
+  const int64_t count = std::min(kTile, a_.store->lengths[block] - first);
+  if (count > 0) isa_.pack_entries(a_, block, first, count, packs_.get() + unit * packed_);
 }
 
 void Attending::prepare_dense() {
@@ -45,6 +70,7 @@ void Attending::prepare_dense() {
       if (!a_.mask) {
         end = std::max<int64_t>(0, length - (a_.tokens - token - tokens));
         if (a_.window) begin = std::max<int64_t>(0, length - (a_.tokens - 1 - token) - a_.window);
+        if (packed_) begin = begin / kTile * kTile;
       }
       const int64_t stretch = split_ ? kStretch : std::max<int64_t>(1, end - begin);
       do {
@@ -112,8 +138,18 @@ void Attending::pool(int64_t unit) {
 }
 
 Tile Attending::tile(const Unit& unit) const {
-  Tile tile{unit.block, unit.token, unit.tokens, unit.head, unit.heads, unit.begin, unit.end, nullptr, 0, 0,
-            nullptr,    nullptr,    0,           nullptr};
+  Tile tile{};
+  tile.block = unit.block;
+  tile.token = unit.token;
+  tile.tokens = unit.tokens;
+  tile.head = unit.head;
+  tile.heads = unit.heads;
+  tile.begin = unit.begin;
+  tile.end = unit.end;
+  if (packed_) {
+    tile.packed = packs_.get() + unit.block * packs_each_ * packed_;
+    tile.origin = (sparse_ ? origin(unit.block / a_.kv_heads) : 0) + first_pack_ * kTile;
+  }
   if (!sparse_) return tile;
   tile.blocks = lists_.data() + unit.number * means_each_;
   tile.count = counts_[unit.number];

@@ -72,6 +72,8 @@ struct Target {
 
 // ---- Attention over a KV store (attend.inc) ----
 
+constexpr int64_t kTile = 128;  // entries whose logits are held at a time, and that are packed together
+
 enum KvType : int64_t { kKvF32 = 0, kKvBF16 = 1, kKvInt8 = 2 };
 
 // The entries of one layer: block row * heads + head is [starts, starts + lengths) of the flat buffers.
@@ -129,6 +131,8 @@ struct Tile {
   const float *keys, *values;  // means of blocks; null where what is left out does not count
   int64_t whole;          // blocks, from the first on, that all queries see all of
   float* dropped;         // [vectors]: the mass of blocks that are left out, as a logarithm; or null
+  const uint16_t* packed; // the entries of the block from `origin` on, by `pack_entries`; or null
+  int64_t origin;
 };
 
 // See attention_statistics.inc.
@@ -189,6 +193,10 @@ struct Kernels {
   // Maximum and mass [vectors], and the weighted sum of values [vectors][head_dim], where vector = token * heads + head.
   void (*attend)(const Attention&, const Tile&, float* top, float* mass, float* sum, float* scratch);
   int64_t (*attend_scratch)(int64_t head_dim, int64_t vectors);  // floats
+  // Keys and values of up to kTile entries as many queries meet them, so that it is done once for all tiles; a size of 0
+  // where they meet them as they are.
+  int64_t (*packed_size)(const Attention&);
+  void (*pack_entries)(const Attention&, int64_t block, int64_t first, int64_t count, uint16_t* out);
   // See select.inc.
   void (*pool)(const Attention&, int64_t block, int64_t first, int64_t count, float* key, float* value);
   void (*energies)(const Attention&, const Tile&, const float* means, int64_t blocks, int64_t scoring, float* out,
