@@ -1,4 +1,4 @@
-"""Long prompts whose last tokens can only be known from far before: a needle, variables, and a passage that comes again.
+"""Long prompts whose last tokens can only be known from far before: a needle, variables, a passage that comes again.
 
 Everything, the answer included, is read in one pass, so that a way to read prompts is judged by what it attends to, and
 not by the tokens that are generated afterwards.

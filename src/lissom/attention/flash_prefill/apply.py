@@ -78,7 +78,7 @@ class Running:
         seconds, measured = time.perf_counter() - begun, found.seconds.tolist()
         report = self.report.layer(layer)
         report.seconds += seconds
-        report.choosing += seconds - measured[1] if measured else float("nan")
+        report.choosing += measured[0] if measured else float("nan")
         for row, pad in enumerate(padding):
             real = min(query.shape[2], entries - pad)
             report.count(found.selected[row], layout_of(rules, real, entries - pad, shape[0] // shape[1]))

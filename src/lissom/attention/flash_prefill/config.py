@@ -19,7 +19,7 @@ from lissom.kernels.sparse_attention import Rules
 from lissom.models.method import SearchContext, described
 
 Selection = Literal["flashprefill", "row-normalised", "forced", "random", "top-k", "top-p", "flexprefill", "xattention"]
-_SCORED = ("flashprefill", "row-normalised")
+_SCORED = ("flashprefill", "row-normalised", "forced")  # by the kernels
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class FlashPrefill:
 
     def rules(self, following: int = 0) -> Rules:
         """What the kernels are told."""
-        scoring = self.selection if self.selection in _SCORED else "flashprefill"
+        scoring = "row-normalised" if self.selection == "row-normalised" else "flashprefill"
         return Rules(
             scoring, self.block_size, self.sink, self.window, self.last, self.shared, self.corrected, following
         )
@@ -132,7 +132,7 @@ class FlashPrefill:
         Raises:
             UserError: there are not as many numbers as the model has layers and heads.
         """
-        given = torch.as_tensor(self.alpha, dtype=torch.float32)
+        given = torch.as_tensor(2.0 if self.selection == "forced" else self.alpha, dtype=torch.float32)
         if given.ndim and given.shape not in ((layers,), (layers, heads)):
             raise UserError(
                 f"alpha has the shape {list(given.shape)}: the model has {layers} layers of {heads} query heads."

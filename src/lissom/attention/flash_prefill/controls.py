@@ -10,11 +10,7 @@ from lissom.attention.flash_prefill import selection
 from lissom.attention.flash_prefill.prefill import Select
 from lissom.attention.flash_prefill.selection import Layout
 
-NAMES = ("forced", "random", "top-k", "top-p", "flexprefill", "xattention")
-
-
-def _forced(query: torch.Tensor, keys: torch.Tensor, layout: Layout, scale: float) -> torch.Tensor:
-    return layout.forced().expand(len(query) // layout.group, -1, -1)
+NAMES = ("random", "top-k", "top-p", "flexprefill", "xattention")
 
 
 def _random(
@@ -50,7 +46,6 @@ def control(name: str, alpha: float, share: float, count: int, seed: int) -> Sel
         seed: of `random`.
     """
     controls: dict[str, Select] = {
-        "forced": _forced,
         "random": partial(_random, alpha=alpha, seed=seed),
         "top-k": partial(_largest, count=count),
         "top-p": partial(_mass, share=share),

@@ -1,0 +1,351 @@
+"""FlashPrefill beside dense attention and beside other ways to choose blocks: what it costs on text, whether what is
+far away is still found, and what it saves.
+
+Everything is compared with two baselines: PyTorch's SDPA, and our own kernel with all blocks, for most of the gain in
+short prompts is the kernel's. All selections run on that kernel.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from lissom.attention.flash_prefill import FlashPrefill, sparse_prefill
+from lissom.decode import NativeDecode
+from lissom.devices.meters import interleaved
+from lissom.evals.journal import Journal, scope
+from lissom.evals.retrieval import TASKS, judged, trials
+from lissom.evals.texts import passages
+from lissom.kernels.sparse_attention import Rules
+from lissom.models import describe_decoder
+
+STAGES = ("text", "tasks", "times", "synthetic")
+DENSE, PAPER, ROWS = "dense", "flashprefill", "row-normalised"
+_STRETCH = 128  # tokens of a text that are one unit of the bootstrap
+_SPARSE = FlashPrefill(min_tokens=0)
+ARMS: dict[str, FlashPrefill | None] = {
+    DENSE: None,
+    PAPER: _SPARSE,
+    f"{PAPER} α 0.05": replace(_SPARSE, alpha=0.05),
+    f"{PAPER} α 0.2": replace(_SPARSE, alpha=0.2),
+    f"{PAPER} shared": replace(_SPARSE, shared=True),
+    f"{PAPER} corrected": replace(_SPARSE, corrected=True),
+    f"{PAPER} blocks of 64": replace(_SPARSE, block_size=64, sink=4, window=8),
+    ROWS: replace(_SPARSE, selection="row-normalised"),
+    f"{ROWS} α 0.05": replace(_SPARSE, selection="row-normalised", alpha=0.05),
+    f"{ROWS} α 0.2": replace(_SPARSE, selection="row-normalised", alpha=0.2),
+    "top-k": replace(_SPARSE, selection="top-k"),
+    "top-p": replace(_SPARSE, selection="top-p"),
+    "flexprefill": replace(_SPARSE, selection="flexprefill"),
+    "xattention": replace(_SPARSE, selection="xattention"),
+    "random": replace(_SPARSE, selection="random"),
+    "forced": replace(_SPARSE, selection="forced"),
+}
+STRICT = ", nothing dense at the end"
+SDPA, OWN, NATIVE = "SDPA", "all blocks", "native"
+_TIMED: dict[str, tuple[Any, ...]] = {
+    SDPA: (),
+    OWN: (replace(_SPARSE, alpha=0.0),),
+    PAPER: (_SPARSE,),
+    ROWS: (ARMS[ROWS],),
+    f"{NATIVE}, {OWN}": (NativeDecode(), replace(_SPARSE, alpha=0.0)),
+    f"{NATIVE}, {PAPER}": (NativeDecode(), _SPARSE),
+}
+SYNTHETIC = (SDPA, OWN, PAPER, "forced")
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is measured.
+
+    Attributes:
+        texts: (tokens, number of texts).
+        arms: of `ARMS`, on the texts.
+        tasks: (tokens, trials of each task); `copies` of the passage that comes twice, which has many items.
+        task_arms: of `ARMS`.
+        times: tokens of the prompts whose reading is timed, `rounds` times, in each of `dtypes`.
+        synthetic: entries of one layer's attention with made-up queries and keys.
+    """
+
+    texts: tuple[tuple[int, int], ...]
+    arms: tuple[str, ...]
+    tasks: tuple[tuple[int, int], ...]
+    copies: tuple[tuple[int, int], ...]
+    task_arms: tuple[str, ...]
+    times: tuple[int, ...]
+    rounds: int
+    dtypes: tuple[str, ...]
+    synthetic: tuple[int, ...]
+
+
+_TASK_ARMS = (DENSE, PAPER, ROWS, "random", "forced")
+QUICK = Size(
+    ((1024, 1),), (DENSE, PAPER, "forced"), ((1024, 1),), ((1024, 1),), (DENSE, PAPER), (1024,), 1, ("float32",),
+    (1024, 2048),
+)  # fmt: skip
+SMALL = Size(
+    ((2048, 2), (4096, 1)), (DENSE, PAPER, ROWS, "random", "forced"), ((2048, 8),), ((2048, 2),), _TASK_ARMS,
+    (2048, 4096), 3, ("float32",), (2048, 4096, 8192, 16384),
+)  # fmt: skip
+DEFAULT = Size(
+    ((2048, 4), (4096, 3), (8192, 3)), tuple(ARMS), ((2048, 30), (4096, 15), (8192, 5)),
+    ((2048, 6), (4096, 3), (8192, 1)), _TASK_ARMS, (2048, 4096, 8192), 3, ("float32", "bfloat16"), (2048, 4096, 8192, 16384, 32768, 65536),
+)  # fmt: skip
+PAPER_SIZE = replace(DEFAULT, texts=((8192, 20), (32768, 10), (131072, 5)), times=(4096, 8192, 32768, 131072))
+
+
+@dataclass
+class Run:
+    """What was measured.
+
+    Attributes:
+        texts: by (tokens, arm): `nll` of stretches of text, and `density`.
+        tasks: by (task, tokens, arm): `right` items, the mean `nll` of trials, and `density`.
+        times: by (dtype, tokens, arm): for each round `whole`, `attention` and, where blocks are chosen, `choosing`
+            seconds; and `density`.
+        synthetic: by (entries, arm): `seconds` of each round, and `density`.
+        layers: of the model.
+    """
+
+    size: Size
+    layers: int
+    texts: dict[tuple[int, str], dict[str, Any]] = field(default_factory=dict)
+    tasks: dict[tuple[str, int, str], dict[str, Any]] = field(default_factory=dict)
+    times: dict[tuple[str, int, str], dict[str, Any]] = field(default_factory=dict)
+    synthetic: dict[tuple[int, str], dict[str, Any]] = field(default_factory=dict)
+
+
+Progress = Callable[[str, int, int], None]
+
+
+def run(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    size: Size,
+    journal: Path,
+    progress: Progress = lambda stage, done, total: None,
+) -> Run:
+    """Measure what `journal` does not hold yet; `progress` is called with (stage, done, total)."""
+    known, key = Journal(journal), scope(model, _STRETCH)
+    found = Run(size, describe_decoder(model).num_hidden_layers)
+
+    def once(what: Sequence[Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        identity = f"{key}/{json.dumps(what)}"
+        return known[identity] if identity in known else known.add(identity, measure())
+
+    plan = [(tokens, count, arm) for tokens, count in size.texts for arm in size.arms]
+    for done, (tokens, count, arm) in enumerate(plan):
+        progress("text", done, len(plan))
+        measure = partial(_text, model, texts(tokenizer, tokens, count), ARMS[arm])
+        found.texts[tokens, arm] = once(["text", tokens, count, _settings(ARMS[arm])], measure)
+    progress("text", len(plan), len(plan))
+    _tasks(found, model, tokenizer, once, progress)
+    _times(found, model, tokenizer, once, progress)
+    info = describe_decoder(model)
+    shape = info.num_attention_heads, info.num_key_value_heads, info.head_dim
+    for done, entries in enumerate(size.synthetic):
+        progress("synthetic", done, len(size.synthetic))
+        parts = once(["synthetic", entries, shape, size.rounds], partial(_synthetic, entries, shape, size.rounds))
+        found.synthetic |= {(entries, arm): parts[arm] for arm in SYNTHETIC}
+    progress("synthetic", len(size.synthetic), len(size.synthetic))
+    return found
+
+
+def _settings(method: FlashPrefill | None) -> Any:
+    return None if method is None else asdict(method)
+
+
+@contextmanager
+def _inside(model: PreTrainedModel, *methods: Any) -> Iterator[Any]:
+    """The methods' blocks; gives the report of FlashPrefill, if it is one of them."""
+    with ExitStack() as stack:
+        given = [stack.enter_context(method(model)) for method in methods if method is not None]
+        yield next((report for report in given if report is not None), None)
+
+
+# ---- text
+
+
+def texts(tokenizer: PreTrainedTokenizerBase, tokens: int, count: int) -> list[torch.Tensor]:
+    """int64 `[tokens]` each, prose from different places of Python's manual."""
+    whole = tokenizer("\n\n".join(text for _, text in passages()), add_special_tokens=False)["input_ids"]
+    starts = torch.linspace(0, len(whole) - tokens, count + 2).long().tolist()[1:-1]
+    return [torch.tensor(whole[start : start + tokens]) for start in starts]
+
+
+@torch.no_grad()
+def _text(model: PreTrainedModel, texts: Sequence[torch.Tensor], method: FlashPrefill | None) -> dict[str, Any]:
+    """NLL of the last three quarters of each text."""
+    stretches: list[float] = []
+    with _inside(model, method) as report:
+        for ids in texts:
+            first = len(ids) // 4
+            logits = model(ids[None], use_cache=False, logits_to_keep=len(ids) - first).logits[0, :-1].float()
+            losses = F.cross_entropy(logits, ids[first + 1 :], reduction="none")
+            stretches += [float(part.mean()) for part in losses.split(_STRETCH)]
+    return {"nll": stretches, "density": 1.0 if report is None else report.density}
+
+
+# ---- tasks
+
+
+def _tasks(
+    found: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, once: Callable[..., Any], progress: Progress
+) -> None:
+    """Each arm as it is used, and each but the dense one with `last=0`."""
+    arms = {name: ARMS[name] or replace(_SPARSE, alpha=0.0) for name in found.size.task_arms}  # on the same kernel
+    arms |= {name + STRICT: replace(method, last=0) for name, method in arms.items() if name != DENSE}
+    plan = [
+        (task, *part, name)
+        for task in TASKS
+        for part in (found.size.copies if task == "copy" else found.size.tasks)
+        for name in arms
+    ]
+    halves = copy.deepcopy(model).to(torch.bfloat16)  # type: ignore[arg-type]
+    for done, (task, tokens, count, name) in enumerate(plan):
+        progress("tasks", done, len(plan))
+
+        def measure(task: str = task, tokens: int = tokens, count: int = count, name: str = name) -> dict[str, Any]:
+            right, losses = list[bool](), list[float]()
+            with _inside(halves, arms[name]) as report:
+                for trial in trials(tokenizer, task, [tokens], [count]):
+                    items, nll = judged(halves, trial)
+                    right += items
+                    losses.append(nll)
+            return {"right": right, "nll": losses, "density": report.density}
+
+        found.tasks[task, tokens, name] = once(["task", task, tokens, count, _settings(arms[name])], measure)
+    progress("tasks", len(plan), len(plan))
+
+
+# ---- times
+
+
+_spent = [0.0]  # seconds in SDPA
+
+
+def _timed_sdpa(*args: Any, **kwargs: Any) -> Any:
+    begun = time.perf_counter()
+    output = sdpa_attention_forward(*args, **kwargs)
+    _spent[0] += time.perf_counter() - begun
+    return output
+
+
+AttentionInterface.register("lissom_timed_sdpa", _timed_sdpa)
+AttentionMaskInterface.register("lissom_timed_sdpa", sdpa_mask)
+
+
+@torch.no_grad()
+def _read(model: PreTrainedModel, ids: torch.Tensor, methods: Sequence[Any]) -> dict[str, float]:
+    """Seconds of one prompt."""
+    own = model.config._attn_implementation
+    if not methods:
+        model.set_attn_implementation("lissom_timed_sdpa")
+    _spent[0] = 0.0
+    try:
+        with _inside(model, *methods) as report:
+            begun = time.perf_counter()
+            model(ids[None], use_cache=False, logits_to_keep=1)
+            whole = time.perf_counter() - begun
+    finally:
+        if not methods:
+            model.set_attn_implementation(own)
+    if report is None:
+        return {"whole": whole, "attention": _spent[0], "choosing": 0.0, "density": 1.0}
+    return {"whole": whole, "attention": report.seconds, "choosing": report.choosing, "density": report.density}
+
+
+def _times(
+    found: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, once: Callable[..., Any], progress: Progress
+) -> None:
+    size = found.size
+    plan = [(dtype, tokens) for dtype in size.dtypes for tokens in size.times]
+    for done, (dtype, tokens) in enumerate(plan):
+        progress("times", done, len(plan))
+
+        def measure(dtype: str = dtype, tokens: int = tokens) -> dict[str, Any]:
+            network = copy.deepcopy(model).to(getattr(torch, dtype))
+            (ids,) = texts(tokenizer, tokens, 1)
+            arms = {name: partial(_read, network, ids, methods) for name, methods in _TIMED.items()}
+            for methods in _TIMED.values():  # first calls allocate and choose kernels
+                _read(network, ids[: min(1024, tokens)], methods)
+            rounds: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
+            for name, seconds in interleaved(arms, size.rounds):
+                rounds[name].append(seconds)
+            return {name: {what: [one[what] for one in many] for what in many[0]} for name, many in rounds.items()}
+
+        parts = once(["time", dtype, tokens, size.rounds], measure)
+        found.times |= {(dtype, tokens, name): parts[name] for name in _TIMED}
+    progress("times", len(plan), len(plan))
+
+
+# ---- one layer, made up
+
+
+def planted(entries: int, heads: int, kv_heads: int, head_dim: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    """Queries, keys and values of one layer, fp32 `[1, heads, entries, head_dim]`, that attend as heads of language
+    models do: to the first entries, to the latest ones, and to what is about the same thing.
+
+    Every block of 128 entries is about one of 32 things, whose direction its keys share; a query looks for the thing of
+    its own block and, half as strongly, for one other. The first entries' keys are large in the direction of all
+    queries.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    blocks, group = -(-entries // 128), heads // kv_heads
+    things = F.normalize(torch.randn(kv_heads, 32, head_dim, generator=draw), dim=-1)
+    about = torch.randint(32, (kv_heads, blocks), generator=draw)
+    other = torch.randint(32, (heads, blocks), generator=draw)
+    common = F.normalize(torch.randn(kv_heads, 1, head_dim, generator=draw), dim=-1)
+
+    def spread(of: torch.Tensor) -> torch.Tensor:
+        return of.repeat_interleave(128, 1)[:, :entries]
+
+    strength = head_dim**0.5
+    own = torch.stack([things[head, about[head]] for head in range(kv_heads)])
+    second = torch.stack([things[head // group, other[head]] for head in range(heads)])
+    key = spread(own) * 4.0 + torch.randn(kv_heads, entries, head_dim, generator=draw)
+    key[:, :4] += 6.0 * common
+    query = (spread(own).repeat_interleave(group, 0) + 0.5 * spread(second)) * strength
+    query += strength * common.repeat_interleave(group, 0) + torch.randn(heads, entries, head_dim, generator=draw)
+    value = torch.randn(kv_heads, entries, head_dim, generator=draw)
+    return query[None], key[None], value[None]
+
+
+@torch.no_grad()
+def _synthetic(entries: int, shape: tuple[int, int, int], rounds: int) -> dict[str, Any]:
+    query, key, value = planted(entries, *shape)
+    sparse = partial(sparse_prefill, query, key, value, precision="bf16")
+    density = {SDPA: 1.0}
+
+    def attend(name: str) -> float:
+        begun = time.perf_counter()
+        if name == SDPA:
+            F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+            return time.perf_counter() - begun
+        rules = Rules(last=0) if name == "forced" else Rules()
+        found = sparse(alpha={OWN: 0.0, PAPER: 0.1, "forced": 2.0}[name], rules=rules)
+        seconds = time.perf_counter() - begun
+        tiles = -(-entries // 128)
+        density[name] = int(found.selected.sum()) / (shape[0] * tiles * (tiles + 1) / 2)
+        return seconds
+
+    arms = {name: partial(attend, name) for name in SYNTHETIC}
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    if entries <= 8192:
+        attend(PAPER), attend(SDPA)
+    for name, spent in interleaved(arms, rounds if entries <= 16384 else 1):
+        seconds[name].append(spent)
+    return {name: {"seconds": seconds[name], "density": density[name]} for name in arms}
