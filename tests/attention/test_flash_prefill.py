@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, DECODERS, close, random_ids, tiny_model
+from tiny import ARCHITECTURES, DECODERS, ByteTokenizer, close, random_ids, tiny_model
 
-from lissom import AttentionMatching, FlashPrefill, KVBudget, NativeDecode
+from lissom import AttentionMatching, FlashPrefill, KVBudget, NativeDecode, sparse_prefill
+from lissom.attention.flash_prefill import apply
 from lissom.attention.flash_prefill.apply import Running
+from lissom.attention.flash_prefill.calibrate import GRID, chosen
 from lissom.decode import passes
 from lissom.errors import UserError
+from lissom.models.calibration import calibration_windows
 
 EXACT = {"min_tokens": 0, "precision": "exact"}
 SPARSE = {**EXACT, "alpha": 2.0, "sink": 1, "window": 1, "last": 0}
@@ -181,3 +184,52 @@ def test_composes(inner, first):
 def test_bad_settings(settings):
     with pytest.raises(UserError):
         FlashPrefill(**settings)
+
+
+@pytest.mark.parametrize("settings", [{}, {"shared": True}, {"selection": "row-normalised"}])
+def test_calibration_keeps_to_its_budget(settings):
+    """On the text itself: each head leaves out no more, and a larger budget gives no smaller threshold."""
+    model, tokenizer = tiny_model("llama"), ByteTokenizer()
+    method = FlashPrefill(**EXACT, block_size=64, sink=1, window=1, last=0, estimate=True, **settings)
+    own = {"tokens": 500, "length": 500}
+    strict, loose = (method.calibrated(model, tokenizer, budget, **own) for budget in (0.02, 0.2))
+    assert torch.tensor(strict.alpha).shape == (3, 4)
+    assert bool((torch.tensor(strict.alpha) <= torch.tensor(loose.alpha)).all()) and strict.alpha != loose.alpha
+    ids = calibration_windows(tokenizer, None, 500, 500)
+    parts = []
+
+    def keeping(query, key, value, **options):
+        parts.append([sparse_prefill(query, key, value, **options | {"alpha": a}).lse for a in (0.0, options["alpha"])])
+        return sparse_prefill(query, key, value, **options)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad(), loose(model):
+        patch.setattr(apply, "sparse_prefill", keeping)
+        model(ids)
+    # The first layer reads the same as in the calibration; those above it read what came of sparse attention.
+    dense, sparse = parts[0]
+    assert bool(((1 - (sparse - dense).exp()).mean((0, 2)) <= 0.2).all())
+
+
+def test_calibration_by_layer():
+    found = FlashPrefill(**EXACT, block_size=64, last=0).calibrated(
+        tiny_model("gemma3"), ByteTokenizer(), 0.1, each="layer", tokens=500, length=500
+    )
+    assert len(found.alpha) == 4 and all(isinstance(alpha, float) for alpha in found.alpha)
+
+
+def test_thresholds_are_the_largest_within_the_budget():
+    dropped = torch.linspace(0.9, 0, len(GRID))[:, None].repeat(1, 3)
+    dropped[3, 1], dropped[:, 2] = 0.99, 0.0
+    dropped[5, 1] = 0.0  # less than for the smaller threshold before it
+    assert chosen(dropped, 0.9) == [GRID[0], GRID[4], GRID[0]]
+    assert chosen(dropped[:, :2], 0.0) == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "settings, given, words",
+    [({}, {"budget": 0.0}, "budget"), ({}, {"each": "token"}, "each"), ({"selection": "top-k"}, {}, "threshold"),
+     ({}, {"text": "no/such/file"}, "cannot be read")],
+)  # fmt: skip
+def test_calibrations_that_make_no_sense(settings, given, words):
+    with pytest.raises(UserError, match=words):
+        FlashPrefill(**settings).calibrated(tiny_model("llama"), ByteTokenizer(), **given)

@@ -20,7 +20,9 @@ def register(app: typer.Typer) -> None:
 
 
 def check(
-    method: str = typer.Argument(..., help="Key of the method: attention-matching, native-decode or quantize."),
+    method: str = typer.Argument(
+        ..., help="Key of the method: attention-matching, flash-prefill, native-decode or quantize."
+    ),
     model: str = typer.Option("smollm2-135m", help=MODEL),
     small: bool = typer.Option(False, "--small", help="At most 20 minutes on two cores."),
     paper: bool = typer.Option(False, "--paper", help="The size of the paper, for a GPU; unmeasured here."),

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar, Literal, Self
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lissom.attention.flash_prefill import controls
 from lissom.attention.flash_prefill.apply import applied
+from lissom.attention.flash_prefill.calibrate import Each, calibrated
 from lissom.attention.flash_prefill.prefill import Precision, Select
 from lissom.attention.flash_prefill.report import Report
 from lissom.errors import UserError
@@ -106,6 +108,37 @@ class FlashPrefill:
 
     def __call__(self, model: PreTrainedModel) -> AbstractContextManager[Report]:
         return applied(self, model)
+
+    def calibrated(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        budget: float = 0.02,
+        *,
+        each: Each = "head",
+        tokens: int = 8192,
+        length: int = 4096,
+        text: str | Path | None = None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Self:
+        """The same settings with the largest `alpha` that leaves out at most a share of the attention on some text.
+
+        Prompts are read densely, and every threshold of a grid beside it; what each leaves out follows exactly from the
+        log-sum-exps. Heads whose attention cannot be left out at that price stay dense.
+
+        Args:
+            tokenizer: default: the one that lies beside the model.
+            budget: share of the attention, the mean over tokens.
+            each: choose for each `head` or for each `layer`.
+            tokens: of calibration text, in prompts of `length`.
+            text: a text file; default: the built-in text.
+            progress: called with (prompts read, prompts).
+
+        Raises:
+            UserError: the budget is no share, or the text is missing or too short.
+        """
+        alpha = calibrated(self, model, tokenizer, budget, each, tokens, length, text, progress)
+        return replace(self, alpha=alpha)
 
     def rules(self, following: int = 0) -> Rules:
         """What the kernels are told."""
