@@ -47,10 +47,11 @@ _HOMES = {
     "sparse_prefill": "lissom.attention.flash_prefill",
 }
 
-hook.install()
-
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'lissom' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
+
+
+hook.install()  # last: what it imports may import from here

@@ -1,26 +1,32 @@
-"""Registers lissom's quantiser with transformers as soon as that is imported, so that `import lissom` stays light.
+"""Registers what lissom adds to transformers as soon as that is imported, so that `import lissom` stays light.
 
-transformers has no entry points for quantisers: whoever has one must register it before a model is loaded.
+transformers has no entry points for quantisers and attention functions: whoever has one must register it before a
+model is loaded.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
-_REGISTRY = "transformers.quantizers.auto"
+# Where transformers keeps its registries, and the module that registers itself there when it is imported.
+_AFTER = {
+    "transformers.quantizers.auto": "lissom.plugin",
+    "transformers.modeling_utils": "lissom.attention.flash_prefill",
+}
 
 
 class _AfterRegistry(MetaPathFinder):
-    """Finds the registry's module as Python does, and has the quantiser registered when it has been executed."""
+    """Finds the registries' modules as Python does, and has ours imported when they have been executed."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name != _REGISTRY:
+        if name not in _AFTER:
             return None
         spec = PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
@@ -28,19 +34,15 @@ class _AfterRegistry(MetaPathFinder):
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
-                _register()
+                import_module(_AFTER[name])
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
-def _register() -> None:
-    import lissom.plugin  # noqa: F401  which registers itself
-
-
 def install() -> None:
-    """Register now where transformers' registry is loaded, otherwise as soon as it is."""
-    if _REGISTRY in sys.modules:
-        _register()
-    else:
-        sys.meta_path.insert(0, _AfterRegistry())
+    """Register now where transformers' registries are loaded, otherwise as soon as they are."""
+    sys.meta_path.insert(0, _AfterRegistry())
+    for registry, ours in _AFTER.items():
+        if registry in sys.modules:
+            import_module(ours)

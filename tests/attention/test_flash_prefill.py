@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from tiny import ARCHITECTURES, DECODERS, ByteTokenizer, close, random_ids, tiny_model
@@ -12,7 +15,9 @@ from lissom.attention.flash_prefill.apply import Running
 from lissom.attention.flash_prefill.calibrate import GRID, chosen
 from lissom.decode import passes
 from lissom.errors import UserError
+from lissom.models.attention import _say_dense
 from lissom.models.calibration import calibration_windows
+from lissom.recipes import Recipe
 
 EXACT = {"min_tokens": 0, "precision": "exact"}
 SPARSE = {**EXACT, "alpha": 2.0, "sink": 1, "window": 1, "last": 0}
@@ -176,6 +181,23 @@ def test_composes(inner, first):
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_composes_with_packed_weights_and_compaction():
+    """One recipe: low-bit weights, native passes, sparse prompts, a compacted cache."""
+    steps = [{"quantize": {"method": "rtn"}}, "native-decode", {"flash-prefill": {"alpha": 0.0, "min_tokens": 0}},
+             {"attention-matching": {"ratio": 0.5, "queries": "context"}}]  # fmt: skip
+    recipe = Recipe(methods=steps)
+    quantize, native, sparse, compact = recipe.build()
+    model, ids = quantize.convert(tiny_model("llama")), random_ids(400)
+    settings = {"max_new_tokens": 4, "do_sample": False}
+    with native(model), compact(model):
+        wanted = model.generate(ids, **settings)
+    with recipe.running(model):
+        assert torch.equal(model.generate(ids, **settings), wanted)
+    with native(model), sparse(model) as report, compact(model):
+        model.generate(ids, **settings)
+    assert report.layers
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"alpha": -1.0}, {"alpha": float("nan")}, {"alpha": []}, {"selection": "best"}, {"block_size": 100}, {"sink": -1},
@@ -233,3 +255,50 @@ def test_thresholds_are_the_largest_within_the_budget():
 def test_calibrations_that_make_no_sense(settings, given, words):
     with pytest.raises(UserError, match=words):
         FlashPrefill(**settings).calibrated(tiny_model("llama"), ByteTokenizer(), **given)
+
+
+@torch.no_grad()
+def test_compiled():
+    """A compiled model reads prompts sparsely, too: the compiler leaves the graph for what depends on the mask."""
+    model, ids = tiny_model("llama"), random_ids(500)
+    dense = model(ids).logits
+    compiled = torch.compile(model, backend="aot_eager")
+    with FlashPrefill(**SPARSE)(model) as report:
+        wanted = model(ids).logits
+        mask = torch.ones_like(ids)
+        before = report.layer(2).blocks
+        close(compiled(ids, attention_mask=mask, use_cache=False).logits, wanted)
+        close(compiled(ids[:, :400], attention_mask=mask[:, :400], use_cache=False).logits, wanted[:, :400])
+        assert report.layer(2).blocks > before
+    close(compiled(ids, attention_mask=mask, use_cache=False).logits, dense)
+
+
+@torch.no_grad()
+def test_masks_that_are_more(caplog):
+    """Padding on the right, or within, goes the dense way, which is said once."""
+    _say_dense.cache_clear()
+    model, ids = tiny_model("llama"), random_ids(500, 2)
+    mask = torch.ones_like(ids)
+    mask[1, 450:], mask[0, 30:40] = 0, 0
+    wanted = model(ids, attention_mask=mask).logits[mask.bool()]
+    with FlashPrefill(**SPARSE)(model) as report:
+        for _ in range(2):
+            close(model(ids, attention_mask=mask).logits[mask.bool()], wanted)
+    assert not report.layers
+    assert [record.message[:34] for record in caplog.records] == ["Prompts are read with dense attent"]
+
+
+@pytest.mark.parametrize("first", ["lissom", "transformers"])
+def test_the_name_is_known_after_import(first):
+    """Whichever is imported first."""
+    program = f"""
+import {first}
+{"import transformers.modeling_utils" if first == "transformers" else ""}
+import lissom, torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+shape = dict(hidden_size=64, intermediate_size=64, num_attention_heads=4, num_hidden_layers=1, vocab_size=64)
+model = AutoModelForCausalLM.from_config(LlamaConfig(**shape), attn_implementation="lissom_sparse_prefill")
+print(model(torch.ones(1, 20, dtype=torch.long)).logits.shape)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "[1, 20, 64]" in done.stdout, done.stderr

@@ -10,13 +10,14 @@ compacted the first operation fails with a clear sentence, so a bias is never si
 from __future__ import annotations
 
 import inspect
+import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from threading import Lock
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypeGuard
 from weakref import WeakKeyDictionary
 
 import torch
@@ -27,6 +28,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 
 from lissom.errors import UserError
 
+logger = logging.getLogger(__name__)
 PREFIX = "lissom_"
 SUPPORTED = ("sdpa", "eager")
 _lock = Lock()
@@ -157,32 +159,60 @@ def _attention_through(
         dropout: float = 0.0,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        stretch = _Stretch.of(attention_mask)
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        compute = None
-        if stretch is not None and not dropout and kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
+        if _Stretch.has(attention_mask):
+            return of_prompt(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
+        return attend(module, query, key, value, attention_mask, None, scaling, dropout, **kwargs)
+
+    # What is decided by numbers in the mask and by the blocks that a model is in cannot be compiled.
+    @torch.compiler.disable
+    def of_prompt(
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor,
+        scaling: float | None,
+        dropout: float,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        stretch, compute = _Stretch.of(attention_mask), None
+        if not dropout and kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
             method = prompt_of(module)
             if method is not None:
+                scale = query.shape[-1] ** -0.5 if scaling is None else scaling
                 compute = partial(method.attend, module, padding=stretch.padding, scaling=scale)
+        if isinstance(key, AttentionHandle):
+            padded = any(stretch.padding)
+            mask = stretch.visible(query.shape[2], stretch.entries, query.device) if padded else None
+            return attend(module, query, key, value, mask, compute, scaling, dropout, **kwargs)
+        if compute is not None:
+            output = compute(query, key[:, :, : stretch.entries], value[:, :, : stretch.entries])
+            if output is not None:
+                return output.transpose(1, 2).contiguous(), None
+        mask = stretch.mask(query, key.shape[2], fallback is None)
+        return attend(module, query, key, value, mask, None, scaling, dropout, **kwargs)
+
+    def attend(
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        compute: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor | None] | None,
+        scaling: float | None,
+        dropout: float,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if not isinstance(key, AttentionHandle):
-            if stretch is not None:
-                if compute is not None:
-                    output = compute(query, key[:, :, : stretch.entries], value[:, :, : stretch.entries])
-                    if output is not None:
-                        return output.transpose(1, 2).contiguous(), None
-                attention_mask = stretch.mask(query, key.shape[2], fallback is None)
             function = fallback or sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
             if scaling is not None:
                 kwargs["scaling"] = scaling
-            return function(module, query, key, value, attention_mask, dropout=dropout, **kwargs)
+            return function(module, query, key, value, mask, dropout=dropout, **kwargs)
         if kwargs.get("s_aux") is not None:
             raise UserError(f"{type(module).__name__} uses attention sinks, which a compacted cache cannot honour.")
-        if stretch is not None:
-            padded = any(stretch.padding)
-            attention_mask = stretch.visible(query.shape[2], stretch.entries, query.device) if padded else None
-        elif attention_mask is not None:
-            attention_mask = _visible(attention_mask)
-        output = key.layer.attend(query, attention_mask, scale, kwargs.get("softcap"), compute)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        visible = None if mask is None else _visible(mask)
+        output = key.layer.attend(query, visible, scale, kwargs.get("softcap"), compute)
         return output.transpose(1, 2).contiguous(), None
 
     return attention
@@ -218,10 +248,13 @@ class _Stretch:
         """As models pass masks around: `[rows, 1, 1, 2]`."""
         return torch.stack([padding, torch.full_like(padding, entries)], 1)[:, None, None]
 
+    @staticmethod
+    def has(mask: torch.Tensor | None) -> TypeGuard[torch.Tensor]:
+        """Whether `mask` is one of `tensor`."""
+        return mask is not None and mask.dtype == torch.int64 and mask.ndim == 4
+
     @classmethod
-    def of(cls, mask: torch.Tensor | None) -> Self | None:
-        if mask is None or mask.dtype != torch.int64 or mask.ndim != 4:
-            return None
+    def of(cls, mask: torch.Tensor) -> Self:
         numbers = mask[:, 0, 0].tolist()
         return cls([padding for padding, _ in numbers], numbers[0][1])
 
@@ -245,7 +278,17 @@ class _Stretch:
         return torch.zeros_like(visible, dtype=query.dtype).masked_fill(~visible, torch.finfo(query.dtype).min)
 
 
+@cache
+def _say_dense() -> None:
+    """Once in a process."""
+    logger.warning(
+        "Prompts are read with dense attention: the mask is more than causal with padding at the beginning (packed "
+        "sequences, padding on the right, a mask of four dimensions, a compiled model without attention_mask)."
+    )
+
+
 def _mask_through(fallback: Callable[..., Any]) -> Callable[..., Any]:
+    @torch.compiler.disable  # numbers in masks decide
     def mask(
         batch_size: int,
         q_length: int,
@@ -270,6 +313,8 @@ def _mask_through(fallback: Callable[..., Any]) -> Callable[..., Any]:
                 plain = bool((shown.sum(1) + padding == entries).all())
             if plain and entries <= kv_length:
                 return _Stretch.tensor(padding.to(device), entries)
+        if q_length > 1 and local_size is None:
+            _say_dense()
         return fallback(
             batch_size=batch_size,
             q_length=q_length,
