@@ -314,12 +314,105 @@ def quantize_load() -> str:
     return f"{markdown(headings, lines)}\n\n{stamp(facts)}"
 
 
+def _of(rows: Rows, part: str) -> list[list[str]]:
+    """Names of the rows of a part, cut at their slashes."""
+    return [name.split("/") for name in rows if name.startswith(f"{part}/")]
+
+
+def flash_prefill_text() -> str:
+    """NLL and density of every selection, a line each."""
+    facts, rows = load("flash-prefill")
+    names = _of(rows, "text")
+    lengths = list(dict.fromkeys(length for _, length, _, _ in names))
+    lines = []
+    for arm in dict.fromkeys(arm for _, _, arm, _ in names):
+        line = [f"**{arm}**" if arm == "flashprefill" else arm]
+        for length in lengths:
+            gap = rows[f"text/{length}/{arm}/NLL above dense"]
+            density = rows[f"text/{length}/{arm}/density"]["value"]
+            line += [f"{density:.1%}", number(rows[f"text/{length}/{arm}/NLL"]) if arm == "dense" else interval(gap)]
+        lines.append(line)
+    headings = ["", *(f"{length}: {what}" for length in lengths for what in ("density", "NLL above dense [95 %]"))]
+    return f"{markdown(headings, lines)}\n\n{stamp(facts)}"
+
+
+def flash_prefill_tasks() -> str:
+    """Right items, and NLL."""
+    facts, rows = load("flash-prefill")
+    names = _of(rows, "task")
+    tasks = list(dict.fromkeys(task for _, task, _, _ in names))
+    lines = []
+    for arm in dict.fromkeys(arm for _, _, arm, _ in names):
+        line = [arm]
+        for task in tasks:
+            right, nll = (rows[f"task/{task}/{arm}/{what}"] for what in ("right", "NLL"))
+            line += [f"{round(right['value'] * right['n'])} of {right['n']}", number(nll, 2)]
+        lines.append(line)
+    headings = ["", *(f"{task}{what}" for task in tasks for what in ("", ": NLL"))]
+    return f"{markdown(headings, lines)}\n\n{stamp(facts)}"
+
+
+def flash_prefill_times() -> str:
+    """Seconds of whole prompts and of their attention."""
+    facts, rows = load("flash-prefill")
+    names = _of(rows, "time")
+    parts = []
+    for dtype in dict.fromkeys(dtype for _, dtype, *_ in names):
+        lengths = list(dict.fromkeys(length for _, kind, length, _, _ in names if kind == dtype))
+        lines = []
+        for arm in dict.fromkeys(arm for _, _, _, arm, _ in names):
+            line = [f"**{arm}**" if arm == "flashprefill" else arm]
+            for length in lengths:
+                where = f"time/{dtype}/{length}/{arm}"
+                for what in ("attention", "whole"):
+                    row = rows[f"{where}/{what}"]
+                    line.append(f"{row['value']:.2f}" + ("" if arm == "SDPA" else f" ({row['ratio']:.2f}x)"))
+            lines.append(line)
+        headings = [dtype, *(f"{length}: {what}" for length in lengths for what in ("attention", "all"))]
+        parts.append(markdown(headings, lines))
+    return "\n\n".join([verdicts(facts), *parts, stamp(facts)])
+
+
+def flash_prefill_synthetic() -> str:
+    """Attention of one layer with made-up queries and keys."""
+    facts, rows = load("flash-prefill")
+    names = _of(rows, "synthetic")
+    lines = []
+    for entries in dict.fromkeys(entries for _, entries, _, _ in names):
+        line = [entries]
+        for arm in dict.fromkeys(arm for _, _, arm, _ in names):
+            row = rows[f"synthetic/{entries}/{arm}/attention of a layer"]
+            density = rows[f"synthetic/{entries}/{arm}/density"]["value"]
+            line.append(f"{row['value']:.3f}" + ("" if arm == "SDPA" else f" ({row['ratio']:.1f}x, {density:.0%})"))
+        whole = _prompt(rows, int(entries))
+        line += [f"{seconds:.0f}" for seconds in whole] + [f"{whole[0] / whole[-1]:.1f}x"]
+        lines.append(line)
+    arms = list(dict.fromkeys(arm for _, _, arm, _ in names))
+    headings = ["entries", *arms, "prompt, SDPA", "prompt, flashprefill", ""]
+    return f"{markdown(headings, lines)}\n\n{stamp(facts)}"
+
+
+def _prompt(rows: Rows, entries: int) -> list[float]:
+    """Seconds of a whole prompt of the fp32 model as they follow from its parts: what is not attention at the longest
+    length that was timed, for as many tokens, and the attention of a layer for all layers."""
+    timed = max(int(length) for _, _, length, *_ in _of(rows, "time"))
+    base = f"time/float32/{timed}"
+    rest = (rows[f"{base}/SDPA/whole"]["value"] - rows[f"{base}/SDPA/attention"]["value"]) / timed
+    layers = rows["layers"]["value"]
+    attention = [rows[f"synthetic/{entries}/{arm}/attention of a layer"]["value"] for arm in ("SDPA", "flashprefill")]
+    return [rest * entries + layers * seconds for seconds in attention]
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "attention-matching": attention_matching,
     "attention-matching-options": attention_matching_options,
     "attention-matching-ablations": attention_matching_ablations,
     "attention-matching-needles": attention_matching_needles,
     "attention-matching-times": attention_matching_times,
+    "flash-prefill-text": flash_prefill_text,
+    "flash-prefill-tasks": flash_prefill_tasks,
+    "flash-prefill-times": flash_prefill_times,
+    "flash-prefill-synthetic": flash_prefill_synthetic,
     "kv-budget": kv_budget,
     "native-decode": native_decode,
     "native-decode-first": native_decode_first,

@@ -96,6 +96,8 @@ class _Writer:
 
     def copy(self, length: int) -> Trial:
         """A passage that comes once more at the end."""
+        if length < 3 * _SAID_AGAIN:
+            raise ValueError(f"A passage of {_SAID_AGAIN} tokens does not come twice in {length}.")
         text = self.prose(length - _SAID_AGAIN)
         # Some tokens of it lead in, so that it is clear what is said again.
         lead, wanted = _STRETCH, _SAID_AGAIN - _STRETCH

@@ -23,7 +23,8 @@ ITEMS = 1 / 50  # of a task that may be missed
 
 def result(run: Run) -> Result:
     """Every figure against its baselines, and the verdicts."""
-    rows = [*_text_rows(run), *_task_rows(run), *_time_rows(run), *_synthetic_rows(run)]
+    layers = Row("layers", run.layers, "")
+    rows = [layers, *_text_rows(run), *_task_rows(run), *_time_rows(run), *_synthetic_rows(run)]
     return Result("flash-prefill", rows, list(_claims(run)))
 
 
