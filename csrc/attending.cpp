@@ -1,11 +1,11 @@
-// How the attention of a layer is shared out: many queries by tiles of tokens, a few by stretches of entries, whose
-// parts are joined afterwards; where it is sparse, a list of blocks is made for each tile first. Nothing of it depends on
-// the number of threads, so nor does the result.
+// How the attention of a layer is shared out: many queries by tiles of tokens, for which the entries are packed once, and
+// where it is sparse a list of blocks is made for each tile first; a few by stretches of entries, whose parts are joined
+// afterwards. Nothing of it depends on the number of threads, so nor does the result.
 #include "native.h"
 
 namespace {
 
-constexpr int64_t kVectors = 128;  // queries of a tile: enough for packing its entries to pay
+constexpr int64_t kVectors = 128;  // queries of a tile
 constexpr int64_t kStretch = 512;  // entries of a part
 
 int64_t rounded(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
