@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import ExitStack
 
 import pytest
 import torch
 from tiny import ARCHITECTURES, DECODERS, ByteTokenizer, close, random_ids, tiny_model
 
 from lissom import AttentionMatching, FlashPrefill, KVBudget, NativeDecode, sparse_prefill
-from lissom.attention.flash_prefill import apply
+from lissom.attention.flash_prefill import apply, controls
 from lissom.attention.flash_prefill.apply import Running
 from lissom.attention.flash_prefill.calibrate import GRID, chosen
 from lissom.decode import passes
 from lissom.errors import UserError
-from lissom.models.attention import _say_dense
+from lissom.models.attention import say_dense
 from lissom.models.calibration import calibration_windows
 from lissom.recipes import Recipe
 
@@ -201,7 +202,8 @@ def test_composes_with_packed_weights_and_compaction():
 @pytest.mark.parametrize(
     "settings",
     [{"alpha": -1.0}, {"alpha": float("nan")}, {"alpha": []}, {"selection": "best"}, {"block_size": 100}, {"sink": -1},
-     {"min_tokens": -1}, {"precision": "half"}, {"share": 0.0}, {"count": 0}],
+     {"min_tokens": -1}, {"alpha": [[0.1], [0.1, 0.2]]}, {"alpha": "high"}, {"precision": "half"},
+     {"share": 0.0}, {"count": 0}],
 )  # fmt: skip
 def test_bad_settings(settings):
     with pytest.raises(UserError):
@@ -275,17 +277,56 @@ def test_compiled():
 
 @torch.no_grad()
 def test_masks_that_are_more(caplog):
-    """Padding on the right, or within, goes the dense way, which is said once."""
-    _say_dense.cache_clear()
+    """Padding on the right, or within, and masks of four dimensions go the dense way, which is said once."""
+    say_dense.cache_clear()
     model, ids = tiny_model("llama"), random_ids(500, 2)
     mask = torch.ones_like(ids)
     mask[1, 450:], mask[0, 30:40] = 0, 0
+    causal = torch.ones(500, 500).tril().bool()
+    whole = (causal & mask.bool()[:, None, None]) | torch.eye(500).bool()
     wanted = model(ids, attention_mask=mask).logits[mask.bool()]
-    with FlashPrefill(**SPARSE)(model) as report:
-        for _ in range(2):
-            close(model(ids, attention_mask=mask).logits[mask.bool()], wanted)
-    assert not report.layers
-    assert [record.message[:34] for record in caplog.records] == ["Prompts are read with dense attent"]
+    for native in (False, True):
+        say_dense.cache_clear()
+        with ExitStack() as stack:
+            report = stack.enter_context(FlashPrefill(**SPARSE)(model))
+            if native:
+                stack.enter_context(NativeDecode(kv="fp32")(model))
+            caplog.clear()
+            for given in (mask, mask, mask if native else whole):
+                close(model(ids, attention_mask=given).logits[mask.bool()], wanted)
+        assert not report.layers
+        said = [record.message for record in caplog.records if record.name == "lissom.models.attention"]
+        assert len(said) == 1 and said[0].startswith("Prompts are read with dense attention")
+
+
+@torch.no_grad()
+def test_padding_that_is_longer_than_what_is_read():
+    model, ids = tiny_model("llama"), random_ids(300, 2)
+    mask = torch.ones_like(ids)
+    mask[1, :200] = 0
+    settings = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False, "prefill_chunk_size": 150}
+    wanted = model.generate(ids, **settings)
+    for method in (FlashPrefill(alpha=0.0, **EXACT), FlashPrefill(alpha=0.0, **EXACT, selection="top-k", count=1)):
+        with method(model) as report:
+            assert torch.equal(model.generate(ids, **settings), wanted)
+        assert report.density == 1.0
+
+
+@torch.no_grad()
+def test_controls_keep_to_thresholds():
+    """Layers and heads of threshold 0 are dense, and random blocks differ from layer to layer."""
+    model, ids = tiny_model("llama"), random_ids(500)
+    for name in ("random", "top-k", "top-p", "flexprefill", "xattention"):
+        with FlashPrefill(**SPARSE | {"block_size": 64, "alpha": [0.0, 2.0, 2.0]}, selection=name, share=0.3, count=1)(
+            model
+        ) as report:
+            model(ids)
+        assert report.layer(0).density == 1.0 and report.layer(1).density < 1, name
+    seen = []
+    with pytest.MonkeyPatch.context() as patch, FlashPrefill(**SPARSE | {"alpha": 0.9}, selection="random")(model):
+        patch.setattr(controls.selection, "at_random", lambda like, layout, seed: seen.append(seed) or like)
+        model(ids)
+    assert len(set(seen)) == 3
 
 
 @pytest.mark.parametrize("first", ["lissom", "transformers"])

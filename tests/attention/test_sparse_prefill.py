@@ -110,7 +110,7 @@ def test_extreme_thresholds(alpha, density):
 @pytest.mark.parametrize("name", controls.NAMES)
 def test_controls_are_causal_and_forced(name):
     query, key, value = inputs(900, 1000, 4, 2, 16, rows=1)
-    select = controls.control(name, alpha=0.5, share=0.7, count=2, seed=3)
+    select = controls.control(name, alpha=torch.full((4,), 0.5), share=0.7, count=2, seed=3)
     found = sparse_prefill(query, key, value, rules=Rules(sink=1, window=1, last=1), select=select)
     layout = Layout(900, 1000, sink=1, window=1, last=1)
     chosen = found.selected[0]
@@ -121,7 +121,7 @@ def test_random_blocks_are_as_many():
     query, key, value = inputs(1500, 1500, 4, 2, 16, rows=1)
     rules = Rules(sink=1, window=1, last=0)
     ours = sparse_prefill(query, key, value, alpha=0.7, rules=rules).selected
-    select = controls.control("random", alpha=0.7, share=0.0, count=0, seed=0)
+    select = controls.control("random", alpha=torch.full((4,), 0.7), share=0.0, count=0, seed=0)
     random = sparse_prefill(query, key, value, rules=rules, select=select).selected
     assert torch.equal(ours.sum(-1), random.sum(-1)) and not torch.equal(ours, random)
 
@@ -217,7 +217,7 @@ def test_a_prompt_in_stretches_is_the_same():
         ({"alpha": math.nan}, "at least 0"),
         ({"rules": Rules(size=0)}, "size=0"),
         ({"rules": Rules("given")}, "scoring"),
-        ({"padding": [64]}, "padding"),
+        ({"padding": [65]}, "padding"),
         ({"value": torch.zeros(1, 2, 64, 8)}, "alike"),
         ({"query": torch.zeros(1, 4, 65, 16)}, "does not fit"),
         ({"query": torch.zeros(1, 3, 64, 16)}, "does not fit"),

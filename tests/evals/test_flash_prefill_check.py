@@ -37,8 +37,13 @@ def test_trials(task):
     assert not torch.equal(one[0].ids, one[1].ids)
     for trial in one:
         answer, before = trial.ids[-trial.wanted :].tolist(), trial.ids[: -trial.wanted].tolist()
-        found = [i for i in range(len(before)) if before[i : i + len(answer)] == answer]
-        assert found and found[0] < 0.9 * len(before), "the answer stands in the text before"
+        parts = [answer]
+        if task == "variables":  # its two hops stand in two places
+            middle = len(answer) - len(Letters()(" = 12345")["input_ids"])
+            parts = [answer[:middle], answer[middle:]]
+        for part in parts:
+            found = [i for i in range(len(before)) if before[i : i + len(part)] == part]
+            assert found and found[0] < 0.9 * len(before), "the answer stands in the text before"
         assert trial.items * trial.each == trial.wanted
 
 
@@ -121,7 +126,7 @@ def made_up(attention: float, whole: float, nll: float, right: int) -> study.Run
 def test_verdicts():
     good = {claim.claim: claim.verdict for claim in report.result(made_up(1.0, 4.0, 0.02, 49)).claims}
     (words,) = (words for words, verdict in good.items() if verdict != "holds")
-    assert len(good) == 10 and words.startswith(f"needle, {PAPER}{STRICT}:") and words.endswith("-60.0% of 50")
+    assert len(good) == 10 and words.startswith(f"needle, {PAPER}{STRICT}:") and "-60.0%" in words
     bad = report.result(made_up(1.5, 7.0, 0.04, 48)).claims
     failed = [claim.claim.split(":")[0] for claim in bad if claim.verdict == "does not hold"]
     assert len(failed) == 6 and failed[0].startswith("8192 tokens, float32") and "needle, flashprefill" in failed

@@ -82,16 +82,16 @@ class _Writer:
         )  # fmt: skip
 
     def variables(self, length: int) -> Trial:
-        """One of six numbers with names, by another name that it is given later."""
+        """A name's number by way of the name that it stands for, among five others: first the one, then the other."""
         *names, other = self.draw.sample(_NAMES, 7)
         codes = [self.draw.randint(10000, 99999) for _ in names]
         notes = [f"Note: {name} = {code}." for name, code in zip(names, codes, strict=True)]
         chosen = self.draw.randrange(len(names))
-        notes.append(f"Note: {other} = {names[chosen]} = {codes[chosen]}.")
+        notes.append(f"Note: {other} = {names[chosen]}.")
         self.draw.shuffle(notes)
         return self.hidden(
-            "The notes below give numbers names.", notes, f"As said in the notes above, {other} = {names[chosen]} =",
-            f" {codes[chosen]}", "variables", length,
+            "The notes below give names to numbers, and one name to another.", notes,
+            f"As said in the notes above, {other} =", f" {names[chosen]} = {codes[chosen]}", "variables", length,
         )  # fmt: skip
 
     def copy(self, length: int) -> Trial:

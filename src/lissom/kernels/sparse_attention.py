@@ -39,7 +39,7 @@ class Rules:
 
     Attributes:
         scoring: one of `SCORINGS`; `given` takes them from the caller.
-        size: entries of a block, one of `SIZES`.
+        size: entries of a block; the native kernel and Triton know `SIZES`.
         sink, window: first and latest blocks that are always met.
         last: tiles at the end of the prompt that meet everything.
         shared: whether the query heads of a KV head, and a tile's queries of all of them, have one list.
@@ -152,7 +152,7 @@ def _sparse_attention(
         else given.to(torch.bool).clone(memory_format=torch.contiguous_format)
     )
     alpha = alpha.float().contiguous()
-    starts = torch.arange(rows * kv_heads) * entries
+    starts = torch.arange(rows * kv_heads, device="cpu") * entries
     lengths = torch.full_like(starts, entries)
     store = KeyValues(
         *(keys.data_ptr(), values.data_ptr(), None, None, None, None, starts.data_ptr(), lengths.data_ptr()),
@@ -162,7 +162,7 @@ def _sparse_attention(
         *(alpha.data_ptr(), selected.data_ptr(), dropped.data_ptr() if estimate else None, seconds.data_ptr()),
         *(*numbers, *selected.shape[2:]),
     )
-    holes = torch.tensor([[entries, entries - p] for p in padding])
+    holes = torch.tensor([[entries, entries - p] for p in padding], device="cpu")
     arguments = Attention(
         *(vectors.data_ptr(), output.data_ptr(), lse.data_ptr(), ctypes.addressof(sparse), ctypes.addressof(store)),
         *(None, holes.data_ptr() if any(padding) else None),

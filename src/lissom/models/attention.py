@@ -146,6 +146,15 @@ class AttentionHandle(torch.Tensor):
         return func(*dense[0], **dense[1])
 
 
+MASK = "the mask is more than causal with padding at the beginning (packed sequences, say, or padding elsewhere)"
+
+
+@cache
+def say_dense(reason: str) -> None:
+    """That prompts are not read by the method of the block that the model is in, once for each reason."""
+    logger.warning("Prompts are read with dense attention: %s.", reason)
+
+
 def _attention_through(
     fallback: Callable[..., Any] | None, prompt_of: Callable[[torch.nn.Module], PromptAttention | None]
 ) -> Callable[..., Any]:
@@ -161,6 +170,9 @@ def _attention_through(
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if _Stretch.has(attention_mask):
             return of_prompt(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
+        prompt = attention_mask is not None and query.shape[2] > 1 and getattr(module, "sliding_window", None) is None
+        if prompt and not torch.compiler.is_compiling() and prompt_of(module) is not None:
+            say_dense(MASK)
         return attend(module, query, key, value, attention_mask, None, scaling, dropout, **kwargs)
 
     # What is decided by numbers in the mask and by the blocks that a model is in cannot be compiled.
@@ -175,12 +187,15 @@ def _attention_through(
         dropout: float,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        stretch, compute = _Stretch.of(attention_mask), None
-        if not dropout and kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
-            method = prompt_of(module)
-            if method is not None:
-                scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-                compute = partial(method.attend, module, padding=stretch.padding, scaling=scale)
+        stretch, compute, method = _Stretch.of(attention_mask), None, prompt_of(module)
+        other = (
+            "dropout" if dropout else next((name for name in ("softcap", "s_aux") if kwargs.get(name) is not None), "")
+        )
+        if other:
+            say_dense(f"{type(module).__name__} has {'attention sinks' if other == 's_aux' else other}")
+        elif method is not None:
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            compute = partial(method.attend, module, padding=stretch.padding, scaling=scale)
         if isinstance(key, AttentionHandle):
             padded = any(stretch.padding)
             mask = stretch.visible(query.shape[2], stretch.entries, query.device) if padded else None
@@ -278,15 +293,6 @@ class _Stretch:
         return torch.zeros_like(visible, dtype=query.dtype).masked_fill(~visible, torch.finfo(query.dtype).min)
 
 
-@cache
-def _say_dense() -> None:
-    """Once in a process."""
-    logger.warning(
-        "Prompts are read with dense attention: the mask is more than causal with padding at the beginning (packed "
-        "sequences, padding on the right, a mask of four dimensions, a compiled model without attention_mask)."
-    )
-
-
 def _mask_through(fallback: Callable[..., Any]) -> Callable[..., Any]:
     @torch.compiler.disable  # numbers in masks decide
     def mask(
@@ -313,8 +319,6 @@ def _mask_through(fallback: Callable[..., Any]) -> Callable[..., Any]:
                 plain = bool((shown.sum(1) + padding == entries).all())
             if plain and entries <= kv_length:
                 return _Stretch.tensor(padding.to(device), entries)
-        if q_length > 1 and local_size is None:
-            _say_dense()
         return fallback(
             batch_size=batch_size,
             q_length=q_length,

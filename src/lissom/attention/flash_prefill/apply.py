@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 
 from lissom.attention.flash_prefill.prefill import Precision, layout_of, sparse_prefill
 from lissom.attention.flash_prefill.report import Report
-from lissom.kernels.sparse_attention import Rules, Sparse
+from lissom.kernels.sparse_attention import TILE, Rules, Sparse
 from lissom.models import describe_decoder
-from lissom.models.attention import prompt_attention, register_prompt_attention
+from lissom.models.attention import prompt_attention, register_prompt_attention, say_dense
 
 if TYPE_CHECKING:
     from lissom.attention.flash_prefill.config import FlashPrefill
@@ -35,7 +35,6 @@ class Running:
     def __init__(self, settings: FlashPrefill, model: PreTrainedModel | None = None) -> None:
         self.settings, self.report = settings, Report()
         self._alphas = None if model is None else self._of(model)
-        self._said: set[str] = set()
 
     def _of(self, model: PreTrainedModel) -> torch.Tensor:
         info = describe_decoder(model)
@@ -59,26 +58,29 @@ class Running:
         """See `PromptAttention.attend`."""
         settings = self.settings
         if torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, value)):
-            self._say("gradients are wanted")
+            say_dense("gradients are wanted")
             return None
         if key.shape != value.shape:
-            self._say("keys and values have different sizes")
+            say_dense("keys and values have different sizes")
             return None
         shape, entries = (query.shape[1], key.shape[1], query.shape[3]), key.shape[2]
         if not self._is_long(entries, *shape, query.dtype, str(query.device), natively=False):
             return None
-        layer = int(getattr(module, "layer_idx", 0))
-        rules, begun = settings.rules(), time.perf_counter()
+        layer, padding = int(getattr(module, "layer_idx", 0)), [min(pad, entries) for pad in padding]
+        rules, alphas, begun = settings.rules(), self.alphas(layer, query.shape[1]), _now(query)
         found = sparse_prefill(
-            query, key, value, alpha=self.alphas(layer, query.shape[1]), rules=rules, scale=scaling, padding=padding,
-            select=settings.select(), precision=settings.products, estimate=settings.estimate,
+            query, key, value, alpha=alphas, rules=rules, scale=scaling, padding=padding,
+            select=settings.select(layer, alphas), precision=settings.products, estimate=settings.estimate,
         )  # fmt: skip
-        seconds, measured = time.perf_counter() - begun, found.seconds.tolist()
+        seconds, measured = _now(query) - begun, found.seconds.tolist()
         report = self.report.layer(layer)
         report.seconds += seconds
-        report.choosing += measured[0] if measured else float("nan")
+        in_kernel = measured[0] if settings.scored else seconds - measured[1] if measured else 0.0
+        report.choosing += in_kernel if measured else float("nan")
         for row, pad in enumerate(padding):
             real = min(query.shape[2], entries - pad)
+            if not real:
+                continue
             report.count(found.selected[row], layout_of(rules, real, entries - pad, shape[0] // shape[1]))
             if settings.estimate:
                 report.drop(found.dropped[row, :, -real:])
@@ -87,7 +89,7 @@ class Running:
     @property
     def not_native(self) -> str:
         """See `PromptAttention`."""
-        return "" if self.settings.select() is None else f"selection={self.settings.selection!r} is PyTorch's"
+        return "" if self.settings.scored else f"selection={self.settings.selection!r} is PyTorch's"
 
     def natively(
         self, model: PreTrainedModel, entries: int, padding: list[int], whole: list[bool]
@@ -111,11 +113,6 @@ class Running:
         if entries < floor:
             return False
         return entries >= crossover(heads, kv_heads, head_dim, dtype, device, rules, settings.products, natively)
-
-    def _say(self, reason: str) -> None:
-        if reason not in self._said:
-            self._said.add(reason)
-            logger.warning("Prompts are read with dense attention: %s.", reason)
 
 
 class NativeReading:
@@ -173,12 +170,8 @@ class NativeReading:
 @cache
 def first_sparse(rules: Rules) -> int:
     """Tokens of the shortest prompt of whole blocks of which something can be left out."""
-    tokens = rules.size
-    while True:
-        layout = layout_of(rules, tokens, tokens, 1)
-        if not torch.equal(layout.forced(), layout.causal()):
-            return tokens
-        tokens += rules.size
+    first = -(-(rules.sink + max(1, rules.window)) * rules.size // TILE)  # tile that does not see all before it
+    return -(-((first + rules.last) * TILE + 1) // rules.size) * rules.size
 
 
 @cache
@@ -195,29 +188,34 @@ def crossover(
     """Tokens of the shortest prompt for which sparse attention can be faster here than dense attention, that is SDPA or
     `natively` the same kernel with all blocks: measured once on random numbers, with no more than what is always met.
     """
-    tokens, generator = first_sparse(rules), torch.Generator().manual_seed(0)
+    tokens, generator = first_sparse(rules), torch.Generator("cpu").manual_seed(0)
     while tokens < _LONGEST_TRIED:
         shapes = [(1, count, tokens, head_dim) for count in (heads, kv_heads, kv_heads)]
-        query, key, value = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+        query, key, value = (
+            torch.randn(shape, generator=generator, device="cpu").to(device, dtype) for shape in shapes
+        )
         ours = partial(sparse_prefill, query, key, value, rules=rules, precision=products)
         sparse = partial(ours, alpha=2.0)
         dense: Callable[[], Any] = partial(ours, alpha=0.0)
         if not natively:
             dense = partial(F.scaled_dot_product_attention, query, key, value, is_causal=True, enable_gqa=True)
-        if min(_seconds(sparse) for _ in range(3)) < min(_seconds(dense) for _ in range(3)):
+        if min(_seconds(sparse, query) for _ in range(3)) < min(_seconds(dense, query) for _ in range(3)):
             return tokens
         tokens *= 2
     return tokens
 
 
-def _seconds(work: Callable[[], Any]) -> float:
-    if torch.cuda.is_available():
+def _now(like: torch.Tensor) -> float:
+    """When everything before it was computed."""
+    if like.is_cuda:
         torch.cuda.synchronize()
-    begun = time.perf_counter()
+    return time.perf_counter()
+
+
+def _seconds(work: Callable[[], Any], like: torch.Tensor) -> float:
+    begun = _now(like)
     work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - begun
+    return _now(like) - begun
 
 
 def _default() -> Running:

@@ -93,7 +93,7 @@ def calibrated(
         raise UserError(f"budget={budget} is not in (0, 1): it is a share of the attention.")
     if each not in ("head", "layer"):
         raise UserError(f"each={each!r}: expected head or layer.")
-    if settings.select() is not None or settings.selection == "forced":
+    if not settings.scored or settings.selection == "forced":
         raise UserError(f"selection={settings.selection!r} has no threshold to choose.")
     info, measuring = describe_decoder(model), Measuring(settings)
     limit = getattr(info, "max_position_embeddings", length)

@@ -48,7 +48,7 @@ class FlashPrefill:
             machine.
         dense_layers: first layers that stay dense.
         precision: of products on the CPU. `auto` rounds to bf16 where the processor multiplies that faster, as
-            FlashAttention does; `exact` is fp32.
+            FlashAttention does; `exact` is fp32. Native passes go by the type of their cache instead.
         estimate: estimate for each layer what share of the attention was left out; costs about as much as choosing.
         share: of the energy that `top-p`, `flexprefill` and `xattention` keep.
         count: blocks of `top-k`.
@@ -74,7 +74,12 @@ class FlashPrefill:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        alphas = torch.as_tensor(self.alpha, dtype=torch.float64).flatten()
+        try:
+            alphas = torch.as_tensor(self.alpha, dtype=torch.float64, device="cpu").flatten()
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                "alpha: expected a number, one for each layer, or for each layer as many as it has heads."
+            ) from error
         if not len(alphas) or not bool((alphas >= 0).all()) or bool(alphas.isinf().any()):
             raise UserError(f"alpha={self.alpha} is not in [0, ∞): 0 is dense, above 1 nothing is chosen.")
         if self.selection not in (*_SCORED, *controls.NAMES):
@@ -147,12 +152,17 @@ class FlashPrefill:
             scoring, self.block_size, self.sink, self.window, self.last, self.shared, self.corrected, following
         )
 
-    def select(self) -> Select | None:
-        """The control that chooses blocks; None where the rules do."""
-        if self.selection in _SCORED:
+    @property
+    def scored(self) -> bool:
+        """Whether the kernels choose blocks by their rules, not a control."""
+        return self.selection in _SCORED
+
+    def select(self, layer: int, alpha: torch.Tensor) -> Select | None:
+        """The control that chooses the blocks of a layer, whose thresholds are `alpha` `[query heads]`; None where the
+        rules do."""
+        if self.scored:
             return None
-        alpha = self.alpha if isinstance(self.alpha, int | float) else 0.1
-        return controls.control(self.selection, alpha, self.share, self.count, self.seed)
+        return controls.control(self.selection, alpha, self.share, self.count, self.seed + 1000 * layer)
 
     @property
     def products(self) -> Precision:
@@ -165,7 +175,8 @@ class FlashPrefill:
         Raises:
             UserError: there are not as many numbers as the model has layers and heads.
         """
-        given = torch.as_tensor(2.0 if self.selection == "forced" else self.alpha, dtype=torch.float32)
+        forced = self.selection == "forced"
+        given = torch.as_tensor(2.0 if forced else self.alpha, dtype=torch.float32, device="cpu")
         if given.ndim and given.shape not in ((layers,), (layers, heads)):
             raise UserError(
                 f"alpha has the shape {list(given.shape)}: the model has {layers} layers of {heads} query heads."

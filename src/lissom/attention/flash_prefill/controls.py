@@ -14,9 +14,9 @@ NAMES = ("random", "top-k", "top-p", "flexprefill", "xattention")
 
 
 def _random(
-    query: torch.Tensor, keys: torch.Tensor, layout: Layout, scale: float, alpha: float, seed: int
+    query: torch.Tensor, keys: torch.Tensor, layout: Layout, scale: float, alpha: torch.Tensor, seed: int
 ) -> torch.Tensor:
-    chosen = selection.above(selection.energies(query, keys, layout, scale), alpha)
+    chosen = selection.above(selection.energies(query, keys, layout, scale), alpha[:: layout.group])
     return selection.at_random(selection.with_forced(chosen, layout), layout, seed)
 
 
@@ -36,11 +36,11 @@ def _xattention(query: torch.Tensor, keys: torch.Tensor, layout: Layout, scale: 
     return selection.of_mass(selection.of_antidiagonals(query, keys, layout, scale), share)
 
 
-def control(name: str, alpha: float, share: float, count: int, seed: int) -> Select:
+def control(name: str, alpha: torch.Tensor, share: float, count: int, seed: int) -> Select:
     """One of `NAMES`.
 
     Args:
-        alpha: of the selection whose numbers of blocks `random` has.
+        alpha: `[query heads]`, of the selection whose numbers of blocks `random` has.
         share: of the energy that `top-p`, `flexprefill` and `xattention` keep.
         count: blocks of `top-k`.
         seed: of `random`.

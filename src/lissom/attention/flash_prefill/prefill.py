@@ -62,13 +62,15 @@ def sparse_prefill(
     """
     rules = rules or Rules()
     _check(query, key, value, alpha, rules, padding)
+    if precision not in ("auto", "exact", "bf16"):
+        raise UserError(f"precision={precision!r}: expected auto, exact or bf16.")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    alphas = torch.as_tensor(alpha, dtype=torch.float32).expand(query.shape[1])
+    alphas = torch.as_tensor(alpha, dtype=torch.float32, device="cpu").expand(query.shape[1])
     pads = list(padding) if padding is not None else [0] * len(query)
     if query.is_cpu and native.library() is not None and rules.size in SIZES and query.dtype in _DTYPES:
         given = None
         if select is not None:
-            given = _per_row(query, key, rules, pads, lambda q, k, layout: _chosen(q, k, layout, scale, select))
+            given = _per_row(query, key, rules, pads, lambda q, k, layout: _chosen(q, k, layout, scale, select, alphas))
         halves = precision == "bf16" or (precision == "auto" and query.dtype == torch.bfloat16)
         if precision == "exact":
             key, value = key.float(), value.float()
@@ -79,8 +81,12 @@ def sparse_prefill(
     return _plain(query, key, value, rules, alphas, scale, pads, select, estimate)
 
 
-def _chosen(query: torch.Tensor, key: torch.Tensor, layout: Layout, scale: float, select: Select) -> torch.Tensor:
-    return selection.with_forced(select(query, key, layout, scale), layout)
+def _chosen(
+    query: torch.Tensor, key: torch.Tensor, layout: Layout, scale: float, select: Select, alpha: torch.Tensor
+) -> torch.Tensor:
+    chosen = select(query, key, layout, scale)
+    dense = alpha[:: layout.group].view(-1, 1, 1) <= 0
+    return selection.with_forced(chosen | dense.to(chosen.device), layout)
 
 
 def layout_of(rules: Rules, tokens: int, entries: int, group: int) -> Layout:
@@ -100,7 +106,9 @@ def _per_row(
     group, found = query.shape[1] // key.shape[1], []
     for row, pad in enumerate(padding):
         q, k, _ = _real(query[row], key[row], key[row], pad)
-        found.append(choose(q, k, layout_of(rules, q.shape[1], k.shape[1], group)))
+        lists = key.shape[1] if rules.shared else query.shape[1]
+        nothing = torch.zeros(lists, 1, 1, dtype=torch.bool, device=query.device)
+        found.append(choose(q, k, layout_of(rules, q.shape[1], k.shape[1], group)) if k.shape[1] else nothing)
     extents = [max(part.shape[axis] for part in found) for axis in (1, 2)]
     whole = found[0].new_zeros(len(found), found[0].shape[0], *extents)
     for row, part in enumerate(found):
@@ -143,9 +151,11 @@ def _plain(
     )
     for row, pad in enumerate(padding):
         q, k, v = _real(query[row], key[row], value[row], pad)
+        if not k.shape[1]:
+            continue
         layout = layout_of(rules, q.shape[1], k.shape[1], group)
         if select is not None:
-            selected = _chosen(q, k, layout, scale, select)
+            selected = _chosen(q, k, layout, scale, select, alpha)
         else:
             selected = _by_energy(q, k, layout, scale, rules, alpha.to(q.device), kernels)
         if kernels is None:
@@ -217,10 +227,10 @@ def _check(
     if torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, value)):
         raise UserError("sparse_prefill has no gradient: call it under torch.no_grad(), or attend densely to train.")
     alphas = torch.as_tensor(alpha)
-    if alphas.numel() not in (1, heads) or not bool((alphas >= 0).all()):
+    if alphas.shape not in ((), (1,), (heads,)) or not bool((alphas >= 0).all()):
         raise UserError(f"alpha={alpha}: expected a number of at least 0, or one for each of the {heads} query heads.")
-    if padding is not None and (len(padding) != rows or not all(0 <= pad < key.shape[2] for pad in padding)):
-        raise UserError(f"padding={list(padding)}: expected a number of entries below {key.shape[2]} for each row.")
+    if padding is not None and (len(padding) != rows or not all(0 <= pad <= key.shape[2] for pad in padding)):
+        raise UserError(f"padding={list(padding)}: expected at most {key.shape[2]} entries for each row.")
     for name, least in (("size", 1), ("sink", 0), ("window", 0), ("last", 0), ("following", 0)):
         if getattr(rules, name) < least:
             raise UserError(f"{name}={getattr(rules, name)}: expected at least {least}.")

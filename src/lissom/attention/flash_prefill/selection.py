@@ -72,13 +72,13 @@ class Layout:
 
     def causal(self) -> torch.Tensor:
         """`[tiles, blocks]`: whether a query of the tile sees a key of the block."""
-        ends = torch.tensor([self.place + end - 1 for _, end in self.spans()])
-        return torch.arange(self.blocks) <= (ends // self.size)[:, None]
+        ends = torch.tensor([self.place + end - 1 for _, end in self.spans()], device="cpu")
+        return torch.arange(self.blocks, device="cpu") <= (ends // self.size)[:, None]
 
     def forced(self) -> torch.Tensor:
         """`[tiles, blocks]`: sinks, the window, and everything for the last tiles."""
-        starts = torch.tensor([self.place + start for start, _ in self.spans()])
-        block = torch.arange(self.blocks)
+        starts = torch.tensor([self.place + start for start, _ in self.spans()], device="cpu")
+        block = torch.arange(self.blocks, device="cpu")
         near = block > (starts // self.size)[:, None] - max(1, self.window)
         total = -(-(self.entries + self.following) // self.wide)
         final = (starts // self.wide >= total - self.last)[:, None]
@@ -127,7 +127,7 @@ def above(energy: torch.Tensor, alpha: torch.Tensor | float) -> torch.Tensor:
     """Blocks with at least `alpha` (a number, or `[lists]`) of the largest energy of their tile: the paper's max
     threshold. No block is scored in the first tiles, where that is none."""
     alpha = torch.as_tensor(alpha, dtype=energy.dtype, device=energy.device)
-    least = energy.amax(-1, keepdim=True) + alpha.log().view(-1, 1, 1)
+    least = energy.masked_fill(energy.isnan(), -torch.inf).amax(-1, keepdim=True) + alpha.log().view(-1, 1, 1)
     return (energy >= least) | (alpha.view(-1, 1, 1) <= 0) | energy.isnan()
 
 
@@ -185,10 +185,14 @@ def of_antidiagonals(
 def at_random(like: torch.Tensor, layout: Layout, seed: int = 0) -> torch.Tensor:
     """As many blocks in each tile as `like` `[lists, tiles, blocks]` has: the forced ones, and others at random."""
     forced = layout.forced()
-    generator = torch.Generator().manual_seed(seed)
-    draw = torch.rand(like.shape, generator=generator).masked_fill(forced, 2.0).masked_fill(~layout.causal(), -1.0)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    draw = (
+        torch.rand(like.shape, generator=generator, device="cpu")
+        .masked_fill(forced, 2.0)
+        .masked_fill(~layout.causal(), -1.0)
+    )
     order = draw.argsort(-1, descending=True).argsort(-1)
-    return (order < like.cpu().sum(-1, keepdim=True)) & layout.causal()
+    return ((order < like.cpu().sum(-1, keepdim=True)) & layout.causal()).to(like.device)
 
 
 def with_forced(selected: torch.Tensor, layout: Layout) -> torch.Tensor:

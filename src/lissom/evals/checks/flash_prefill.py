@@ -29,6 +29,7 @@ from lissom.devices.meters import interleaved
 from lissom.evals.journal import Journal, scope
 from lissom.evals.retrieval import TASKS, judged, trials
 from lissom.evals.texts import passages
+from lissom.kernels import native
 from lissom.kernels.sparse_attention import Rules
 from lissom.models import describe_decoder
 
@@ -165,7 +166,8 @@ def run(
     shape = info.num_attention_heads, info.num_key_value_heads, info.head_dim
     for done, entries in enumerate(size.synthetic):
         progress("synthetic", done, len(size.synthetic))
-        parts = once(["synthetic", entries, shape, size.rounds], partial(_synthetic, entries, shape, size.rounds))
+        what = ["synthetic", entries, shape, size.rounds, SYNTHETIC, native.status().isa]
+        parts = once(what, partial(_synthetic, entries, shape, size.rounds))
         found.synthetic |= {(entries, arm): parts[arm] for arm in SYNTHETIC}
     progress("synthetic", len(size.synthetic), len(size.synthetic))
     return found
@@ -294,7 +296,7 @@ def _times(
                 rounds[name].append(seconds)
             return {name: {what: [one[what] for one in many] for what in many[0]} for name, many in rounds.items()}
 
-        parts = once(["time", dtype, tokens, size.rounds], measure)
+        parts = once(["time", dtype, tokens, size.rounds, list(_TIMED), native.status().isa], measure)
         found.times |= {(dtype, tokens, name): parts[name] for name in _TIMED}
     progress("times", len(plan), len(plan))
 

@@ -153,8 +153,8 @@ def _claims(run: Run) -> Iterator[Claim]:
         for arm in (PAPER, PAPER + STRICT):
             gap = paired_bootstrap(np.array(task_of(run, task, arm), float), dense)
             words = (
-                f"{task}, {arm}: at most one item in fifty is missed that dense attention finds: "
-                f"{gap.estimate:+.1%} of {len(dense)}"
+                f"{task}, {arm}: at most one item in fifty fewer is right than dense: {gap.estimate:+.1%} "
+                f"[{gap.low:+.1%}, {gap.high:+.1%}] of {len(dense)}"
             )
             yield claim(words, gap.estimate >= -ITEMS, False)
 
