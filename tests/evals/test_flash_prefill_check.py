@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -36,15 +37,14 @@ def test_trials(task):
     assert all(torch.equal(a.ids, b.ids) for a, b in zip(one, again, strict=True))
     assert not torch.equal(one[0].ids, one[1].ids)
     for trial in one:
-        answer, before = trial.ids[-trial.wanted :].tolist(), trial.ids[: -trial.wanted].tolist()
-        parts = [answer]
-        if task == "variables":  # its two hops stand in two places
-            middle = len(answer) - len(Letters()(" = 12345")["input_ids"])
-            parts = [answer[:middle], answer[middle:]]
-        for part in parts:
+        places, before = trial.wanted.tolist(), trial.ids[: trial.wanted[0]].tolist()
+        breaks = [i for i in range(1, len(places)) if places[i] != places[i - 1] + 1]
+        assert len(breaks) == (task == "variables")  # its two hops stand in two places
+        for first, last in pairwise([0, *breaks, len(places)]):
+            part = trial.ids[trial.wanted[first:last]].tolist()
             found = [i for i in range(len(before)) if before[i : i + len(part)] == part]
             assert found and found[0] < 0.9 * len(before), "the answer stands in the text before"
-        assert trial.items * trial.each == trial.wanted
+        assert trial.items * trial.each == len(trial.wanted) and places[-1] == len(trial.ids) - 1
 
 
 def test_judging():
@@ -54,14 +54,14 @@ def test_judging():
         device = torch.device("cpu")
 
         def __call__(self, ids, use_cache, logits_to_keep):
-            following = torch.cat([ids[0, 1:], ids[0, :1]])[-logits_to_keep:]
+            following = ids[0, logits_to_keep + 1]
             following[3] = 0  # is wrong once, in the first item
             logits = 20.0 * torch.nn.functional.one_hot(following, VOCAB)[None].float()
             return type("Output", (), {"logits": logits})
 
     right, nll = judged(Knows(), trial)
     assert right == [False] + [True] * (trial.items - 1)
-    assert nll == pytest.approx(20 / trial.wanted, rel=0.01)
+    assert nll == pytest.approx(20 / len(trial.wanted), rel=0.01)
     with pytest.raises(ValueError, match="twice"):
         next(trials(Letters(), "copy", [500], [1]))
 

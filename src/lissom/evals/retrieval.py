@@ -28,19 +28,20 @@ class Trial:
     Attributes:
         task: one of `TASKS`.
         length: tokens that were asked for.
-        ids: int64 `[tokens]`, of which the last `wanted` are what is to be predicted, in items of `each`.
+        ids: int64 `[tokens]`.
+        wanted: int64, places of those that are to be predicted, ascending, in items of `each`.
     """
 
     task: str
     length: int
     ids: torch.Tensor
-    wanted: int
+    wanted: torch.Tensor
     each: int
 
     @property
     def items(self) -> int:
         """Number of them."""
-        return self.wanted // self.each
+        return len(self.wanted) // self.each
 
 
 class _Writer:
@@ -61,16 +62,22 @@ class _Writer:
             found += self.ids(text.strip() + "\n\n")
         return found[:tokens]
 
-    def hidden(self, head: str, notes: Sequence[str], tail: str, answer: str, task: str, length: int) -> Trial:
-        """`notes` in their order at random places of a text between `head` and `tail`."""
-        parts, last = [self.ids(f"\n\n{note}\n\n") for note in notes], self.ids(answer)
-        begin, end = self.ids(head + "\n\n"), self.ids("\n\n" + tail)
-        prose = self.prose(length - len(begin) - len(end) - len(last) - sum(map(len, parts)))
+    def hidden(self, head: str, notes: Sequence[str], tail: Sequence[str], task: str, length: int) -> Trial:
+        """`notes` in their order at random places of a text between `head` and `tail`, of which every other part is to
+        be predicted: one item."""
+        parts, begin = [self.ids(f"\n\n{note}\n\n") for note in notes], self.ids(head + "\n\n")
+        end, wanted = list[int](), list[int]()
+        for number, text in enumerate(tail):
+            more = self.ids(text if number else "\n\n" + text)
+            wanted += range(len(end), len(end) + len(more)) if number % 2 else ()
+            end += more
+        prose = self.prose(length - len(begin) - len(end) - sum(map(len, parts)))
         # Not in the latest tokens, which everything attends to.
         places = sorted(self.draw.randrange(len(prose) * 3 // 4) for _ in parts)
         for place, part in reversed(list(zip(places, parts, strict=True))):
             prose[place:place] = part
-        return Trial(task, length, torch.tensor(begin + prose + end + last), len(last), len(last))
+        places_wanted = torch.tensor(wanted) + length - len(end)
+        return Trial(task, length, torch.tensor(begin + prose + end), places_wanted, len(wanted))
 
     def needle(self, length: int) -> Trial:
         """A number in a text, asked for before and after it."""
@@ -78,21 +85,18 @@ class _Writer:
         what = "access code of the archive is"
         return self.hidden(
             f"Somewhere below it is said what the {what}.", [f"Note: the {what} {code}."],
-            f"As said above, the {what}", f" {code}", "needle", length,
+            [f"As said above, the {what}", f" {code}"], "needle", length,
         )  # fmt: skip
 
     def variables(self, length: int) -> Trial:
-        """A name's number by way of the name that it stands for, among five others: first the one, then the other."""
-        *names, other = self.draw.sample(_NAMES, 7)
+        """A name that stands for one of two that have numbers, and its number: both are to be predicted."""
+        *names, other = self.draw.sample(_NAMES, 3)
         codes = [self.draw.randint(10000, 99999) for _ in names]
-        notes = [f"Note: {name} = {code}." for name, code in zip(names, codes, strict=True)]
-        chosen = self.draw.randrange(len(names))
-        notes.append(f"Note: {other} = {names[chosen]}.")
+        notes = [f"Note: the number of {name} is {code}." for name, code in zip(names, codes, strict=True)]
+        notes.append(f"Note: {other} stands for {names[0]}.")
         self.draw.shuffle(notes)
-        return self.hidden(
-            "The notes below give names to numbers, and one name to another.", notes,
-            f"As said in the notes above, {other} =", f" {names[chosen]} = {codes[chosen]}", "variables", length,
-        )  # fmt: skip
+        tail = [f"Note: {other} stands for", f" {names[0]}", f". Note: the number of {names[0]} is", f" {codes[0]}"]
+        return self.hidden("The notes below give names to numbers, and to names.", notes, tail, "variables", length)
 
     def copy(self, length: int) -> Trial:
         """A passage that comes once more at the end."""
@@ -103,7 +107,7 @@ class _Writer:
         lead, wanted = _STRETCH, _SAID_AGAIN - _STRETCH
         start = self.draw.randrange(len(text) // 2)
         again = text[start : start + lead + wanted]
-        return Trial("copy", length, torch.tensor(text + again), wanted, _STRETCH)
+        return Trial("copy", length, torch.tensor(text + again), torch.arange(length - wanted, length), _STRETCH)
 
 
 TASKS: dict[str, Callable[[_Writer, int], Trial]] = {
@@ -127,7 +131,8 @@ def trials(
 def judged(model: PreTrainedModel, trial: Trial) -> tuple[list[bool], float]:
     """Whether the most probable tokens of each item are the right ones, and the mean NLL in nats of all of them."""
     ids = trial.ids[None].to(model.device)
-    logits = model(ids, use_cache=False, logits_to_keep=trial.wanted + 1).logits[0, :-1].float()
-    wanted = ids[0, -trial.wanted :]
+    places = trial.wanted.to(model.device)
+    logits = model(ids, use_cache=False, logits_to_keep=places - 1).logits[0].float()
+    wanted = ids[0, places]
     right = (logits.argmax(-1) == wanted).view(trial.items, trial.each).all(1)
     return right.tolist(), float(F.cross_entropy(logits, wanted))
