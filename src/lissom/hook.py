@@ -17,7 +17,14 @@ from types import ModuleType
 _AFTER = {
     "transformers.quantizers.auto": "lissom.plugin",
     "transformers.modeling_utils": "lissom.attention.flash_prefill",
+    "lissom.models": "lissom.attention.flash_prefill",  # where that is what imports transformers
 }
+
+
+def _register(registry: str) -> None:
+    if registry == "transformers.modeling_utils" and "lissom.models" in sys.modules:
+        return  # which may be half imported, and is what the module needs
+    import_module(_AFTER[registry])
 
 
 class _AfterRegistry(MetaPathFinder):
@@ -34,7 +41,7 @@ class _AfterRegistry(MetaPathFinder):
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
-                import_module(_AFTER[name])
+                _register(name)
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
@@ -43,6 +50,6 @@ class _AfterRegistry(MetaPathFinder):
 def install() -> None:
     """Register now where transformers' registries are loaded, otherwise as soon as they are."""
     sys.meta_path.insert(0, _AfterRegistry())
-    for registry, ours in _AFTER.items():
+    for registry in _AFTER:
         if registry in sys.modules:
-            import_module(ours)
+            _register(registry)

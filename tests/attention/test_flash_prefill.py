@@ -329,13 +329,16 @@ def test_controls_keep_to_thresholds():
     assert len(set(seen)) == 3
 
 
-@pytest.mark.parametrize("first", ["lissom", "transformers"])
+@pytest.mark.parametrize(
+    "first",
+    ["import lissom", "import transformers.modeling_utils, lissom", "from lissom import load", "import lissom.models",
+     "from lissom import Quantize", "import lissom.cli", "from lissom import FlashPrefill"],
+)  # fmt: skip
 def test_the_name_is_known_after_import(first):
-    """Whichever is imported first."""
+    """Whatever is imported first."""
     program = f"""
-import {first}
-{"import transformers.modeling_utils" if first == "transformers" else ""}
-import lissom, torch
+{first}
+import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 shape = dict(hidden_size=64, intermediate_size=64, num_attention_heads=4, num_hidden_layers=1, vocab_size=64)
 model = AutoModelForCausalLM.from_config(LlamaConfig(**shape), attn_implementation="lissom_sparse_prefill")
