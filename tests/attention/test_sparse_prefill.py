@@ -218,6 +218,8 @@ def test_a_prompt_in_stretches_is_the_same():
         ({"rules": Rules(size=0)}, "size=0"),
         ({"rules": Rules("given")}, "scoring"),
         ({"padding": [65]}, "padding"),
+        ({"query": torch.zeros(1, 0, 64, 16)}, "nothing"),
+        ({"select": lambda q, k, layout, scale: torch.zeros(1, 1, 1, dtype=torch.bool)}, "select"),
         ({"value": torch.zeros(1, 2, 64, 8)}, "alike"),
         ({"query": torch.zeros(1, 4, 65, 16)}, "does not fit"),
         ({"query": torch.zeros(1, 3, 64, 16)}, "does not fit"),

@@ -85,6 +85,10 @@ def _chosen(
     query: torch.Tensor, key: torch.Tensor, layout: Layout, scale: float, select: Select, alpha: torch.Tensor
 ) -> torch.Tensor:
     chosen = select(query, key, layout, scale)
+    lists = len(query) // layout.group
+    wanted = [lists, layout.tiles, layout.blocks]
+    if not isinstance(chosen, torch.Tensor) or chosen.dtype != torch.bool or list(chosen.shape) != wanted:
+        raise UserError(f"select gave {getattr(chosen, 'shape', chosen)}: expected bool {wanted}.")
     dense = alpha[:: layout.group].view(-1, 1, 1) <= 0
     return selection.with_forced(chosen | dense.to(chosen.device), layout)
 
@@ -215,6 +219,8 @@ def _check(
             "[rows, heads, tokens, head_dim], keys and values alike."
         )
     rows, heads, tokens, size = query.shape
+    if not query.numel() or not key.numel():
+        raise UserError(f"query {list(query.shape)}, key {list(key.shape)}: there is nothing to attend to.")
     if key.shape[0] != rows or key.shape[3] != size or heads % key.shape[1] or not 1 <= tokens <= key.shape[2]:
         raise UserError(
             f"query {list(query.shape)} does not fit key {list(key.shape)}: rows and head_dim must be the same, "
