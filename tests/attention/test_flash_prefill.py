@@ -54,6 +54,15 @@ def test_sparse_is_sparse(architecture):
 
 
 @torch.no_grad()
+def test_blocks_that_the_kernel_lacks():
+    """They are computed in PyTorch, where the time of choosing is not measured."""
+    model, ids = tiny_model("llama"), random_ids(500)
+    with FlashPrefill(**SPARSE | {"block_size": 32})(model) as report:
+        model(ids)
+    assert 0 < report.density < 1 and report.choosing != report.choosing
+
+
+@torch.no_grad()
 def test_rows_of_a_batch_are_as_alone():
     model, ids = tiny_model("llama"), random_ids(450, 2)
     mask = torch.ones_like(ids)

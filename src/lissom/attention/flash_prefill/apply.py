@@ -75,8 +75,10 @@ class Running:
         seconds, measured = _now(query) - begun, found.seconds.tolist()
         report = self.report.layer(layer)
         report.seconds += seconds
-        in_kernel = measured[0] if settings.scored else seconds - measured[1] if measured else 0.0
-        report.choosing += in_kernel if measured else float("nan")
+        if not measured:  # in PyTorch or by Triton
+            report.choosing = float("nan")
+        else:  # controls choose before the kernel
+            report.choosing += measured[0] if settings.scored else seconds - measured[1]
         for row, pad in enumerate(padding):
             real = min(query.shape[2], entries - pad)
             if not real:
