@@ -150,20 +150,8 @@ def ragged_attention(
         ctypes.addressof(store),
         None if mask is None else mask.data_ptr(),
         None,
-        *(
-            rows,
-            query_heads,
-            heads,
-            queries,
-            size,
-            masked,
-            query_heads * size,
-            query_heads * size,
-            0,
-            0,
-            scale,
-            softcap,
-        ),
+        *(rows, query_heads, heads, queries, size, masked, query_heads * size, query_heads * size, 0, 0),
+        *(scale, softcap),
     )
     try:
         native.call("ragged_attention", arguments)

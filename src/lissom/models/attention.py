@@ -188,11 +188,10 @@ def _attention_through(
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         stretch, compute, method = _Stretch.of(attention_mask), None, prompt_of(module)
-        other = (
-            "dropout" if dropout else next((name for name in ("softcap", "s_aux") if kwargs.get(name) is not None), "")
-        )
-        if other:
-            say_dense(f"{type(module).__name__} has {'attention sinks' if other == 's_aux' else other}")
+        others = {"dropout": dropout, "softcap": kwargs.get("softcap"), "attention sinks": kwargs.get("s_aux")}
+        has = [name for name, value in others.items() if value is not None and (name != "dropout" or value)]
+        if has:
+            say_dense(f"{type(module).__name__} has {has[0]}")
         elif method is not None:
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
             compute = partial(method.attend, module, padding=stretch.padding, scaling=scale)

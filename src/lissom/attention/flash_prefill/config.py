@@ -44,7 +44,7 @@ class FlashPrefill:
         shared: one list of blocks for all query heads of a KV head (V2) instead of one for each (V1). With small heads
             it loses much.
         corrected: a block that is left out counts as its mean key and value (V2's mean correction).
-        min_tokens: prompts are read densely up to this length; `auto`: where sparse attention cannot be faster on this
+        min_tokens: shorter prompts are read densely; `auto`: those for which sparse attention cannot be faster on this
             machine.
         dense_layers: first layers that stay dense.
         precision: of products on the CPU. `auto` rounds to bf16 where the processor multiplies that faster, as

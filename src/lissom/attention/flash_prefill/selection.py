@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-TILE = 128  # queries that have a list together
+from lissom.kernels.sparse_attention import TILE
 
 Scoring = Literal["flashprefill", "row-normalised"]
 

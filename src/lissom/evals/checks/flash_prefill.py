@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +157,7 @@ def run(
     plan = [(tokens, count, arm) for tokens, count in size.texts for arm in size.arms]
     for done, (tokens, count, arm) in enumerate(plan):
         progress("text", done, len(plan))
-        measure = partial(_text, model, texts(tokenizer, tokens, count), ARMS[arm])
+        measure = partial(_text, model, tokenizer, tokens, count, ARMS[arm])
         found.texts[tokens, arm] = once(["text", tokens, count, _settings(ARMS[arm])], measure)
     progress("text", len(plan), len(plan))
     _tasks(found, model, tokenizer, once, progress)
@@ -196,11 +196,13 @@ def texts(tokenizer: PreTrainedTokenizerBase, tokens: int, count: int) -> list[t
 
 
 @torch.no_grad()
-def _text(model: PreTrainedModel, texts: Sequence[torch.Tensor], method: FlashPrefill | None) -> dict[str, Any]:
+def _text(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int, count: int, method: FlashPrefill | None
+) -> dict[str, Any]:
     """NLL of the last three quarters of each text."""
     stretches: list[float] = []
     with _inside(model, method) as report:
-        for ids in texts:
+        for ids in texts(tokenizer, tokens, count):
             first = len(ids) // 4
             logits = model(ids[None], use_cache=False, logits_to_keep=len(ids) - first).logits[0, :-1].float()
             losses = F.cross_entropy(logits, ids[first + 1 :], reduction="none")
@@ -223,15 +225,15 @@ def _tasks(
         for part in (found.size.copies if task == "copy" else found.size.tasks)
         for name in arms
     ]
-    halves = copy.deepcopy(model).to(torch.bfloat16)  # type: ignore[arg-type]
+    halves = cache(lambda: copy.deepcopy(model).to(torch.bfloat16))  # type: ignore[arg-type]  # when it is needed
     for done, (task, tokens, count, name) in enumerate(plan):
         progress("tasks", done, len(plan))
 
         def measure(task: str = task, tokens: int = tokens, count: int = count, name: str = name) -> dict[str, Any]:
             right, losses = list[bool](), list[float]()
-            with _inside(halves, arms[name]) as report:
+            with _inside(halves(), arms[name]) as report:
                 for trial in trials(tokenizer, task, [tokens], [count]):
-                    items, nll = judged(halves, trial)
+                    items, nll = judged(halves(), trial)
                     right += items
                     losses.append(nll)
             return {"right": right, "nll": losses, "density": report.density}

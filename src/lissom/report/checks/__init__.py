@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from rich.box import SIMPLE
 from rich.table import Table
 
 import lissom.models
+from lissom.evals.stats import Interval
 from lissom.recipes.registry import registered
 from lissom.report.rows import Result
 
@@ -73,6 +75,19 @@ class StudyCheck:
         network, tokenizer = lissom.models.load(model)
         run = self.run(network, tokenizer, size, journal, progress)
         return Outcome(self.result(run), list(self.tables(run)))
+
+
+def grid(title: str, *headings: str, numbers: bool = False) -> Table:
+    """An empty table; with `numbers` all columns but the first are to the right."""
+    table = Table(title=title, box=SIMPLE, padding=(0, 1, 0, 0))
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if numbers and number else "left")
+    return table
+
+
+def signed(gap: Interval) -> str:
+    """A difference with its interval."""
+    return f"{gap.estimate:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
 
 
 def check_of(method: str) -> Check:

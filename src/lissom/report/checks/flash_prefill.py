@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from rich.box import SIMPLE
 from rich.table import Table
 
 from lissom.evals.checks import flash_prefill as study
 from lissom.evals.checks.flash_prefill import DENSE, NATIVE, OWN, PAPER, SDPA, STRICT, Run
 from lissom.evals.stats import Interval, median_interval, paired_bootstrap, ratio_interval
-from lissom.report.checks import StudyCheck
+from lissom.report.checks import StudyCheck, grid, signed
 from lissom.report.rows import Claim, Result, Row
 
 SOURCE = "lissom"
@@ -34,10 +33,6 @@ def above_dense(run: Run, tokens: int, arm: str) -> Interval:
     return paired_bootstrap(ours, dense)
 
 
-def shown(gap: Interval) -> str:
-    return f"{gap.estimate:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
-
-
 def _text_rows(run: Run) -> Iterator[Row]:
     for (tokens, arm), found in run.texts.items():
         gap, mean = above_dense(run, tokens, arm), float(np.mean(found["nll"]))
@@ -47,25 +42,15 @@ def _text_rows(run: Run) -> Iterator[Row]:
         yield Row(f"text/{tokens}/{arm}/density", found["density"], "share", 1.0)
 
 
-def task_of(run: Run, task: str, arm: str) -> list[bool]:
-    """Items of all lengths."""
-    return [
-        item for (name, _, other), found in run.tasks.items() if (name, other) == (task, arm) for item in found["right"]
-    ]
+def task_of(run: Run, task: str, arm: str, what: str = "right") -> np.ndarray:
+    """Right items of all lengths, as 0 and 1, or the `nll` of all trials."""
+    parts = [found[what] for (name, _, other), found in run.tasks.items() if (name, other) == (task, arm)]
+    return np.array([value for part in parts for value in part], float)
 
 
 def task_nll(run: Run, task: str, arm: str) -> float:
     """Mean over trials of all lengths."""
-    return float(
-        np.mean(
-            [
-                nll
-                for (name, _, other), found in run.tasks.items()
-                if (name, other) == (task, arm)
-                for nll in found["nll"]
-            ]
-        )
-    )
+    return float(task_of(run, task, arm, "nll").mean())
 
 
 def task_arms(run: Run) -> list[str]:
@@ -77,7 +62,7 @@ def _task_rows(run: Run) -> Iterator[Row]:
         dense = task_of(run, task, DENSE)
         for arm in task_arms(run):
             right = task_of(run, task, arm)
-            gap = paired_bootstrap(np.array(right, float), np.array(dense, float))
+            gap = paired_bootstrap(right, dense)
             yield Row(f"task/{task}/{arm}/right", float(np.mean(right)), "share", float(np.mean(dense)), n=len(right))
             yield Row(f"task/{task}/{arm}/right above dense", gap.estimate, "share", 0.0, None, gap.low, gap.high)
             yield Row(f"task/{task}/{arm}/NLL", task_nll(run, task, arm), "nats", task_nll(run, task, DENSE))
@@ -146,12 +131,12 @@ def _claims(run: Run) -> Iterator[Claim]:
     for arm in (PAPER, study.ROWS):
         if (LENGTH, arm) in run.texts:
             gap = above_dense(run, LENGTH, arm)
-            words = f"{LENGTH} tokens, {arm}: NLL at most {NLL} above dense: {shown(gap)}"
+            words = f"{LENGTH} tokens, {arm}: NLL at most {NLL} above dense: {signed(gap)}"
             yield claim(words, gap.high <= NLL, gap.estimate <= NLL)
     for task in dict.fromkeys(task for task, _, _ in run.tasks):
-        dense = np.array(task_of(run, task, DENSE), float)
+        dense = task_of(run, task, DENSE)
         for arm in (PAPER, PAPER + STRICT):
-            gap = paired_bootstrap(np.array(task_of(run, task, arm), float), dense)
+            gap = paired_bootstrap(task_of(run, task, arm), dense)
             words = (
                 f"{task}, {arm}: at most one item in fifty fewer is right than dense: {gap.estimate:+.1%} "
                 f"[{gap.low:+.1%}, {gap.high:+.1%}] of {len(dense)}"
@@ -162,34 +147,26 @@ def _claims(run: Run) -> Iterator[Claim]:
 def tables(run: Run) -> Iterator[Table]:
     """Text, tasks, times and one layer made up."""
     for tokens in dict.fromkeys(tokens for tokens, _ in run.texts):
-        table = _table(f"Text, {tokens} tokens", "", "density", "NLL", "above dense [95 %]")
+        table = grid(f"Text, {tokens} tokens", "", "density", "NLL", "above dense [95 %]", numbers=True)
         for (length, arm), found in run.texts.items():
             if length == tokens:
                 gap = above_dense(run, tokens, arm)
-                above = "" if arm == DENSE else shown(gap)
+                above = "" if arm == DENSE else signed(gap)
                 table.add_row(arm, f"{found['density']:.1%}", f"{np.mean(found['nll']):.3f}", above)
         yield table
     if run.tasks:
         tasks = list(dict.fromkeys(task for task, _, _ in run.tasks))
-        table = _table("Right items and NLL of tasks", "", *tasks)
+        table = grid("Right items and NLL of tasks", "", *tasks, numbers=True)
         for arm in task_arms(run):
             cells = []
             for task in tasks:
                 right = task_of(run, task, arm)
-                cells.append(f"{sum(right)} of {len(right)}, {task_nll(run, task, arm):.2f}")
+                cells.append(f"{right.sum():.0f} of {len(right)}, {task_nll(run, task, arm):.2f}")
             table.add_row(arm, *cells)
         yield table
     for dtype, tokens in dict.fromkeys((dtype, tokens) for dtype, tokens, _ in run.times):
-        table = _table(
-            f"Seconds, {tokens} tokens, {dtype}",
-            "",
-            "density",
-            "attention",
-            "x SDPA's",
-            "prompt",
-            "x SDPA's",
-            "choosing",
-        )
+        headings = "", "density", "attention", "x SDPA's", "prompt", "x SDPA's", "choosing"
+        table = grid(f"Seconds, {tokens} tokens, {dtype}", *headings, numbers=True)
         base = run.times[dtype, tokens, SDPA]
         for (kind, length, arm), one in run.times.items():
             if (kind, length) == (dtype, tokens):
@@ -201,18 +178,11 @@ def tables(run: Run) -> Iterator[Table]:
                 )  # fmt: skip
         yield table
     if run.synthetic:
-        table = _table("Seconds of one layer's attention, made up", "entries", *study.SYNTHETIC)
+        table = grid("Seconds of one layer's attention, made up", "entries", *study.SYNTHETIC, numbers=True)
         for entries in dict.fromkeys(entries for entries, _ in run.synthetic):
             parts = [run.synthetic[entries, arm] for arm in study.SYNTHETIC]
             table.add_row(str(entries), *(f"{np.median(c['seconds']):.3f} ({c['density']:.0%})" for c in parts))
         yield table
-
-
-def _table(title: str, *headings: str) -> Table:
-    table = Table(title=title, box=SIMPLE, padding=(0, 1, 0, 0))
-    for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number else "left")
-    return table
 
 
 CHECK = StudyCheck(

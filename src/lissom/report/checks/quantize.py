@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from rich.box import SIMPLE
 from rich.table import Table
 
 from lissom.devices.machine import describe
 from lissom.evals.checks import quantize as study
 from lissom.evals.stats import Interval, median_interval
-from lissom.report.checks import StudyCheck
+from lissom.report.checks import StudyCheck, grid, signed
 from lissom.report.rows import Claim, Result, Row
 
 SOURCE = "lissom"
@@ -60,39 +59,28 @@ def tables(run: study.Run) -> Iterator[Table]:
     """One table for each kind of weights, one of ours against llama.cpp's, and one of loading."""
     for kind in study.KINDS:
         headings = "method", "bits", "perplexity", "NLL above fp32 [95 %]"
-        table = _table(f"{kind.capitalize()} weights", *headings)
+        table = grid(f"{kind.capitalize()} weights", *headings)
         for arm in run.arms:
-            gap = "" if arm == study.DENSE else _shown(run.against(kind, arm, study.DENSE))
+            gap = "" if arm == study.DENSE else signed(run.against(kind, arm, study.DENSE))
             table.add_row(arm, f"{run.bits(kind, arm):.2f}", f"{_perplexity(run, kind, arm):.2f}", gap)
         yield table
     if run.pairs:
-        table = _table("NLL above llama.cpp's [95 %]", "ours", "llama.cpp's", *study.KINDS)
+        table = grid("NLL above llama.cpp's [95 %]", "ours", "llama.cpp's", *study.KINDS)
         for pair in run.pairs:
-            table.add_row(*pair, *(_shown(run.against(kind, *pair)) for kind in study.KINDS))
+            table.add_row(*pair, *(signed(run.against(kind, *pair)) for kind in study.KINDS))
         yield table
     if run.loads:
-        table = _table("Loading, seconds [95 %]", "", *study.LOADED, "share")
+        table = grid("Loading, seconds [95 %]", "", *study.LOADED, "share")
         for what, words in _SHOWN.items():
             times = [_seconds(run, name, what) for name in study.LOADED]
             times.append(study.loading_ratio(run, what))
             table.add_row(words, *(f"{i.estimate:.2f} [{i.low:.2f}, {i.high:.2f}]" for i in times))
         yield table
     if run.left_out:
-        table = _table("Left out", "method", "because")
+        table = grid("Left out", "method", "because")
         for name, reason in run.left_out.items():
             table.add_row(name, reason)
         yield table
-
-
-def _table(title: str, *headings: str) -> Table:
-    table = Table(title=title, box=SIMPLE, padding=(0, 1, 0, 0))
-    for heading in headings:
-        table.add_column(heading)
-    return table
-
-
-def _shown(gap: Interval) -> str:
-    return f"{gap.estimate:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
 
 
 CHECK = StudyCheck(
