@@ -158,7 +158,8 @@ def test_ctrl_c_keeps_what_is_measured(records, lissom_cli, tiny_folder, tmp_pat
         (["generate", "smollm2-135m", "--kv-budget", "little", "a"], "no size"),
     ],
 )
-def test_mistakes(arguments, words, run, smollm2, tmp_path):
+def test_mistakes(arguments, words, run, smollm2, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     code, _, err = run(*arguments)
     assert code == 2 and words in err
     assert "Traceback" not in err and len(err.strip().splitlines()) == 1

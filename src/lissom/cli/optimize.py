@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +29,29 @@ def floor_of(text: str) -> float:
     return value
 
 
+@contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """No other process searches into the folder `output`, which is made."""
+    from filelock import FileLock, Timeout
+
+    from lissom.errors import UserError
+
+    output.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(f"Another lissom optimize is writing to {output}; give this one another --output.") from error
+    except OSError as error:
+        raise UserError(f"Cannot write to {output}: {error.strerror}.") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def optimize(
+    context: typer.Context,
     model: str = typer.Argument("smollm2-135m", help=MODEL),
     device: str = typer.Option("this", help="'this', or the file that `lissom doctor --json FILE` wrote elsewhere."),
     max_quality_loss: str = typer.Option("5%", metavar="PCT", help="Loss that the recommended recipe may have."),
@@ -50,7 +74,6 @@ def optimize(
 
     A second run goes on with what was measured; Ctrl-C keeps it and still writes the report.
     """
-    from filelock import FileLock, Timeout
     from rich.console import Console
 
     from lissom.errors import UserError
@@ -60,14 +83,7 @@ def optimize(
     floor = floor_of(max_quality_loss)
     if prefer not in ("balanced", "speed", "memory"):
         raise UserError(f"--prefer {prefer}: expected speed, memory or balanced.")
-    output.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(output / ".lock")
-    try:
-        lock.acquire(timeout=0)  # held until this process ends
-    except Timeout as error:
-        raise UserError(f"Another lissom optimize is writing to {output}; give this one another --output.") from error
-    except OSError as error:
-        raise UserError(f"Cannot write to {output}: {error.strerror}.") from error
+    context.with_resource(_alone(output))
     journal = Journal(output / "measurements.jsonl")
     console = Console(stderr=True)
     known = len(journal.records)
