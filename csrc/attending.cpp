@@ -190,7 +190,7 @@ void Attending::select(Unit& unit, float* scratch) {
     if (s.scoring == kGiven)
       met = selected[j] != 0;
     else
-      met = met || alpha <= 0 || !(energies[j] < least);  // what is no number is met, so that it shows
+      met = met || alpha <= 0 || energies[j] >= least;
     if (s.scoring != kGiven && selected) selected[j] = met;
     if (met) out[count++] = static_cast<int32_t>(j);
   }

@@ -355,3 +355,24 @@ print(model(torch.ones(1, 20, dtype=torch.long)).logits.shape)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert "[1, 20, 64]" in done.stdout, done.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@torch.no_grad()
+def test_on_a_gpu(architecture):
+    """Dense at 0, with padding on the left; sparse above, as on the CPU."""
+    model, ids = tiny_model(architecture), random_ids(500, 2)
+    mask = torch.ones_like(ids)
+    mask[1, :70] = 0
+    settings = {"min_tokens": 0, "precision": "exact", "sink": 1, "window": 1, "last": 0}
+    for alpha in (0.0, 2.0):
+        with FlashPrefill(alpha=alpha, **settings)(model):
+            wanted = model(ids, attention_mask=mask).logits
+        on_gpu = tiny_model(architecture).cuda()
+        with FlashPrefill(alpha=alpha, **settings)(on_gpu) as report:
+            got = on_gpu(ids.cuda(), attention_mask=mask.cuda()).logits
+            tokens = on_gpu.generate(ids.cuda(), attention_mask=mask.cuda(), max_new_tokens=4, do_sample=False)
+        close(got[mask.bool().cuda()].cpu(), wanted[mask.bool()])
+        assert report.density == 1.0 if not alpha else report.density < 1.0
+        assert tokens.shape == (2, 504)

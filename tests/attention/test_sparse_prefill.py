@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from lissom import sparse_prefill
 from lissom.attention.flash_prefill import controls, selection
 from lissom.attention.flash_prefill.prefill import _plain
-from lissom.attention.flash_prefill.selection import Layout
 from lissom.errors import UserError
 from lissom.kernels import native
-from lissom.kernels.sparse_attention import Rules
+from lissom.kernels.blocks import Rules
 
 ISAS = native.available_isas()
 SHAPES = [  # tokens, entries, query heads, KV heads, head_dim, block, shared, scoring, corrected, padding
@@ -76,32 +75,32 @@ def brute_energies(query, key, layout, scale, scoring):
 @pytest.mark.parametrize("tokens,entries,group", [(70, 70, 1), (130, 130, 2), (90, 200, 1), (150, 290, 2)])
 def test_energies(tokens, entries, group, scoring):
     query, key, _ = (part[0].double() for part in inputs(tokens, entries, 4, 2, 8))
-    layout = Layout(tokens, entries, size=32, group=group)
-    got = selection.energies(query, key, layout, 0.3, scoring)
+    layout = Rules(scoring, size=32, shared=group > 1).layout(tokens, entries, group)
+    got = selection.energies(query, key, layout, 0.3)
     torch.testing.assert_close(got, brute_energies(query, key, layout, 0.3, scoring))
 
 
 def test_forced_blocks():
-    layout = Layout(tokens=1024, entries=1024, sink=1, window=2, last=1)
+    layout = Rules(sink=1, window=2, last=1).layout(1024, 1024, 1)
     expected = torch.zeros(8, 8, dtype=torch.bool)
     for tile in range(8):
         for block in range(tile + 1):
             expected[tile, block] = block < 1 or tile - block < 2 or tile == 7
     assert torch.equal(layout.forced(), expected)
     # Nothing is in sight of the own block only.
-    alone = Layout(tokens=512, entries=512, sink=0, window=0, last=0)
+    alone = Rules(sink=0, window=0, last=0).layout(512, 512, 1)
     assert torch.equal(alone.forced(), torch.eye(4, dtype=torch.bool))
 
 
 def test_the_last_tiles_are_those_of_the_whole_prompt():
-    assert not Layout(256, 256, sink=0, window=1, last=2, following=256).forced()[1, 0]
-    assert Layout(256, 512, sink=0, window=1, last=2).forced().sum() == 7
+    assert not Rules(sink=0, window=1, last=2, following=256).layout(256, 256, 1).forced()[1, 0]
+    assert Rules(sink=0, window=1, last=2).layout(256, 512, 1).forced().sum() == 7
 
 
 @pytest.mark.parametrize("alpha,density", [(0.0, 1.0), (2.0, None)])
 def test_extreme_thresholds(alpha, density):
     query, key, _ = (part[0] for part in inputs(900, 900, 2, 1, 16))
-    layout = Layout(900, 900)
+    layout = Rules().layout(900, 900, 2)
     chosen = selection.with_forced(selection.above(selection.energies(query, key, layout, 0.25), alpha), layout)
     expected = layout.causal() if density else layout.forced()
     assert torch.equal(chosen, expected.expand_as(chosen))
@@ -112,7 +111,7 @@ def test_controls_are_causal_and_forced(name):
     query, key, value = inputs(900, 1000, 4, 2, 16, rows=1)
     select = controls.control(name, alpha=torch.full((4,), 0.5), share=0.7, count=2, seed=3)
     found = sparse_prefill(query, key, value, rules=Rules(sink=1, window=1, last=1), select=select)
-    layout = Layout(900, 1000, sink=1, window=1, last=1)
+    layout = Rules(sink=1, window=1, last=1).layout(900, 1000, 2)
     chosen = found.selected[0]
     assert not bool((chosen & ~layout.causal()).any()) and bool((chosen | ~layout.forced()).all())
 
@@ -146,7 +145,7 @@ def test_reference_is_a_masked_softmax(corrected):
     query, key, value = (part.double() for part in inputs(tokens, entries, 2, 1, 16, rows=1))
     rules = Rules(size=size, sink=1, window=1, last=0, corrected=corrected)
     found = _plain(query, key, value, rules, torch.full((2,), 0.6), 0.25, [0], None, True)
-    layout = Layout(tokens, entries, size, sink=1, window=1, last=0)
+    layout = rules.layout(tokens, entries, 2)
     for head in range(2):
         for tile, (first, last) in enumerate(layout.spans()):
             chosen = found.selected[0, head, tile]
@@ -180,6 +179,22 @@ def test_alpha_zero_is_sdpa(tokens, group):
     exact = F.scaled_dot_product_attention(*(part.float() for part in halves), is_causal=True, enable_gqa=True)
     assert rounded.dtype == torch.bfloat16
     torch.testing.assert_close(rounded.float(), exact, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("scoring", ["flashprefill", "row-normalised"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_what_is_not_chosen_does_not_get_into_the_output(scoring, dtype, isa):
+    query, key, value = (part.to(dtype) for part in inputs(1024, 1024, 2, 1, 64, rows=1))
+    rules = Rules(scoring, sink=1, window=1, last=0)
+    for wrong in (torch.nan, torch.inf):
+        bad, key_of, value_of = slice(300, 310), key.clone(), value.clone()
+        key_of[:, :, bad], value_of[:, :, bad] = wrong, wrong
+        found = sparse_prefill(query, key_of, value_of, alpha=0.5, rules=rules)
+        assert not bool(found.selected[..., 3:, 2].any()) and int(found.selected[..., 3:, :].sum()) > 2 * 2 * 5
+        assert bool(found.output[:, :, 384:].isfinite().all())
+        assert not bool(found.output[:, :, 310:384].isfinite().any())
+        plain = _plain(query, key_of, value_of, rules, torch.full((2,), 0.5), 0.125, [0], None, False)
+        assert torch.equal(plain.selected, found.selected)
 
 
 @pytest.mark.parametrize("precision", ["exact", "bf16"])
@@ -237,30 +252,35 @@ TRITON = """
 import torch
 from lissom.attention.flash_prefill import selection
 from lissom.attention.flash_prefill.reference import block_attention as reference
-from lissom.attention.flash_prefill.selection import Layout
-from lissom.kernels.sparse_attention_triton import block_attention, block_energies
+from lissom.kernels.blocks import Rules
+from lissom.kernels.sparse_attention_triton import block_attention, block_energies, choose, given
 torch.manual_seed(0)
-for tokens, entries, heads, kv_heads, size, block, shared, scoring, corrected, dtype in (
-    (300, 300, 3, 1, 64, 64, False, "flashprefill", False, torch.float32),
-    (160, 520, 6, 2, 48, 64, True, "row-normalised", True, torch.float32),
-    (130, 400, 2, 2, 32, 128, False, "flashprefill", True, torch.float16),
-    (1, 129, 4, 4, 16, 64, False, "flashprefill", False, torch.bfloat16),
+for tokens, entries, heads, kv_heads, size, rules, dtype in (
+    (300, 300, 3, 1, 64, Rules("flashprefill", 64, 1, 1, 0), torch.float32),
+    (160, 520, 6, 2, 48, Rules("row-normalised", 64, 1, 1, 0, True, True), torch.float32),
+    (130, 400, 2, 2, 32, Rules("flashprefill", 128, 0, 2, 1, following=300, corrected=True), torch.float16),
+    (1, 129, 4, 4, 16, Rules("flashprefill", 64, 1, 1, 1), torch.bfloat16),
 ):
     query, key, value = torch.randn(heads, tokens, size), *torch.randn(2, kv_heads, entries, size)
     key = key + torch.randn(kv_heads, -(-entries // 64), size).repeat_interleave(64, 1)[:, :entries]
+    key[0, 140:150] = torch.nan  # does not count where blocks are chosen
     query, key, value = (part.to(dtype) for part in (query, key, value))
-    layout = Layout(tokens, entries, block, heads // kv_heads if shared else 1, 1, 1, 0)
-    wanted = selection.energies(query, key, layout, 0.2, scoring)
-    normalised = scoring == "row-normalised"
-    got = block_energies(query, selection.means(key, block), entries, layout.group, block, 0.2, normalised)
+    layout = rules.layout(tokens, entries, heads // kv_heads)
+    wanted = selection.energies(query, key, layout, 0.2)
+    middle = selection.means(key, rules.size)
+    got = block_energies(query, middle, layout, 0.2)
     torch.testing.assert_close(got, wanted, atol=2e-3 if dtype != torch.float32 else 1e-5, rtol=1e-4)
-    chosen = selection.with_forced(selection.above(wanted, 0.7), layout)
-    middles = selection.means(key, block), selection.means(value, block)
-    ours = block_attention(query, key, value, chosen, layout.group, block, 0.2, middles, corrected)
-    theirs = reference(query, key, value, chosen, layout, 0.2, corrected, True)
-    for one, other in zip(ours, theirs):
-        tolerance = 1e-5 if dtype == torch.float32 else 1e-2
-        torch.testing.assert_close(one, other, atol=tolerance, rtol=tolerance)
+    alpha = torch.tensor([0.7, 0.0, *[2.0] * 6])[: len(wanted)]
+    chosen = selection.with_forced(selection.above(got, alpha), layout)
+    ours = choose(query, middle, layout, 0.2, alpha)
+    assert torch.equal(ours.selected, chosen)
+    key = key.nan_to_num(0.5)
+    middles = selection.means(key, rules.size), selection.means(value, rules.size)
+    theirs = reference(query, key, value, chosen, layout, 0.2, True)
+    for blocks in (ours, given(chosen, layout)):
+        for one, other in zip(block_attention(query, key, value, blocks, layout, 0.2, middles, True), theirs):
+            tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+            torch.testing.assert_close(one, other, atol=tolerance, rtol=tolerance)
 print("same")
 """
 
@@ -276,3 +296,49 @@ def test_triton_is_the_reference():
         cwd=Path(__file__).parent,
     )
     assert done.stdout.strip() == "same", done.stderr
+
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available() or find_spec("triton") is None, reason="needs a GPU and Triton")
+
+
+def error(got, wanted):
+    """Relative, of the whole tensor; NaN never passes."""
+    got, wanted = got.double().cpu(), wanted.double()
+    finite = wanted.isfinite()
+    assert torch.equal(got.isfinite(), finite)
+    return float((got - wanted)[finite].norm() / wanted[finite].norm().clamp(min=1e-9))
+
+
+@GPU
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gpu_is_the_reference(shape, dtype, tolerance):
+    tokens, entries, heads, kv_heads, size, block, shared, scoring, corrected, padding = shape
+    parts = [part.to(dtype) for part in inputs(tokens, entries, heads, kv_heads, size)]
+    rules = Rules(scoring, block, 1, 1, 1, shared, corrected)
+    got = sparse_prefill(*(part.cuda() for part in parts), alpha=0.6, rules=rules, padding=padding, estimate=True)
+    alphas = torch.full((heads,), 0.6)
+    wanted = _plain(*(part.float() for part in parts), rules, alphas, size**-0.5, list(padding), None, True)
+    same = (got.selected.cpu() == wanted.selected).float().mean()
+    assert same == 1 if dtype == torch.float32 else same > 0.98
+    chosen = wanted.selected.cuda()
+
+    def as_wanted(query, key, layout, scale):
+        row = next(i for i, part in enumerate(rows) if part.data_ptr() == key.data_ptr())
+        return chosen[row, :, : layout.tiles, : layout.blocks]
+
+    on_gpu = [part.cuda() for part in parts]
+    rows = [on_gpu[1][i, :, pad:] for i, pad in enumerate(padding)]
+    found = sparse_prefill(*on_gpu, rules=rules, padding=padding, select=as_wanted, estimate=True)
+    for name in ("output", "lse", "dropped"):
+        assert error(getattr(found, name), getattr(wanted, name)) < tolerance, name
+
+
+@GPU
+@pytest.mark.parametrize("tokens", [1, 127, 128, 129, 1000, 4096])
+@pytest.mark.parametrize("group", [1, 3, 4, 8])
+def test_alpha_zero_is_sdpa_on_a_gpu(tokens, group):
+    parts = inputs(tokens, tokens, 2 * group, 2, 64, rows=1)
+    wanted = F.scaled_dot_product_attention(*(part.double() for part in parts), is_causal=True, enable_gqa=True)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+        assert error(sparse_prefill(*(part.to("cuda", dtype) for part in parts), alpha=0.0).output, wanted) < tolerance

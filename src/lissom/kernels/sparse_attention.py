@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass, replace
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 
 from lissom.kernels import native
+from lissom.kernels.blocks import Rules
 from lissom.kernels.ragged_attention import KV_TYPES, Attention, KeyValues
-
-SCORINGS = ("given", "flashprefill", "row-normalised")
-SIZES = (64, 128)  # blocks that the kernel is made for
-TILE = 128  # queries that have a list of blocks together
 
 
 class Sparse(ctypes.Structure):
@@ -31,46 +27,6 @@ class Sparse(ctypes.Structure):
 
 
 native.mirror(8, Sparse)
-
-
-@dataclass(frozen=True)
-class Rules:
-    """How blocks are chosen.
-
-    Attributes:
-        scoring: one of `SCORINGS`; `given` takes them from the caller.
-        size: entries of a block; the native kernel and Triton know `SIZES`.
-        sink, window: first and latest blocks that are always met.
-        last: tiles at the end of the prompt that meet everything.
-        shared: whether the query heads of a KV head, and a tile's queries of all of them, have one list.
-        corrected: whether a block that is left out counts as its mean, as many times as it has entries.
-        following: tokens of the prompt that will be read later.
-    """
-
-    scoring: str = "flashprefill"
-    size: int = 128
-    sink: int = 2
-    window: int = 4
-    last: int = 2
-    shared: bool = False
-    corrected: bool = False
-    following: int = 0
-
-    def given(self) -> Self:
-        """The same, but for the blocks, which the caller chooses."""
-        return replace(self, scoring="given")
-
-    def numbers(self) -> list[int]:
-        """In the order of the native struct."""
-        scoring = SCORINGS.index(self.scoring)
-        shared, corrected = int(self.shared), int(self.corrected)
-        return [scoring, self.size, self.sink, self.window, self.last, shared, corrected, self.following]
-
-    def extents(self, tokens: int, entries: int, padding: list[int], group: int) -> tuple[int, int]:
-        """Tiles and blocks of a selection, the most that any row has."""
-        wide = max(1, TILE // group) if self.shared else TILE
-        tiles = max((entries - p - 1) // wide - max(0, entries - tokens - p) // wide + 1 for p in padding)
-        return max(1, tiles), max(1, -(-(entries - min(padding)) // self.size))
 
 
 class SparseAttention(NamedTuple):

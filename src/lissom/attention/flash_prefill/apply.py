@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from lissom.attention.flash_prefill.prefill import Precision, layout_of, sparse_prefill
+from lissom.attention.flash_prefill.prefill import Precision, sparse_prefill
 from lissom.attention.flash_prefill.report import Report
-from lissom.kernels.sparse_attention import TILE, Rules, Sparse
+from lissom.kernels.blocks import TILE, Rules
+from lissom.kernels.sparse_attention import Sparse
 from lissom.models import describe_decoder
 from lissom.models.attention import prompt_attention, register_prompt_attention, say_dense
 
@@ -83,7 +84,7 @@ class Running:
             real = min(query.shape[2], entries - pad)
             if not real:
                 continue
-            report.count(found.selected[row], layout_of(rules, real, entries - pad, shape[0] // shape[1]))
+            report.count(found.selected[row], rules.layout(real, entries - pad, shape[0] // shape[1]))
             if settings.estimate:
                 report.drop(found.dropped[row, :, -real:])
         return found.output
@@ -164,7 +165,7 @@ class NativeReading:
             for row, pad in enumerate(self._padded):
                 real = min(self._tokens, self._entries - pad)
                 if real > 0:
-                    report.count(selected[row], layout_of(self._rules, real, self._entries - pad, group))
+                    report.count(selected[row], self._rules.layout(real, self._entries - pad, group))
                     if self._estimate:
                         report.drop(self._dropped[layer, row, :, -real:])
 

@@ -17,7 +17,7 @@ from lissom.attention.flash_prefill.calibrate import Each, calibrated
 from lissom.attention.flash_prefill.prefill import Precision, Select
 from lissom.attention.flash_prefill.report import Report
 from lissom.errors import UserError
-from lissom.kernels.sparse_attention import Rules
+from lissom.kernels.blocks import Rules
 from lissom.models.method import SearchContext, described
 
 Selection = Literal["flashprefill", "row-normalised", "forced", "random", "top-k", "top-p", "flexprefill", "xattention"]

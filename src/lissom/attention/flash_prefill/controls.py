@@ -8,7 +8,7 @@ import torch
 
 from lissom.attention.flash_prefill import selection
 from lissom.attention.flash_prefill.prefill import Select
-from lissom.attention.flash_prefill.selection import Layout
+from lissom.kernels.blocks import Layout
 
 NAMES = ("random", "top-k", "top-p", "flexprefill", "xattention")
 

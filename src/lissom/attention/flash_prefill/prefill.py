@@ -12,10 +12,10 @@ import torch
 
 from lissom.attention.flash_prefill import selection
 from lissom.attention.flash_prefill.reference import block_attention
-from lissom.attention.flash_prefill.selection import Layout
 from lissom.errors import UserError
 from lissom.kernels import native
-from lissom.kernels.sparse_attention import SIZES, Rules, SparseAttention, sparse_attention
+from lissom.kernels.blocks import SIZES, Layout, Rules
+from lissom.kernels.sparse_attention import SparseAttention, sparse_attention
 
 logger = logging.getLogger(__name__)
 
@@ -93,12 +93,6 @@ def _chosen(
     return selection.with_forced(chosen | dense.to(chosen.device), layout)
 
 
-def layout_of(rules: Rules, tokens: int, entries: int, group: int) -> Layout:
-    """How the rules cut a sequence of `entries`, of which the last `tokens` are queries."""
-    lists = group if rules.shared else 1
-    return Layout(tokens, entries, rules.size, lists, rules.sink, rules.window, rules.last, rules.following)
-
-
 def _per_row(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -112,7 +106,7 @@ def _per_row(
         q, k, _ = _real(query[row], key[row], key[row], pad)
         lists = key.shape[1] if rules.shared else query.shape[1]
         nothing = torch.zeros(lists, 1, 1, dtype=torch.bool, device=query.device)
-        found.append(choose(q, k, layout_of(rules, q.shape[1], k.shape[1], group)) if k.shape[1] else nothing)
+        found.append(choose(q, k, rules.layout(q.shape[1], k.shape[1], group)) if k.shape[1] else nothing)
     extents = [max(part.shape[axis] for part in found) for axis in (1, 2)]
     whole = found[0].new_zeros(len(found), found[0].shape[0], *extents)
     for row, part in enumerate(found):
@@ -157,18 +151,12 @@ def _plain(
         q, k, v = _real(query[row], key[row], value[row], pad)
         if not k.shape[1]:
             continue
-        layout = layout_of(rules, q.shape[1], k.shape[1], group)
-        if select is not None:
-            selected = _chosen(q, k, layout, scale, select, alpha)
-        else:
-            selected = _by_energy(q, k, layout, scale, rules, alpha.to(q.device), kernels)
+        layout = rules.layout(q.shape[1], k.shape[1], group)
+        selected = None if select is None else _chosen(q, k, layout, scale, select, alpha)
         if kernels is None:
-            parts = block_attention(q, k, v, selected, layout, scale, rules.corrected, estimate)
+            selected, *parts = _in_pytorch(q, k, v, layout, scale, alpha, selected, estimate)
         else:
-            both = (selection.means(k, layout.size), selection.means(v, layout.size))
-            middles = both if rules.corrected or estimate else None
-            arguments = (q, k, v, selected, layout.group, layout.size, scale, middles, rules.corrected)
-            parts = kernels.block_attention(*arguments)
+            selected, *parts = _by_triton(kernels, q, k, v, layout, scale, alpha, selected, estimate)
         tokens = q.shape[1]
         out.output[row, :, query.shape[2] - tokens :], out.lse[row, :, query.shape[2] - tokens :] = parts[:2]
         out.selected[row, :, : selected.shape[1], : selected.shape[2]] = selected
@@ -177,22 +165,40 @@ def _plain(
     return out
 
 
-def _by_energy(
+def _in_pytorch(
     query: torch.Tensor,
     key: torch.Tensor,
+    value: torch.Tensor,
     layout: Layout,
     scale: float,
-    rules: Rules,
     alpha: torch.Tensor,
-    kernels: ModuleType | None,
-) -> torch.Tensor:
-    if kernels is None:
-        energy = selection.energies(query, key, layout, scale, rules.scoring)  # type: ignore[arg-type]
+    selected: torch.Tensor | None,
+    estimate: bool,
+) -> tuple[torch.Tensor, ...]:
+    if selected is None:
+        energy = selection.energies(query, key, layout, scale)
+        selected = selection.with_forced(selection.above(energy, alpha[:: layout.group]), layout)
+    return selected, *block_attention(query, key, value, selected, layout, scale, estimate)
+
+
+def _by_triton(
+    kernels: ModuleType,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: Layout,
+    scale: float,
+    alpha: torch.Tensor,
+    selected: torch.Tensor | None,
+    estimate: bool,
+) -> tuple[torch.Tensor, ...]:
+    means = selection.means(key, layout.size)
+    if selected is None:
+        chosen = kernels.choose(query, means, layout, scale, alpha[:: layout.group])
     else:
-        middle = selection.means(key, layout.size)
-        normalised = rules.scoring == "row-normalised"
-        energy = kernels.block_energies(query, middle, layout.entries, layout.group, layout.size, scale, normalised)
-    return selection.with_forced(selection.above(energy, alpha[:: layout.group]), layout)
+        chosen = kernels.given(selected, layout)
+    both = (means, selection.means(value, layout.size)) if layout.rules.corrected or estimate else None
+    return chosen.selected, *kernels.block_attention(query, key, value, chosen, layout, scale, both, estimate)
 
 
 @cache

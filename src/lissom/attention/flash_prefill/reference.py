@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from lissom.attention.flash_prefill.selection import Layout, means
+from lissom.attention.flash_prefill.selection import means
+from lissom.kernels.blocks import Layout
 
 Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -17,7 +18,6 @@ def block_attention(
     selected: torch.Tensor,
     layout: Layout,
     scale: float,
-    corrected: bool = False,
     estimate: bool = False,
 ) -> Parts:
     """Output, log-sum-exp, and the estimated share of the attention that was left out (empty without `estimate`).
@@ -26,8 +26,9 @@ def block_attention(
         query: `[query heads, tokens, head_dim]`.
         keys, values: `[KV heads, entries, head_dim]`.
         selected: bool `[lists, tiles, blocks]`.
-        corrected: whether a block that is left out counts as its mean, with the logarithm of its size added to the
-            logit (V2's mean correction).
+
+    With corrected rules a block that is left out counts as its mean, with the logarithm of its size added to the logit
+    (V2's mean correction).
 
     Returns:
         `[query heads, tokens, head_dim]` in the dtype of the query, `[query heads, tokens]` and the same, fp32 (float64
@@ -58,20 +59,20 @@ def block_attention(
         logits = (q @ key.transpose(-1, -2)[:, None] * scale).masked_fill(~visible[:, None], -torch.inf)
         mass = logits.logsumexp(-1)
         whole = (layout.place + first) // size
-        if (corrected or estimate) and whole:
+        if (layout.rules.corrected or estimate) and whole:
             left = ~here[:, :whole]
             rest = q @ middle[0][heads, :whole].transpose(-1, -2)[:, None] * scale + torch.tensor(size).log()
             rest = rest.masked_fill(~left[:, None, None], -torch.inf)
             both = torch.cat([logits, rest], -1)
             if estimate:
                 dropped[:, :, first:last] = -torch.expm1(mass - both.logsumexp(-1))
-            if corrected:
+            if layout.rules.corrected:
                 logits, mass = both, both.logsumexp(-1)
                 middles = middle[1][heads, :whole].masked_fill(~left[..., None], 0.0)
                 value = torch.cat([value, middles], 1)
         elif estimate:
             dropped[:, :, first:last] = 0.0
-        outputs[:, :, first:last] = logits.softmax(-1).nan_to_num(0.0) @ value[:, None]
+        outputs[:, :, first:last] = logits.softmax(-1) @ value[:, None]
         lse[:, :, first:last] = mass
     shape = query.shape[:2]
     return (

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import torch
 
-from lissom.attention.flash_prefill.selection import Layout
+from lissom.kernels.blocks import Layout
 
 
 @dataclass
@@ -37,9 +37,8 @@ class LayerReport:
 
     def count(self, selected: torch.Tensor, layout: Layout) -> None:
         """Add the selection `[lists, tiles, blocks]` of one sequence."""
-        causal = _causal(layout)
-        self.blocks += int((selected[:, : layout.tiles, : layout.blocks].cpu() & causal).sum())
-        self.causal += int(causal.sum()) * len(selected)
+        self.blocks += int(selected[:, : layout.tiles, : layout.blocks].sum())
+        self.causal += _causal(layout) * len(selected)
 
     def drop(self, dropped: torch.Tensor) -> None:
         """Add what some queries left out."""
@@ -49,8 +48,9 @@ class LayerReport:
 
 
 @lru_cache(maxsize=256)
-def _causal(layout: Layout) -> torch.Tensor:
-    return layout.causal()
+def _causal(layout: Layout) -> int:
+    """Blocks that there are."""
+    return int(layout.causal().sum())
 
 
 @dataclass

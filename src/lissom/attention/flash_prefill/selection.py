@@ -10,79 +10,10 @@ A selection is a bool tensor `[lists, tiles, blocks]`, one list for each query h
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 
-from lissom.kernels.sparse_attention import TILE
-
-Scoring = Literal["flashprefill", "row-normalised"]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a prompt is cut.
-
-    Attributes:
-        tokens: queries, at the end of the entries.
-        entries: keys.
-        size: keys of a block.
-        group: query heads that have a list together: 1, or all of a KV head where lists are shared.
-        sink, window: first and latest blocks that every tile attends to; the latest are at least its own.
-        last: tiles at the end of the prompt that attend to everything.
-        following: tokens of the prompt that will be read later.
-    """
-
-    tokens: int
-    entries: int
-    size: int = 128
-    group: int = 1
-    sink: int = 2
-    window: int = 4
-    last: int = 2
-    following: int = 0
-
-    @property
-    def place(self) -> int:
-        """Position of the first query."""
-        return self.entries - self.tokens
-
-    @property
-    def wide(self) -> int:
-        """Tokens of a tile."""
-        return max(1, TILE // self.group)
-
-    @property
-    def tiles(self) -> int:
-        """Number of tiles, parts at both ends included."""
-        return (self.entries - 1) // self.wide - self.place // self.wide + 1
-
-    @property
-    def blocks(self) -> int:
-        """Number of blocks, a part at the end included."""
-        return -(-self.entries // self.size)
-
-    def spans(self) -> list[tuple[int, int]]:
-        """First token of each tile and the one behind its last."""
-        edges = [0, *range(self.wide - self.place % self.wide, self.tokens, self.wide), self.tokens]
-        return list(pairwise(edges))
-
-    def causal(self) -> torch.Tensor:
-        """`[tiles, blocks]`: whether a query of the tile sees a key of the block."""
-        ends = torch.tensor([self.place + end - 1 for _, end in self.spans()], device="cpu")
-        return torch.arange(self.blocks, device="cpu") <= (ends // self.size)[:, None]
-
-    def forced(self) -> torch.Tensor:
-        """`[tiles, blocks]`: sinks, the window, and everything for the last tiles."""
-        starts = torch.tensor([self.place + start for start, _ in self.spans()], device="cpu")
-        block = torch.arange(self.blocks, device="cpu")
-        near = block > (starts // self.size)[:, None] - max(1, self.window)
-        total = -(-(self.entries + self.following) // self.wide)
-        final = (starts // self.wide >= total - self.last)[:, None]
-        return ((block < self.sink) | near | final) & self.causal()
+from lissom.kernels.blocks import Layout
 
 
 def means(vectors: torch.Tensor, size: int) -> torch.Tensor:
@@ -97,14 +28,15 @@ def means(vectors: torch.Tensor, size: int) -> torch.Tensor:
     return (sums / counts).to(vectors.dtype)
 
 
-def energies(
-    query: torch.Tensor, keys: torch.Tensor, layout: Layout, scale: float, scoring: Scoring = "flashprefill"
-) -> torch.Tensor:
+def energies(query: torch.Tensor, keys: torch.Tensor, layout: Layout, scale: float) -> torch.Tensor:
     """Logarithm of each block's energy `[lists, tiles, blocks]`, -inf where no query of the tile sees all of it.
 
-    `flashprefill` is the paper's block score (V1 section 3.2, restated in V2): the sum over the tile's queries of e to
-    the logit with the block's mean key. `row-normalised` sums each query's softmax over the blocks instead, so that
-    queries with large logits do not outvote the others; it is an extension.
+    The scoring `flashprefill` is the paper's block score (V1 section 3.2, restated in V2): the sum over the tile's
+    queries of e to the logit with the block's mean key. `row-normalised` sums each query's softmax over the blocks
+    instead, so that queries with large logits do not outvote the others; it is an extension.
+
+    Logits that are no finite numbers do not count: what is wrong in a block gets into the attention of those queries
+    alone that would attend to it anyway.
     """
     middle = means(keys, layout.size)
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -114,8 +46,8 @@ def energies(
     for first, last in layout.spans():
         logits = grouped[:, :, first:last] @ middle.to(dtype).transpose(-1, -2)[:, None] * scale
         positions = layout.place + torch.arange(first, last, device=query.device)
-        logits = logits.masked_fill(ends > positions[:, None], -torch.inf)
-        if scoring == "row-normalised":
+        logits = logits.masked_fill((ends > positions[:, None]) | ~logits.isfinite(), -torch.inf)
+        if layout.rules.scoring == "row-normalised":
             mass = logits.logsumexp(-1, keepdim=True)
             logits = logits - mass.masked_fill(mass.isinf(), 0.0)
         logits = logits.flatten(0, 1) if layout.group == 1 else logits.flatten(1, 2)
@@ -127,8 +59,8 @@ def above(energy: torch.Tensor, alpha: torch.Tensor | float) -> torch.Tensor:
     """Blocks with at least `alpha` (a number, or `[lists]`) of the largest energy of their tile: the paper's max
     threshold. No block is scored in the first tiles, where that is none."""
     alpha = torch.as_tensor(alpha, dtype=energy.dtype, device=energy.device)
-    least = energy.masked_fill(energy.isnan(), -torch.inf).amax(-1, keepdim=True) + alpha.log().view(-1, 1, 1)
-    return (energy >= least) | (alpha.view(-1, 1, 1) <= 0) | energy.isnan()
+    least = energy.amax(-1, keepdim=True) + alpha.log().view(-1, 1, 1)
+    return (energy >= least) | (alpha.view(-1, 1, 1) <= 0)
 
 
 def of_largest(energy: torch.Tensor, count: int) -> torch.Tensor:

@@ -30,7 +30,7 @@ from lissom.evals.journal import Journal, scope
 from lissom.evals.retrieval import TASKS, judged, trials
 from lissom.evals.texts import passages
 from lissom.kernels import native
-from lissom.kernels.sparse_attention import Rules
+from lissom.kernels.blocks import Rules
 from lissom.models import describe_decoder
 
 STAGES = ("text", "tasks", "times", "synthetic")
@@ -306,7 +306,9 @@ def _times(
 # ---- one layer, made up
 
 
-def planted(entries: int, heads: int, kv_heads: int, head_dim: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
+def planted(
+    entries: int, heads: int, kv_heads: int, head_dim: int, seed: int = 0, device: str = "cpu"
+) -> tuple[torch.Tensor, ...]:
     """Queries, keys and values of one layer, fp32 `[1, heads, entries, head_dim]`, that attend as heads of language
     models do: to the first entries, to the latest ones, and to what is about the same thing.
 
@@ -314,12 +316,13 @@ def planted(entries: int, heads: int, kv_heads: int, head_dim: int, seed: int = 
     its own block and, half as strongly, for one other. The first entries' keys are large in the direction of all
     queries.
     """
-    draw = torch.Generator().manual_seed(seed)
+    draw = torch.Generator(device).manual_seed(seed)
+    normal, integers = partial(torch.randn, generator=draw, device=device), partial(torch.randint, generator=draw)
     blocks, group = -(-entries // 128), heads // kv_heads
-    things = F.normalize(torch.randn(kv_heads, 32, head_dim, generator=draw), dim=-1)
-    about = torch.randint(32, (kv_heads, blocks), generator=draw)
-    other = torch.randint(32, (heads, blocks), generator=draw)
-    common = F.normalize(torch.randn(kv_heads, 1, head_dim, generator=draw), dim=-1)
+    things = F.normalize(normal(kv_heads, 32, head_dim), dim=-1)
+    about = integers(32, (kv_heads, blocks), device=device)
+    other = integers(32, (heads, blocks), device=device)
+    common = F.normalize(normal(kv_heads, 1, head_dim), dim=-1)
 
     def spread(of: torch.Tensor) -> torch.Tensor:
         return of.repeat_interleave(128, 1)[:, :entries]
@@ -327,11 +330,11 @@ def planted(entries: int, heads: int, kv_heads: int, head_dim: int, seed: int = 
     strength = head_dim**0.5
     own = torch.stack([things[head, about[head]] for head in range(kv_heads)])
     second = torch.stack([things[head // group, other[head]] for head in range(heads)])
-    key = spread(own) * 4.0 + torch.randn(kv_heads, entries, head_dim, generator=draw)
+    key = spread(own) * 4.0 + normal(kv_heads, entries, head_dim)
     key[:, :4] += 6.0 * common
     query = (spread(own).repeat_interleave(group, 0) + 0.5 * spread(second)) * strength
-    query += strength * common.repeat_interleave(group, 0) + torch.randn(heads, entries, head_dim, generator=draw)
-    value = torch.randn(kv_heads, entries, head_dim, generator=draw)
+    query += strength * common.repeat_interleave(group, 0) + normal(heads, entries, head_dim)
+    value = normal(kv_heads, entries, head_dim)
     return query[None], key[None], value[None]
 
 
