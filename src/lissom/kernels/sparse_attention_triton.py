@@ -1,6 +1,6 @@
 """Attention of a prompt's tokens over chosen blocks of entries, on a GPU, in Triton.
 
-Three kernels: energies of blocks, lists of those that are met, and attention along the lists. With
+Kernels for means of blocks, their energies, lists of those that are met, and attention along the lists. With
 `TRITON_INTERPRET=1`, set before Triton is imported, they run on the CPU, slowly: so they are tested. Shapes are those
 of one sequence.
 """
@@ -65,7 +65,20 @@ def _logits(q, k, scale, seen):
     return tl.where(seen & (logits < float("inf")), logits, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["entries", "blocks"])
+def _means(
+    vectors, means, entries, blocks, SIZE: tl.constexpr, D: tl.constexpr, DEEP: tl.constexpr, WIDENED: tl.constexpr
+):  # fmt: skip
+    block, item = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    j = block * SIZE + tl.arange(0, SIZE)
+    part = _rows(vectors, item * entries + j, j < entries, D, DEEP, WIDENED).to(tl.float32)
+    mean = tl.sum(part, 0) / tl.minimum(SIZE, entries - block * SIZE)
+    d = tl.arange(0, DEEP)
+    tl.store(means + (item * blocks + block) * D + d, mean.to(means.dtype.element_ty), mask=d < D)
+
+
+# Integers are not made part of the code, as Triton does with 1 and multiples of 16: each prompt would be compiled for.
+@triton.jit(do_not_specialize=["tokens", "place", "blocks"])
 def _energies(
     query, means, energies, tokens, place, blocks, scale,
     HEADS_OF_KV: tl.constexpr, GROUP: tl.constexpr, NORMALISED: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr,
@@ -98,7 +111,7 @@ def _energies(
         tl.store(out + j, highest + tl.log(tl.sum(tl.exp(logits - highest[None, :]), 0)), mask=j < scored)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["place", "entries", "following", "blocks", "sink", "window", "last"])
 def _lists(
     energies, thresholds, selected, lists, counts, place, entries, following, blocks, sink, window, last,
     GIVEN: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr, COLUMNS: tl.constexpr,
@@ -153,7 +166,7 @@ def _absorb(q, k, v, bias, scale, top, mass, out):
     return now, mass, out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "entries", "place", "blocks"])
 def _attend(
     query, keys, values, lists, counts, mean_keys, mean_values, selected, output, lse, dropped,
     tokens, entries, place, blocks, scale,
@@ -216,20 +229,28 @@ def _attend(
 
 
 def _constants(query: torch.Tensor, keys: torch.Tensor, layout: Layout) -> dict[str, int]:
-    head_dim, wide = query.shape[-1], query.element_size() > 2
-    deep = max(16, triton.next_power_of_2(head_dim))
+    head_dim = query.shape[-1]
     return {
         "HEADS_OF_KV": len(query) // len(keys),
         "GROUP": layout.group,
         "SIZE": layout.size,
         "ROWS": TILE,
         "D": head_dim,
-        "DEEP": deep,
-        "COLUMNS": 64,
+        "DEEP": _deep(head_dim),
         "WIDENED": _WIDENED,
-        "num_warps": 4 if deep <= 64 else 8,
-        "num_stages": 1 if wide or deep > 128 else 3,
     }
+
+
+def _deep(head_dim: int) -> int:
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def _pace(query: torch.Tensor, size: int) -> dict[str, int]:
+    """Entries at a time, warps and stages of `_attend`: the fastest of some on an H100."""
+    deep, wide = _deep(query.shape[-1]), query.element_size() > 2
+    if wide or deep > 128:
+        return {"COLUMNS": 32 if wide and deep > 64 else 64, "num_warps": 8, "num_stages": 1 if wide else 2}
+    return {"COLUMNS": size, "num_warps": 4 if deep <= 64 else 8, "num_stages": 2 if deep <= 64 else 3}
 
 
 class Chosen(NamedTuple):
@@ -246,6 +267,17 @@ class Chosen(NamedTuple):
     counts: torch.Tensor
 
 
+def block_means(vectors: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """`[heads, entries, head_dim]` to the mean of each block `[heads, blocks, head_dim]`: see `selection.means`."""
+    heads, entries, head_dim = vectors.shape
+    out = vectors.new_empty(heads, layout.blocks, head_dim)
+    _means[(layout.blocks, heads)](
+        vectors.contiguous(), out, entries, layout.blocks, SIZE=layout.size, D=head_dim, DEEP=_deep(head_dim),
+        WIDENED=_WIDENED,
+    )  # fmt: skip
+    return out
+
+
 def block_energies(query: torch.Tensor, means: torch.Tensor, layout: Layout, scale: float) -> torch.Tensor:
     """Logarithms of energies, fp32 `[lists, tiles, blocks]`: see `selection.energies` of FlashPrefill.
 
@@ -257,7 +289,8 @@ def block_energies(query: torch.Tensor, means: torch.Tensor, layout: Layout, sca
     out = query.new_full((lists, layout.tiles, layout.blocks), -torch.inf, dtype=torch.float32)
     _energies[(layout.tiles, lists)](
         query.contiguous(), means.contiguous(), out, layout.tokens, layout.place, layout.blocks, scale,
-        NORMALISED=layout.rules.scoring == "row-normalised", **_constants(query, means, layout),
+        NORMALISED=layout.rules.scoring == "row-normalised", **_constants(query, means, layout), COLUMNS=32,
+        num_warps=4 if query.shape[-1] <= 128 else 8, num_stages=3 if query.element_size() <= 2 else 1,
     )  # fmt: skip
     return out
 
@@ -319,5 +352,6 @@ def block_attention(
         query, keys, values, chosen.lists, chosen.counts, mean_keys, mean_values, chosen.selected.view(torch.int8),
         output, lse, dropped, layout.tokens, layout.entries, layout.place, layout.blocks, scale,
         CORRECTED=layout.rules.corrected, ESTIMATED=estimate, **_constants(query, keys, layout),
+        **_pace(query, layout.size),
     )  # fmt: skip
     return output, lse, dropped

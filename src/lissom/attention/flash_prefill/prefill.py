@@ -192,12 +192,12 @@ def _by_triton(
     selected: torch.Tensor | None,
     estimate: bool,
 ) -> tuple[torch.Tensor, ...]:
-    means = selection.means(key, layout.size)
+    means = kernels.block_means(key, layout)
     if selected is None:
         chosen = kernels.choose(query, means, layout, scale, alpha[:: layout.group])
     else:
         chosen = kernels.given(selected, layout)
-    both = (means, selection.means(value, layout.size)) if layout.rules.corrected or estimate else None
+    both = (means, kernels.block_means(value, layout)) if layout.rules.corrected or estimate else None
     return chosen.selected, *kernels.block_attention(query, key, value, chosen, layout, scale, both, estimate)
 
 

@@ -92,7 +92,7 @@ class Size:
     synthetic: tuple[int, ...]
 
 
-_TASK_ARMS = (PAPER, ROWS, "random", "forced")
+_TASK_ARMS = (PAPER, ROWS, "xattention", "random", "forced")
 QUICK = Size(
     ((1024, 1),), (DENSE, PAPER, "forced"), ((1024, 1),), ((1024, 1),), (PAPER,), (1024,), 1, ("float32",),
     (1024, 2048),
