@@ -1,7 +1,7 @@
 """FlashPrefill's Triton kernels on a GPU, beside PyTorch's SDPA and beside themselves with all blocks.
 
-One layer of 32 query and 8 KV heads of size 128 in bf16, with made-up queries and keys; see `planted`. SDPA is the faster
-of its FlashAttention and its cuDNN backend.
+One layer of 32 query and 8 KV heads of size 128 in bf16, with made-up queries and keys; see `planted`. SDPA is the
+faster of its FlashAttention and its cuDNN backend.
 """
 
 from __future__ import annotations

@@ -373,6 +373,7 @@ def test_on_a_gpu(architecture):
         with FlashPrefill(alpha=alpha, **settings)(on_gpu) as report:
             got = on_gpu(ids.cuda(), attention_mask=mask.cuda()).logits
             tokens = on_gpu.generate(ids.cuda(), attention_mask=mask.cuda(), max_new_tokens=4, do_sample=False)
-        close(got[mask.bool().cuda()].cpu(), wanted[mask.bool()])
+        wanted = wanted[mask.bool()]
+        assert float((got[mask.bool().cuda()].cpu() - wanted).norm() / wanted.norm()) < 1e-4
         assert report.density == 1.0 if not alpha else report.density < 1.0
         assert tokens.shape == (2, 504)

@@ -34,7 +34,8 @@ class SparseAttention(NamedTuple):
 
     Attributes:
         output: `[rows, query heads, tokens, head_dim]`, in the dtype of the query; zero where a query is padding.
-        lse: fp32 `[rows, query heads, tokens]`, the logarithm of the sum of e to the logits that were met.
+        lse: `[rows, query heads, tokens]`, the logarithm of the sum of e to the logits that were met, fp32 (float64 of
+            float64, as all that follows).
         selected: bool `[rows, lists, tiles, blocks]`.
         dropped: fp32 `[rows, query heads, tokens]`, the estimated share of the attention that was left out; or empty.
         seconds: fp32 `[2]`, what choosing blocks and what attending took; or empty, where it was not measured.

@@ -138,30 +138,38 @@ def _plain(
     if kernels is None:
         native.say_reference("sparse_prefill", query)
     group = query.shape[1] // key.shape[1]
-    choice = rules.extents(query.shape[2], key.shape[2], padding, group)
-    lists = key.shape[1] if rules.shared else query.shape[1]
-    out = SparseAttention(
-        torch.zeros_like(query, memory_format=torch.contiguous_format),
-        query.new_full(query.shape[:3], -torch.inf, dtype=torch.float32),
-        torch.zeros(len(query), lists, *choice, dtype=torch.bool, device=query.device),
-        query.new_zeros(query.shape[:3] if estimate else 0, dtype=torch.float32),
-        query.new_empty(0, dtype=torch.float32),
-    )
-    for row, pad in enumerate(padding):
-        q, k, v = _real(query[row], key[row], value[row], pad)
-        if not k.shape[1]:
-            continue
+
+    def of_row(row: int) -> tuple[torch.Tensor, ...]:
+        q, k, v = _real(query[row], key[row], value[row], padding[row])
         layout = rules.layout(q.shape[1], k.shape[1], group)
         selected = None if select is None else _chosen(q, k, layout, scale, select, alpha)
         if kernels is None:
-            selected, *parts = _in_pytorch(q, k, v, layout, scale, alpha, selected, estimate)
-        else:
-            selected, *parts = _by_triton(kernels, q, k, v, layout, scale, alpha, selected, estimate)
-        tokens = q.shape[1]
-        out.output[row, :, query.shape[2] - tokens :], out.lse[row, :, query.shape[2] - tokens :] = parts[:2]
+            return _in_pytorch(q, k, v, layout, scale, alpha, selected, estimate)
+        return _by_triton(kernels, q, k, v, layout, scale, alpha, selected, estimate)
+
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    unmeasured = query.new_empty(0, dtype=dtype)
+    if len(query) == 1 and not padding[0]:
+        output, lse, selected, dropped = (part[None] for part in of_row(0))
+        return SparseAttention(output, lse, selected, dropped if estimate else unmeasured, unmeasured)
+    lists = key.shape[1] if rules.shared else query.shape[1]
+    extents = rules.extents(query.shape[2], key.shape[2], padding, group)
+    out = SparseAttention(
+        torch.zeros_like(query, memory_format=torch.contiguous_format),
+        query.new_full(query.shape[:3], -torch.inf, dtype=dtype),
+        torch.zeros(len(query), lists, *extents, dtype=torch.bool, device=query.device),
+        query.new_zeros(query.shape[:3] if estimate else 0, dtype=dtype),
+        unmeasured,
+    )
+    for row, pad in enumerate(padding):
+        if pad == key.shape[2]:
+            continue
+        output, lse, selected, dropped = of_row(row)
+        first = query.shape[2] - output.shape[1]
+        out.output[row, :, first:], out.lse[row, :, first:] = output, lse
         out.selected[row, :, : selected.shape[1], : selected.shape[2]] = selected
         if estimate:
-            out.dropped[row, :, query.shape[2] - tokens :] = parts[2]
+            out.dropped[row, :, first:] = dropped
     return out
 
 
@@ -178,7 +186,8 @@ def _in_pytorch(
     if selected is None:
         energy = selection.energies(query, key, layout, scale)
         selected = selection.with_forced(selection.above(energy, alpha[:: layout.group]), layout)
-    return selected, *block_attention(query, key, value, selected, layout, scale, estimate)
+    output, lse, dropped = block_attention(query, key, value, selected, layout, scale, estimate)
+    return output, lse, selected, dropped
 
 
 def _by_triton(
@@ -198,7 +207,8 @@ def _by_triton(
     else:
         chosen = kernels.given(selected, layout)
     both = (means, kernels.block_means(value, layout)) if layout.rules.corrected or estimate else None
-    return chosen.selected, *kernels.block_attention(query, key, value, chosen, layout, scale, both, estimate)
+    output, lse, dropped = kernels.block_attention(query, key, value, chosen, layout, scale, both, estimate)
+    return output, lse, chosen.selected, dropped
 
 
 @cache
