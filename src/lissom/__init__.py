@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from lissom.attention.flash_prefill import FlashPrefill, sparse_prefill
     from lissom.decode import NativeDecode, Sampling, generate_text, generate_tokens
     from lissom.kv import AttentionMatching, CompactCache, Eviction, KVBudget, compact
-    from lissom.models import load
+    from lissom.models.load import load
     from lissom.weights.quant import Quantize
 
 __version__ = "0.1.0"
@@ -43,7 +43,7 @@ _HOMES = {
     "compact": "lissom.kv",
     "generate_text": "lissom.decode",
     "generate_tokens": "lissom.decode",
-    "load": "lissom.models",
+    "load": "lissom.models.load",
     "sparse_prefill": "lissom.attention.flash_prefill",
 }
 

@@ -16,15 +16,8 @@ from types import ModuleType
 # Where transformers keeps its registries, and the module that registers itself there when it is imported.
 _AFTER = {
     "transformers.quantizers.auto": "lissom.plugin",
-    "transformers.modeling_utils": "lissom.attention.flash_prefill",
-    "lissom.models": "lissom.attention.flash_prefill",  # where that is what imports transformers
+    "transformers.modeling_utils": "lissom.attention.plugin",
 }
-
-
-def _register(registry: str) -> None:
-    if registry == "transformers.modeling_utils" and "lissom.models" in sys.modules:
-        return  # which may be half imported, and is what the module needs
-    import_module(_AFTER[registry])
 
 
 class _AfterRegistry(MetaPathFinder):
@@ -41,7 +34,7 @@ class _AfterRegistry(MetaPathFinder):
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
-                _register(name)
+                import_module(_AFTER[name])
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
@@ -52,4 +45,4 @@ def install() -> None:
     sys.meta_path.insert(0, _AfterRegistry())
     for registry in _AFTER:
         if registry in sys.modules:
-            _register(registry)
+            import_module(_AFTER[registry])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from lissom.attention.flash_prefill.apply import Running
 from lissom.attention.flash_prefill.calibrate import GRID, chosen
 from lissom.decode import passes
 from lissom.errors import UserError
-from lissom.models.attention import say_dense
+from lissom.models.attention import install, say_dense
 from lissom.models.calibration import calibration_windows
 from lissom.recipes import Recipe
 
@@ -212,7 +213,8 @@ def test_composes_with_packed_weights_and_compaction():
     "settings",
     [{"alpha": -1.0}, {"alpha": float("nan")}, {"alpha": []}, {"selection": "best"}, {"block_size": 100}, {"sink": -1},
      {"min_tokens": -1}, {"alpha": [[0.1], [0.1, 0.2]]}, {"alpha": "high"}, {"precision": "half"},
-     {"share": 0.0}, {"count": 0}],
+     {"share": 0.0}, {"count": 0}, {"window": "a"}, {"sink": 1.5}, {"min_tokens": "some"}, {"last": True},
+     {"alpha": True}, {"shared": "no"}, {"seed": None}],
 )  # fmt: skip
 def test_bad_settings(settings):
     with pytest.raises(UserError):
@@ -250,6 +252,57 @@ def test_calibration_by_layer():
     assert len(found.alpha) == 4 and all(isinstance(alpha, float) for alpha in found.alpha)
 
 
+def test_calibration_leaves_layers_dense_that_are_in_any_case():
+    found = FlashPrefill(**EXACT, block_size=64, last=0).calibrated(
+        tiny_model("gemma3"), ByteTokenizer(), 0.5, tokens=500, length=500
+    )
+    assert [max(alphas) > 0 for alphas in found.alpha] == [False, True] * 2  # every other one has a window
+
+
+@torch.no_grad()
+def test_copies_and_models_that_read_compacted_caches():
+    """A copy that is made in a block is in none; what is installed already gives way."""
+    model, ids = tiny_model("llama"), random_ids(500)
+    dense = model(ids).logits
+    with FlashPrefill(**SPARSE)(model):
+        sparse, other = model(ids).logits, copy.deepcopy(model)
+        close(other(ids).logits, dense)
+        with FlashPrefill(**SPARSE)(other):
+            close(other(ids).logits, sparse)
+        close(other(ids).logits, dense)
+    install(model)
+    for one in (model, copy.deepcopy(model)):
+        name = one.config._attn_implementation
+        with FlashPrefill(**SPARSE)(one) as report:
+            close(one(ids).logits, sparse)
+        assert report.layers and one.config._attn_implementation == name
+        close(one(ids).logits, dense)
+
+
+@torch.no_grad()
+def test_few_tokens_behind_a_prompt_attend_to_everything():
+    model, ids = tiny_model("llama"), random_ids(500)
+    for block in (nullcontext, lambda: NativeDecode(kv="fp32")(model)):
+        with FlashPrefill(alpha=0.0, **EXACT)(model), block():
+            wanted = model(ids[:, 480:], past_key_values=model(ids[:, :480]).past_key_values).logits
+        with FlashPrefill(**EXACT)(model) as report, block():
+            cache = model(ids[:, :480]).past_key_values
+            before = report.layer(0).blocks
+            assert before and model(ids[:, 480:], past_key_values=cache).logits.shape == wanted.shape
+        assert report.layer(0).blocks == before
+
+
+@torch.no_grad()
+def test_weights_of_the_attention_are_given(caplog):
+    say_dense.cache_clear()
+    model, ids = tiny_model("llama", "eager"), random_ids(300)
+    wanted = model(ids, output_attentions=True).attentions
+    with FlashPrefill(**SPARSE)(model) as report:
+        got = model(ids, output_attentions=True).attentions
+    assert len(got) == 3 and not report.layers and "output_attentions" in caplog.text
+    close(got[2], wanted[2])
+
+
 def test_thresholds_are_the_largest_within_the_budget():
     dropped = torch.linspace(0.9, 0, len(GRID))[:, None].repeat(1, 3)
     dropped[3, 1], dropped[:, 2] = 0.99, 0.0
@@ -260,8 +313,10 @@ def test_thresholds_are_the_largest_within_the_budget():
 
 @pytest.mark.parametrize(
     "settings, given, words",
-    [({}, {"budget": 0.0}, "budget"), ({}, {"each": "token"}, "each"), ({"selection": "top-k"}, {}, "threshold"),
-     ({}, {"text": "no/such/file"}, "cannot be read")],
+    [({}, {"budget": 0.0}, "budget"), ({}, {"length": 400}, "fewer than 1152"), ({}, {"length": 0}, "length=0"),
+     ({}, {"each": "token"}, "each"), ({"selection": "top-k"}, {}, "threshold"),
+     ({"block_size": 64, "last": 0}, {"tokens": 500}, "tokens=500"),
+     ({"block_size": 64, "last": 0}, {"text": "no/such/file"}, "cannot be read")],
 )  # fmt: skip
 def test_calibrations_that_make_no_sense(settings, given, words):
     with pytest.raises(UserError, match=words):
@@ -304,7 +359,7 @@ def test_masks_that_are_more(caplog):
             for given in (mask, mask, mask if native else whole):
                 close(model(ids, attention_mask=given).logits[mask.bool()], wanted)
         assert not report.layers
-        said = [record.message for record in caplog.records if record.name == "lissom.models.attention"]
+        said = [record.message for record in caplog.records if record.name.startswith("lissom.models.attention")]
         assert len(said) == 1 and said[0].startswith("Prompts are read with dense attention")
 
 

@@ -232,6 +232,8 @@ def test_a_prompt_in_stretches_is_the_same():
         ({"alpha": math.nan}, "at least 0"),
         ({"rules": Rules(size=0)}, "size=0"),
         ({"rules": Rules("given")}, "scoring"),
+        ({"rules": Rules(window=1.5)}, "window=1.5"),
+        ({"scale": math.nan}, "scale"),
         ({"padding": [65]}, "padding"),
         ({"query": torch.zeros(1, 0, 64, 16)}, "nothing"),
         ({"select": lambda q, k, layout, scale: torch.zeros(1, 1, 1, dtype=torch.bool)}, "select"),

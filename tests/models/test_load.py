@@ -10,7 +10,8 @@ from tiny import ARCHITECTURES, tiny_model
 
 from lissom.errors import UserError
 from lissom.files import atomic_path
-from lissom.models import assets, describe_decoder, fingerprint, load
+from lissom.models import assets, describe_decoder, fingerprint
+from lissom.models.load import load
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

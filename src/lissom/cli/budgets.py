@@ -23,14 +23,14 @@ def budgets(
     """
     from rich.console import Console
 
-    import lissom.models
+    import lissom
     from lissom.evals.head_budgets import measure_head_budgets
     from lissom.files import write_json
     from lissom.kv.influence import path_of
 
     console = Console(stderr=True)
     with console.status(f"loading {model}"):
-        network, tokenizer = lissom.models.load(model)
+        network, tokenizer = lissom.load(model)
     with bars(console) as bar:
         task = bar.add_task("heads", total=None)
         shares = measure_head_budgets(

@@ -29,7 +29,7 @@ def compact(
     """Read a document once and keep a small KV cache of it, by attention matching."""
     from rich.console import Console
 
-    import lissom.models
+    import lissom
     from lissom.errors import UserError
     from lissom.files import require_writable, write_json
     from lissom.kv import AttentionMatching, file
@@ -47,7 +47,7 @@ def compact(
     require_writable(output)
     console = Console(stderr=True)
     with console.status(f"loading {model}"):
-        network, tokenizer = lissom.models.load(model, dtype)
+        network, tokenizer = lissom.load(model, dtype)
     if head_budgets == "measured":
         method = replace(method, budgets="measured", shares=load_shares(network))
     ids = document_ids(tokenizer, text)

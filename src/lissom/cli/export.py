@@ -32,7 +32,7 @@ def gguf(
     """Write a GGUF file for llama.cpp. Packed weights, also those of a GGUF file, keep their own type without loss."""
     from rich.console import Console
 
-    import lissom.models
+    import lissom
     from lissom.errors import UserError
     from lissom.export.gguf import TYPES, export_gguf
     from lissom.files import require_writable, write_json
@@ -44,7 +44,7 @@ def gguf(
     require_writable(output)
     console = Console(stderr=True)
     with console.status(f"loading {model}"):
-        network, tokenizer = lissom.models.load(model, "auto", weights="packed")
+        network, tokenizer = lissom.load(model, "auto", weights="packed")
     with console.status(f"writing {output}"):
         counts = export_gguf(network, tokenizer, output, kind)
     size = output.stat().st_size

@@ -43,7 +43,7 @@ def quantize(
     """
     from rich.console import Console
 
-    import lissom.models
+    import lissom
     from lissom.errors import UserError
     from lissom.files import atomic_path, require_writable, write_json
     from lissom.kernels.packed_layers import weight_count
@@ -66,7 +66,7 @@ def quantize(
     require_writable(output)
     console = Console(stderr=True)
     with console.status(f"loading {model}"):
-        network, tokenizer = lissom.models.load(model, dtype)
+        network, tokenizer = lissom.load(model, dtype)
         ids = _held_out_ids(network, tokenizer, held_out)
         calibration_ids(network, settings, tokenizer)  # a text that is too short is refused before anything is measured
     facts: dict[str, float] = {"bytes_before": stored_bytes(network), "weights": weight_count(network)}

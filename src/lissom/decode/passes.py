@@ -207,7 +207,7 @@ class NativePasses:
                 say_dense(MASK)
                 return None
         whole = [layer.store is None or layer.is_whole() for layer in layers]
-        return method.natively(self._model, entries, padding, whole)
+        return method.natively(self._model, tokens, entries, padding, whole)
 
     def _query_buffer(self, vectors: int) -> torch.Tensor:
         info = self.plan.info

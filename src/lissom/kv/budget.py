@@ -25,7 +25,8 @@ from lissom.kv.compactor import Compactor, check_whole
 from lissom.kv.eviction import SCORES, Eviction
 from lissom.kv.harvest import Evidence, in_own_pass
 from lissom.models import describe_decoder
-from lissom.models.attention import argument, installed
+from lissom.models.attention import installed
+from lissom.models.calls import argument
 from lissom.models.method import SearchContext, described
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

@@ -15,7 +15,8 @@ from lissom.kv.cache import CompactLayer, Observer, compact_layers, exchange_lay
 from lissom.kv.compact import fit, recorder_for, study
 from lissom.kv.compactor import Compactor
 from lissom.kv.harvest import in_own_pass
-from lissom.models.attention import argument, installed
+from lissom.models.attention import installed
+from lissom.models.calls import argument
 
 _ARGUMENTS = ("past_key_values", "input_ids", "attention_mask")
 

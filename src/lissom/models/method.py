@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, ClassVar, Protocol, Self
+from functools import cache
+from typing import Any, ClassVar, Protocol, Self, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from lissom.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,26 @@ class SearchContext:
     quick: bool = False
     architecture: str = ""
     weight_bits: float = 32.0
+
+
+def check_types(method: Any) -> None:
+    """Settings of a method must be what its annotations say.
+
+    Raises:
+        UserError: one is not.
+    """
+    for name, adapter in _adapters(type(method)).items():  # type: ignore[arg-type]
+        try:
+            adapter.validate_python(getattr(method, name), strict=True)
+        except ValidationError as error:
+            complaint = error.errors()[0]["msg"].removesuffix(".")
+            raise UserError(f"{name}={getattr(method, name)!r}: {complaint}.") from error
+
+
+@cache
+def _adapters(kind: Any) -> dict[str, TypeAdapter[Any]]:
+    hints = get_type_hints(kind)
+    return {field.name: TypeAdapter(hints[field.name]) for field in fields(kind) if field.init}
 
 
 def changed(method: Any) -> dict[str, Any]:

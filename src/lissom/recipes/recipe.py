@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import lissom.models
+import lissom
 from lissom.devices.meters import threads
 from lissom.errors import UserError
 from lissom.files import atomic_path
@@ -122,7 +122,7 @@ class Recipe(BaseModel):
 
     def load_model(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model in its dtype, with every method applied that changes weights."""
-        model, tokenizer = lissom.models.load(self.model, self.dtype, weights=self.weights)
+        model, tokenizer = lissom.load(self.model, self.dtype, weights=self.weights)
         for method in self.halves()[0].build():
             model = method.convert(model, tokenizer)
         return model, tokenizer

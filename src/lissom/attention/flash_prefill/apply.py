@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from lissom.attention.flash_prefill.prefill import Precision, sparse_prefill
+from lissom.attention.flash_prefill.crossover import crossover, first_sparse, now
+from lissom.attention.flash_prefill.prefill import sparse_prefill
 from lissom.attention.flash_prefill.report import Report
-from lissom.kernels.blocks import TILE, Rules
+from lissom.kernels.blocks import TILE
 from lissom.kernels.sparse_attention import Sparse
 from lissom.models import describe_decoder
-from lissom.models.attention import prompt_attention, register_prompt_attention, say_dense
+from lissom.models.attention import prompt_attention, say_dense
 
 if TYPE_CHECKING:
     from lissom.attention.flash_prefill.config import FlashPrefill
 
 logger = logging.getLogger(__name__)
-KEY = "sparse_prefill"  # transformers takes every name with "flash" in it for one of FlashAttention
-_LONGEST_TRIED = 16384  # tokens for which dense attention is compared
 
 
 class Running:
@@ -65,15 +61,15 @@ class Running:
             say_dense("keys and values have different sizes")
             return None
         shape, entries = (query.shape[1], key.shape[1], query.shape[3]), key.shape[2]
-        if not self._is_long(entries, *shape, query.dtype, str(query.device), natively=False):
+        if not self._is_long(query.shape[2], entries, *shape, query.dtype, str(query.device), natively=False):
             return None
         layer, padding = int(getattr(module, "layer_idx", 0)), [min(pad, entries) for pad in padding]
-        rules, alphas, begun = settings.rules(), self.alphas(layer, query.shape[1]), _now(query)
+        rules, alphas, begun = settings.rules(), self.alphas(layer, query.shape[1]), now(query)
         found = sparse_prefill(
             query, key, value, alpha=alphas, rules=rules, scale=scaling, padding=padding,
-            select=settings.select(layer, alphas), precision=settings.products, estimate=settings.estimate,
+            select=settings.select(layer, alphas), precision=settings.precision, estimate=settings.estimate,
         )  # fmt: skip
-        seconds, measured = _now(query) - begun, found.seconds.tolist()
+        seconds, measured = now(query) - begun, found.seconds.tolist()
         report = self.report.layer(layer)
         report.seconds += seconds
         if not measured:  # in PyTorch or by Triton
@@ -95,27 +91,36 @@ class Running:
         return "" if self.settings.scored else f"selection={self.settings.selection!r} is PyTorch's"
 
     def natively(
-        self, model: PreTrainedModel, entries: int, padding: list[int], whole: list[bool]
+        self, model: PreTrainedModel, tokens: int, entries: int, padding: list[int], whole: list[bool]
     ) -> NativeReading | None:
         """See `PromptAttention.natively`."""
         info = describe_decoder(model)
         shape = info.num_attention_heads, info.num_key_value_heads, info.head_dim
-        if not self._is_long(entries, *shape, torch.float32, "cpu", natively=True):
+        if not self._is_long(tokens, entries, *shape, torch.float32, "cpu", natively=True):
             return None
         alphas = self._of(model) if self._alphas is None else self._alphas
         return NativeReading(self, alphas, info.num_key_value_heads, padding, whole)
 
     def _is_long(
-        self, entries: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: str, natively: bool
+        self,
+        tokens: int,
+        entries: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: str,
+        natively: bool,
     ) -> bool:
         settings = self.settings
+        if tokens < min(TILE, entries):  # behind a prompt: there is little to save, and drafts are verified so
+            return False
         if settings.min_tokens != "auto":
             return entries >= settings.min_tokens
         rules = settings.rules()
-        floor = first_sparse(rules)
-        if entries < floor:
+        if entries < first_sparse(rules):
             return False
-        return entries >= crossover(heads, kv_heads, head_dim, dtype, device, rules, settings.products, natively)
+        return entries >= crossover(heads, kv_heads, head_dim, dtype, device, rules, settings.precision, natively)
 
 
 class NativeReading:
@@ -170,72 +175,11 @@ class NativeReading:
                         report.drop(self._dropped[layer, row, :, -real:])
 
 
-@cache
-def first_sparse(rules: Rules) -> int:
-    """Tokens of the shortest prompt of whole blocks of which something can be left out."""
-    first = -(-(rules.sink + max(1, rules.window)) * rules.size // TILE)  # tile that does not see all before it
-    return -(-((first + rules.last) * TILE + 1) // rules.size) * rules.size
-
-
-@cache
-def crossover(
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    device: str,
-    rules: Rules,
-    products: Precision,
-    natively: bool,
-) -> int:
-    """Tokens of the shortest prompt for which sparse attention can be faster here than dense attention, that is SDPA or
-    `natively` the same kernel with all blocks: measured once on random numbers, with no more than what is always met.
-    """
-    tokens, generator = first_sparse(rules), torch.Generator("cpu").manual_seed(0)
-    while tokens < _LONGEST_TRIED:
-        shapes = [(1, count, tokens, head_dim) for count in (heads, kv_heads, kv_heads)]
-        query, key, value = (
-            torch.randn(shape, generator=generator, device="cpu").to(device, dtype) for shape in shapes
-        )
-        ours = partial(sparse_prefill, query, key, value, rules=rules, precision=products)
-        sparse = partial(ours, alpha=2.0)
-        dense: Callable[[], Any] = partial(ours, alpha=0.0)
-        if not natively:
-            dense = partial(F.scaled_dot_product_attention, query, key, value, is_causal=True, enable_gqa=True)
-        if min(_seconds(sparse, query) for _ in range(3)) < min(_seconds(dense, query) for _ in range(3)):
-            return tokens
-        tokens *= 2
-    return tokens
-
-
-def _now(like: torch.Tensor) -> float:
-    """When everything before it was computed."""
-    if like.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def _seconds(work: Callable[[], Any], like: torch.Tensor) -> float:
-    begun = _now(like)
-    work()
-    return _now(like) - begun
-
-
-def _default() -> Running:
-    """Of models that were loaded with `attn_implementation="lissom_sparse_prefill"`."""
-    from lissom.attention.flash_prefill.config import FlashPrefill
-
-    return Running(FlashPrefill())
-
-
-register_prompt_attention(KEY, _default)
-
-
 @contextmanager
 def applied(settings: FlashPrefill, model: PreTrainedModel) -> Iterator[Report]:
     """`settings` in `model` for the length of a block."""
     running, info = Running(settings, model), describe_decoder(model)
     if any(info.sliding):
         logger.warning("%d of %d layers have a sliding window: they stay dense.", sum(info.sliding), len(info.sliding))
-    with prompt_attention(model, KEY, running):
+    with prompt_attention(model, running):
         yield running.report

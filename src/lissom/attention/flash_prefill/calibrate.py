@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lissom.attention.flash_prefill.apply import KEY
+from lissom.attention.flash_prefill.crossover import first_sparse
 from lissom.attention.flash_prefill.prefill import sparse_prefill
 from lissom.errors import UserError
 from lissom.models import describe_decoder
@@ -29,13 +29,14 @@ class Measuring:
     """Reads prompts densely, and tells what would be left out; see `lissom.models.attention.PromptAttention`.
 
     Attributes:
+        rules: whose thresholds they are.
         dropped: fp64 `[thresholds, query heads]` of each layer, the sum over windows of the mean over tokens.
     """
 
     not_native = "thresholds are being chosen"
 
     def __init__(self, settings: FlashPrefill) -> None:
-        self._settings, self._rules = settings, replace(settings.rules(), corrected=False)
+        self._settings, self.rules = settings, replace(settings.rules(), corrected=False)
         self.dropped: dict[int, torch.Tensor] = {}
 
     def attend(
@@ -50,10 +51,10 @@ class Measuring:
         """See `PromptAttention.attend`."""
 
         def attention(alpha: float) -> tuple[torch.Tensor, torch.Tensor]:
-            products = self._settings.products
             found = sparse_prefill(
-                query, key, value, alpha=alpha, rules=self._rules, scale=scaling, padding=padding, precision=products
-            )
+                query, key, value, alpha=alpha, rules=self.rules, scale=scaling, padding=padding,
+                precision=self._settings.precision,
+            )  # fmt: skip
             return found.output, found.lse
 
         output, whole = attention(0.0)
@@ -64,7 +65,9 @@ class Measuring:
         self.dropped[layer] = self.dropped.get(layer, 0) + means
         return output
 
-    def natively(self, model: PreTrainedModel, entries: int, padding: list[int], whole: list[bool]) -> None:
+    def natively(
+        self, model: PreTrainedModel, tokens: int, entries: int, padding: list[int], whole: list[bool]
+    ) -> None:
         """See `PromptAttention.natively`."""
         return None
 
@@ -96,25 +99,31 @@ def calibrated(
     if not settings.scored or settings.selection == "forced":
         raise UserError(f"selection={settings.selection!r} has no threshold to choose.")
     info, measuring = describe_decoder(model), Measuring(settings)
-    limit = getattr(info, "max_position_embeddings", length)
-    windows = calibration_windows(tokenizer or tokenizer_of(model), text, tokens, min(length, limit))
-    with prompt_attention(model, KEY, measuring):
+    length, least = min(length, info.max_position_embeddings), first_sparse(measuring.rules)
+    if length < least:
+        raise UserError(f"length={length}: in prompts of fewer than {least} tokens there is nothing to leave out.")
+    if tokens < length:
+        raise UserError(f"tokens={tokens}: expected at least {length}, which is one prompt.")
+    windows = calibration_windows(tokenizer or tokenizer_of(model), text, tokens, length)
+    with prompt_attention(model, measuring):
         for done, window in enumerate(windows):
             progress(done, len(windows))
             model(input_ids=window[None].to(model.device), use_cache=False, logits_to_keep=1)
     progress(len(windows), len(windows))
-    group = info.num_attention_heads // info.num_key_value_heads
-    layers = [_parts(measuring, layer, each, group if settings.shared else 1, info.num_attention_heads) / len(windows)
-              for layer in range(info.num_hidden_layers)]  # fmt: skip
-    found = [chosen(layer, budget) for layer in layers]
+    heads, group = info.num_attention_heads, info.num_attention_heads // info.num_key_value_heads
+    found = []
+    for layer in range(info.num_hidden_layers):
+        dropped = measuring.dropped.get(layer)
+        if dropped is None:  # a window, say: dense in any case
+            found.append([0.0] * heads)
+        else:
+            parts = _parts(dropped / len(windows), each, group if settings.shared else 1)
+            found.append(chosen(parts, budget))
     return [alphas[0] for alphas in found] if each == "layer" else found
 
 
-def _parts(measuring: Measuring, layer: int, each: Each, group: int, heads: int) -> torch.Tensor:
+def _parts(dropped: torch.Tensor, each: Each, group: int) -> torch.Tensor:
     """`[thresholds, heads or 1]`, where heads with one list count as the one that loses most."""
-    dropped = measuring.dropped.get(layer)
-    if dropped is None:  # a window, say
-        return torch.zeros(len(GRID), heads if each == "head" else 1)
     if group > 1:
         dropped = dropped.unflatten(1, (-1, group)).amax(2, keepdim=True).expand(-1, -1, group).flatten(1)
     return dropped if each == "head" else dropped.mean(1, keepdim=True)

@@ -18,7 +18,7 @@ from lissom.attention.flash_prefill.prefill import Precision, Select
 from lissom.attention.flash_prefill.report import Report
 from lissom.errors import UserError
 from lissom.kernels.blocks import Rules
-from lissom.models.method import SearchContext, described
+from lissom.models.method import SearchContext, check_types, described
 
 Selection = Literal["flashprefill", "row-normalised", "forced", "random", "top-k", "top-p", "flexprefill", "xattention"]
 _SCORED = ("flashprefill", "row-normalised", "forced")  # by the kernels
@@ -28,7 +28,8 @@ _SCORED = ("flashprefill", "row-normalised", "forced")  # by the kernels
 class FlashPrefill:
     """Read prompts with attention to the blocks of keys that matter (FlashPrefill, arXiv 2603.06199 and 2608.19758).
 
-    Tokens after the prompt attend to everything, and so do layers with a sliding window, a soft cap or sinks.
+    Tokens after the prompt attend to everything: all that are read fewer than 128 at a time. So do layers with a
+    sliding window, a soft cap or sinks.
 
     Attributes:
         alpha: a block is left out where its energy is below this share of the largest one: 0 is dense, above 1 only
@@ -42,13 +43,14 @@ class FlashPrefill:
         sink, window: first and latest blocks that are always met (paper: 2 and 4).
         last: tiles of 128 queries at the end of the prompt that meet everything (V1's code: 2).
         shared: one list of blocks for all query heads of a KV head (V2) instead of one for each (V1). With small heads
-            it loses much.
+            it loses much. Of thresholds for each head that of the first one of each KV head counts.
         corrected: a block that is left out counts as its mean key and value (V2's mean correction).
         min_tokens: shorter prompts are read densely; `auto`: those for which sparse attention cannot be faster on this
             machine.
         dense_layers: first layers that stay dense.
-        precision: of products on the CPU. `auto` rounds to bf16 where the processor multiplies that faster, as
-            FlashAttention does; `exact` is fp32. Native passes go by the type of their cache instead.
+        precision: of products on the CPU. `bf16` rounds to it where the processor multiplies that faster, as
+            FlashAttention does; `exact` is fp32; `auto` goes by the dtype of the model. Native passes go by the type of
+            their cache instead.
         estimate: estimate for each layer what share of the attention was left out; costs about as much as choosing.
         share: of the energy that `top-p`, `flexprefill` and `xattention` keep.
         count: blocks of `top-k`.
@@ -67,13 +69,14 @@ class FlashPrefill:
     corrected: bool = False
     min_tokens: int | Literal["auto"] = "auto"
     dense_layers: int = 0
-    precision: Literal["auto", "exact"] = "auto"
+    precision: Precision = "bf16"
     estimate: bool = False
     share: float = 0.9
     count: int = 16
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_types(self)
         try:
             alphas = torch.as_tensor(self.alpha, dtype=torch.float64, device="cpu").flatten()
         except (TypeError, ValueError) as error:
@@ -82,8 +85,6 @@ class FlashPrefill:
             ) from error
         if not len(alphas) or not bool((alphas >= 0).all()) or bool(alphas.isinf().any()):
             raise UserError(f"alpha={self.alpha} is not in [0, ∞): 0 is dense, above 1 nothing is chosen.")
-        if self.selection not in (*_SCORED, *controls.NAMES):
-            raise UserError(f"selection={self.selection!r}: expected {', '.join((*_SCORED, *controls.NAMES))}.")
         if self.block_size < 16 or self.block_size % 16:
             raise UserError(
                 f"block_size={self.block_size}: expected a multiple of 16; kernels are made for 64 and 128."
@@ -93,8 +94,6 @@ class FlashPrefill:
                 raise UserError(f"{name}={getattr(self, name)}: expected at least 0.")
         if self.min_tokens != "auto" and self.min_tokens < 0:
             raise UserError(f"min_tokens={self.min_tokens}: expected at least 0, or 'auto'.")
-        if self.precision not in ("auto", "exact"):
-            raise UserError(f"precision={self.precision!r}: expected auto or exact.")
         if not 0 < self.share <= 1:
             raise UserError(f"share={self.share} is not in (0, 1].")
         if self.count < 1:
@@ -140,7 +139,8 @@ class FlashPrefill:
             progress: called with (prompts read, prompts).
 
         Raises:
-            UserError: the budget is no share, or the text is missing or too short.
+            UserError: the budget is no share, the text is missing or too short, or prompts of that length cannot be
+                sparse.
         """
         alpha = calibrated(self, model, tokenizer, budget, each, tokens, length, text, progress)
         return replace(self, alpha=alpha)
@@ -163,11 +163,6 @@ class FlashPrefill:
         if self.scored:
             return None
         return controls.control(self.selection, alpha, self.share, self.count, self.seed + 1000 * layer)
-
-    @property
-    def products(self) -> Precision:
-        """See `sparse_prefill`."""
-        return "bf16" if self.precision == "auto" else "exact"
 
     def alphas(self, layers: int, heads: int) -> torch.Tensor:
         """`alpha` of every layer and query head, fp32 `[layers, heads]`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
@@ -62,6 +63,8 @@ def sparse_prefill(
     """
     rules = rules or Rules()
     _check(query, key, value, alpha, rules, padding)
+    if scale is not None and not math.isfinite(scale):
+        raise UserError(f"scale={scale}: expected a finite number.")
     if precision not in ("auto", "exact", "bf16"):
         raise UserError(f"precision={precision!r}: expected auto, exact or bf16.")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -254,7 +257,8 @@ def _check(
     if padding is not None and (len(padding) != rows or not all(0 <= pad <= key.shape[2] for pad in padding)):
         raise UserError(f"padding={list(padding)}: expected at most {key.shape[2]} entries for each row.")
     for name, least in (("size", 1), ("sink", 0), ("window", 0), ("last", 0), ("following", 0)):
-        if getattr(rules, name) < least:
-            raise UserError(f"{name}={getattr(rules, name)}: expected at least {least}.")
+        number = getattr(rules, name)
+        if not isinstance(number, int) or number < least:
+            raise UserError(f"{name}={number!r}: expected an integer of at least {least}.")
     if rules.scoring not in ("flashprefill", "row-normalised"):
         raise UserError(f"scoring={rules.scoring!r}: expected flashprefill or row-normalised.")

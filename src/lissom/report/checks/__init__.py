@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 from rich.box import SIMPLE
 from rich.table import Table
 
-import lissom.models
+import lissom
 from lissom.evals.stats import Interval
 from lissom.recipes.registry import registered
 from lissom.report.rows import Result
@@ -72,7 +72,7 @@ class StudyCheck:
 
     def measure(self, size: Any, model: str, journal: Path, progress: Progress) -> Outcome:
         """The same at any size of the study."""
-        network, tokenizer = lissom.models.load(model)
+        network, tokenizer = lissom.load(model)
         run = self.run(network, tokenizer, size, journal, progress)
         return Outcome(self.result(run), list(self.tables(run)))
 
