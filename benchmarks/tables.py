@@ -392,6 +392,25 @@ def flash_prefill_synthetic() -> str:
     return f"{markdown(headings, lines)}\n\n{stamp(facts)}"
 
 
+def flash_prefill_gpu() -> str:
+    """Attention of one layer with made-up queries and keys, on a GPU."""
+    facts, rows = load("flash-prefill-gpu")
+    names = [name.split("/") for name in rows if name.endswith("/attention of a layer")]
+    arms = list(dict.fromkeys(arm for _, arm, _ in names))
+    lines = []
+    for entries in dict.fromkeys(entries for entries, _, _ in names):
+        line = [entries]
+        for arm in arms:
+            row = rows[f"{entries}/{arm}/attention of a layer"]
+            cell = f"{row['value']:.3g}"
+            if arm != "SDPA":
+                cell += f" ({row['ratio']:.2f}x, {rows[f'{entries}/{arm}/density']['value']:.0%})"
+            line.append(cell)
+        lines.append([*line, f"{rows[f'{entries}/flashprefill/choosing']['value']:.2f}"])
+    where = f"{facts['machine']['gpu']}, torch {facts['versions']['torch']}, {facts['date'][:10]}."
+    return f"{markdown(['entries', *arms, 'choosing'], lines)}\n\n{where}"
+
+
 def _prompt(rows: Rows, entries: int) -> list[float]:
     """Seconds of a whole prompt of the fp32 model as they follow from its parts: what is not attention at the longest
     length that was timed, for as many tokens, and the attention of a layer for all layers."""
@@ -413,6 +432,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "flash-prefill-tasks": flash_prefill_tasks,
     "flash-prefill-times": flash_prefill_times,
     "flash-prefill-synthetic": flash_prefill_synthetic,
+    "flash-prefill-gpu": flash_prefill_gpu,
     "kv-budget": kv_budget,
     "native-decode": native_decode,
     "native-decode-first": native_decode_first,
