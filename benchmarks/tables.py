@@ -323,16 +323,16 @@ def flash_prefill_text() -> str:
     """NLL and density of every selection, a line each."""
     facts, rows = load("flash-prefill")
     names = _of(rows, "text")
-    lengths = list(dict.fromkeys(length for _, length, _, _ in names))
+    places = list(dict.fromkeys((source, length) for _, source, length, _, _ in names))
     lines = []
-    for arm in dict.fromkeys(arm for _, _, arm, _ in names):
+    for arm in dict.fromkeys(arm for _, _, _, arm, _ in names):
         line = [f"**{arm}**" if arm == "flashprefill" else arm]
-        for length in lengths:
-            gap = rows[f"text/{length}/{arm}/NLL above dense"]
-            density = rows[f"text/{length}/{arm}/density"]["value"]
-            line += [f"{density:.1%}", number(rows[f"text/{length}/{arm}/NLL"]) if arm == "dense" else interval(gap)]
+        for source, length in places:
+            where = f"text/{source}/{length}/{arm}"
+            gap, density = rows[f"{where}/NLL above dense"], rows[f"{where}/density"]["value"]
+            line.append(number(rows[f"{where}/NLL"]) if arm == "dense" else f"{interval(gap)} @ {density:.1%}")
         lines.append(line)
-    headings = ["", *(f"{length}: {what}" for length in lengths for what in ("density", "NLL above dense [95 %]"))]
+    headings = ["NLL above dense [95 %] @ density", *(f"{source}, {length}" for source, length in places)]
     return f"{markdown(headings, lines)}\n\n{stamp(facts)}"
 
 

@@ -12,13 +12,13 @@ from tiny import VOCAB, tiny_model
 from lissom import sparse_prefill
 from lissom.evals import retrieval
 from lissom.evals.checks import flash_prefill as study
-from lissom.evals.checks.flash_prefill import DENSE, NATIVE, OWN, PAPER, ROWS, SDPA, STRICT
+from lissom.evals.checks.flash_prefill import DENSE, MANUAL, NATIVE, OWN, PAPER, ROWS, SDPA, STRICT
 from lissom.evals.retrieval import TASKS, judged, trials
 from lissom.report.checks import check_of
 from lissom.report.checks import flash_prefill as report
 
 TINY = study.Size(
-    texts=((400, 2),), arms=(DENSE, PAPER, "forced"), tasks=((400, 2),), copies=((800, 1),), task_arms=(PAPER,),
+    texts=((MANUAL, 400, 2),), arms=(DENSE, PAPER, "forced"), tasks=((400, 2),), copies=((800, 1),), task_arms=(PAPER,),
     times=(300,), rounds=2, dtypes=("float32", "bfloat16"), synthetic=(300, 600),
 )  # fmt: skip
 
@@ -81,8 +81,8 @@ def test_it_is_measured_and_resumed(tmp_path, monkeypatch):
     model, stages = tiny_model("llama"), []
     found = study.run(model, Letters(), TINY, tmp_path / "j", lambda *given: stages.append(given))
     assert {stage for stage, _, _ in stages} == set(study.STAGES) and found.layers == 3
-    assert found.texts.keys() == {(400, arm) for arm in TINY.arms}
-    assert found.texts[400, DENSE]["density"] == 1.0
+    assert found.texts.keys() == {(MANUAL, 400, arm) for arm in TINY.arms}
+    assert found.texts[MANUAL, 400, DENSE]["density"] == 1.0
     assert found.tasks.keys() == {
         (task, 800 if task == "copy" else 400, arm) for task in TASKS for arm in (DENSE, PAPER, PAPER + STRICT)
     }
@@ -108,8 +108,8 @@ def made_up(attention: float, whole: float, nll: float, right: int) -> study.Run
     """What is claimed depends on: seconds of ours where SDPA takes 6 of 10, NLL above dense, items of 50."""
     run = study.Run(study.DEFAULT, 30)
     stretches = [3.0 + 0.1 * i for i in range(20)]
-    run.texts = {(8192, DENSE): {"nll": stretches, "density": 1.0},
-                 (8192, PAPER): {"nll": [x + nll for x in stretches], "density": 0.3}}  # fmt: skip
+    run.texts = {(MANUAL, 8192, DENSE): {"nll": stretches, "density": 1.0},
+                 (MANUAL, 8192, PAPER): {"nll": [x + nll for x in stretches], "density": 0.3}}  # fmt: skip
     run.tasks = {("needle", 2048, arm): {"right": [True] * n + [False] * (50 - n), "nll": [0.1], "density": 1.0}
                  for arm, n in ((DENSE, 50), (PAPER, right), (PAPER + STRICT, 20))}  # fmt: skip
     for dtype in ("float32", "bfloat16"):

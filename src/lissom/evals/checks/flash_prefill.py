@@ -32,8 +32,10 @@ from lissom.evals.texts import passages
 from lissom.kernels import native
 from lissom.kernels.blocks import Rules
 from lissom.models import describe_decoder
+from lissom.models.assets import corpus
 
 STAGES = ("text", "tasks", "times", "synthetic")
+MANUAL = "manual"
 DENSE, PAPER, ROWS = "dense", "flashprefill", "row-normalised"
 _STRETCH = 128  # tokens of a text that are one unit of the bootstrap
 _SPARSE = FlashPrefill(min_tokens=0)
@@ -73,7 +75,7 @@ class Size:
     """How much is measured.
 
     Attributes:
-        texts: (tokens, number of texts).
+        texts: (`MANUAL` or the name of a corpus of `lissom assets`, tokens, number of texts).
         arms: of `ARMS`, on the texts.
         tasks: (tokens, trials of each task); `copies` of the passage that comes twice, which has many items.
         task_arms: of `ARMS`, with nothing dense at the end.
@@ -81,7 +83,7 @@ class Size:
         synthetic: entries of one layer's attention with made-up queries and keys.
     """
 
-    texts: tuple[tuple[int, int], ...]
+    texts: tuple[tuple[str, int, int], ...]
     arms: tuple[str, ...]
     tasks: tuple[tuple[int, int], ...]
     copies: tuple[tuple[int, int], ...]
@@ -94,15 +96,15 @@ class Size:
 
 _TASK_ARMS = (PAPER, ROWS, "xattention", "random", "forced")
 QUICK = Size(
-    ((1024, 1),), (DENSE, PAPER, "forced"), ((1024, 1),), ((1024, 1),), (PAPER,), (1024,), 1, ("float32",),
+    ((MANUAL, 1024, 1),), (DENSE, PAPER, "forced"), ((1024, 1),), ((1024, 1),), (PAPER,), (1024,), 1, ("float32",),
     (1024, 2048),
 )  # fmt: skip
 SMALL = Size(
-    ((2048, 2), (4096, 1)), (DENSE, PAPER, ROWS, "random", "forced"), ((2048, 8),), ((2048, 2),), _TASK_ARMS,
-    (2048, 4096), 3, ("float32",), (2048, 4096, 8192, 16384),
+    ((MANUAL, 2048, 2), (MANUAL, 4096, 1)), (DENSE, PAPER, ROWS, "random", "forced"), ((2048, 8),), ((2048, 2),),
+    _TASK_ARMS, (2048, 4096), 3, ("float32",), (2048, 4096, 8192, 16384),
 )  # fmt: skip
 DEFAULT = Size(
-    texts=((2048, 4), (4096, 3), (8192, 3)),
+    texts=((MANUAL, 2048, 4), (MANUAL, 4096, 3), (MANUAL, 8192, 3), ("moby-dick", 8192, 3)),
     arms=tuple(ARMS),
     tasks=((2048, 30), (4096, 15), (8192, 5)),
     copies=((2048, 6), (4096, 3), (8192, 1)),
@@ -112,7 +114,9 @@ DEFAULT = Size(
     dtypes=("float32", "bfloat16"),
     synthetic=(2048, 4096, 8192, 16384, 32768, 65536),
 )
-PAPER_SIZE = replace(DEFAULT, texts=((8192, 20), (32768, 10), (131072, 5)), times=(4096, 8192, 32768, 131072))
+PAPER_SIZE = replace(
+    DEFAULT, texts=((MANUAL, 8192, 20), (MANUAL, 32768, 10), (MANUAL, 131072, 5)), times=(4096, 8192, 32768, 131072)
+)
 
 
 @dataclass
@@ -120,7 +124,7 @@ class Run:
     """What was measured.
 
     Attributes:
-        texts: by (tokens, arm): `nll` of stretches of text, and `density`.
+        texts: by (source, tokens, arm): `nll` of stretches of text, and `density`.
         tasks: by (task, tokens, arm): `right` items, the mean `nll` of trials, and `density`.
         times: by (dtype, tokens, arm): for each round `whole`, `attention` and, where blocks are chosen, `choosing`
             seconds; and `density`.
@@ -130,7 +134,7 @@ class Run:
 
     size: Size
     layers: int
-    texts: dict[tuple[int, str], dict[str, Any]] = field(default_factory=dict)
+    texts: dict[tuple[str, int, str], dict[str, Any]] = field(default_factory=dict)
     tasks: dict[tuple[str, int, str], dict[str, Any]] = field(default_factory=dict)
     times: dict[tuple[str, int, str], dict[str, Any]] = field(default_factory=dict)
     synthetic: dict[tuple[int, str], dict[str, Any]] = field(default_factory=dict)
@@ -154,11 +158,11 @@ def run(
         identity = f"{key}/{json.dumps(what)}"
         return known[identity] if identity in known else known.add(identity, measure())
 
-    plan = [(tokens, count, arm) for tokens, count in size.texts for arm in size.arms]
-    for done, (tokens, count, arm) in enumerate(plan):
+    plan = [(*part, arm) for part in size.texts for arm in size.arms]
+    for done, (source, tokens, count, arm) in enumerate(plan):
         progress("text", done, len(plan))
-        measure = partial(_text, model, tokenizer, tokens, count, ARMS[arm])
-        found.texts[tokens, arm] = once(["text", tokens, count, _settings(ARMS[arm])], measure)
+        measure = partial(_text, model, tokenizer, source, tokens, count, ARMS[arm])
+        found.texts[source, tokens, arm] = once(["text", source, tokens, count, _settings(ARMS[arm])], measure)
     progress("text", len(plan), len(plan))
     _tasks(found, model, tokenizer, once, progress)
     _times(found, model, tokenizer, once, progress)
@@ -188,21 +192,27 @@ def _inside(model: PreTrainedModel, *methods: Any) -> Iterator[Any]:
 # ---- text
 
 
-def texts(tokenizer: PreTrainedTokenizerBase, tokens: int, count: int) -> list[torch.Tensor]:
-    """int64 `[tokens]` each, prose from different places of Python's manual."""
-    whole = tokenizer("\n\n".join(text for _, text in passages()), add_special_tokens=False)["input_ids"]
+def texts(tokenizer: PreTrainedTokenizerBase, source: str, tokens: int, count: int) -> list[torch.Tensor]:
+    """int64 `[tokens]` each, from different places of Python's manual or of a corpus."""
+    parts = passages() if source == MANUAL else corpus(source)
+    whole = tokenizer("\n\n".join(text for _, text in parts), add_special_tokens=False)["input_ids"]
     starts = torch.linspace(0, len(whole) - tokens, count + 2).long().tolist()[1:-1]
     return [torch.tensor(whole[start : start + tokens]) for start in starts]
 
 
 @torch.no_grad()
 def _text(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int, count: int, method: FlashPrefill | None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    tokens: int,
+    count: int,
+    method: FlashPrefill | None,
 ) -> dict[str, Any]:
     """NLL of the last three quarters of each text."""
     stretches: list[float] = []
     with _inside(model, method) as report:
-        for ids in texts(tokenizer, tokens, count):
+        for ids in texts(tokenizer, source, tokens, count):
             first = len(ids) // 4
             logits = model(ids[None], use_cache=False, logits_to_keep=len(ids) - first).logits[0, :-1].float()
             losses = F.cross_entropy(logits, ids[first + 1 :], reduction="none")
@@ -289,7 +299,7 @@ def _times(
 
         def measure(dtype: str = dtype, tokens: int = tokens) -> dict[str, Any]:
             network = copy.deepcopy(model).to(getattr(torch, dtype))
-            (ids,) = texts(tokenizer, tokens, 1)
+            (ids,) = texts(tokenizer, MANUAL, tokens, 1)
             arms = {name: partial(_read, network, ids, methods) for name, methods in _TIMED.items()}
             for methods in _TIMED.values():  # first calls allocate and choose kernels
                 _read(network, ids[: min(1024, tokens)], methods)

@@ -27,19 +27,19 @@ def result(run: Run) -> Result:
     return Result("flash-prefill", rows, list(_claims(run)))
 
 
-def above_dense(run: Run, tokens: int, arm: str) -> Interval:
+def above_dense(run: Run, source: str, tokens: int, arm: str) -> Interval:
     """NLL of an arm above dense attention's; bootstrap over stretches of text."""
-    ours, dense = (np.array(run.texts[tokens, name]["nll"]) for name in (arm, DENSE))
+    ours, dense = (np.array(run.texts[source, tokens, name]["nll"]) for name in (arm, DENSE))
     return paired_bootstrap(ours, dense)
 
 
 def _text_rows(run: Run) -> Iterator[Row]:
-    for (tokens, arm), found in run.texts.items():
-        gap, mean = above_dense(run, tokens, arm), float(np.mean(found["nll"]))
-        base = float(np.mean(run.texts[tokens, DENSE]["nll"]))
-        yield Row(f"text/{tokens}/{arm}/NLL", mean, "nats", base, n=len(found["nll"]))
-        yield Row(f"text/{tokens}/{arm}/NLL above dense", gap.estimate, "nats", 0.0, None, gap.low, gap.high)
-        yield Row(f"text/{tokens}/{arm}/density", found["density"], "share", 1.0)
+    for (source, tokens, arm), found in run.texts.items():
+        gap, mean = above_dense(run, source, tokens, arm), float(np.mean(found["nll"]))
+        base, where = float(np.mean(run.texts[source, tokens, DENSE]["nll"])), f"text/{source}/{tokens}/{arm}"
+        yield Row(f"{where}/NLL", mean, "nats", base, n=len(found["nll"]))
+        yield Row(f"{where}/NLL above dense", gap.estimate, "nats", 0.0, None, gap.low, gap.high)
+        yield Row(f"{where}/density", found["density"], "share", 1.0)
 
 
 def task_of(run: Run, task: str, arm: str, what: str = "right") -> np.ndarray:
@@ -128,10 +128,10 @@ def _claims(run: Run) -> Iterator[Claim]:
             f"{time.estimate:.0%}"
         )
         yield claim(words, time.high <= 0.35, time.estimate <= 0.35)
-    for arm in (PAPER, study.ROWS):
-        if (LENGTH, arm) in run.texts:
-            gap = above_dense(run, LENGTH, arm)
-            words = f"{LENGTH} tokens, {arm}: NLL at most {NLL} above dense: {signed(gap)}"
+    for source, tokens, arm in run.texts:
+        if tokens == LENGTH and arm in (PAPER, study.ROWS):
+            gap = above_dense(run, source, tokens, arm)
+            words = f"{tokens} tokens of {source}, {arm}: NLL at most {NLL} above dense: {signed(gap)}"
             yield claim(words, gap.high <= NLL, gap.estimate <= NLL)
     for task in dict.fromkeys(task for task, _, _ in run.tasks):
         dense = task_of(run, task, DENSE)
@@ -146,12 +146,11 @@ def _claims(run: Run) -> Iterator[Claim]:
 
 def tables(run: Run) -> Iterator[Table]:
     """Text, tasks, times and one layer made up."""
-    for tokens in dict.fromkeys(tokens for tokens, _ in run.texts):
-        table = grid(f"Text, {tokens} tokens", "", "density", "NLL", "above dense [95 %]", numbers=True)
-        for (length, arm), found in run.texts.items():
-            if length == tokens:
-                gap = above_dense(run, tokens, arm)
-                above = "" if arm == DENSE else signed(gap)
+    for source, tokens in dict.fromkeys((source, tokens) for source, tokens, _ in run.texts):
+        table = grid(f"Text, {tokens} tokens of {source}", "", "density", "NLL", "above dense [95 %]", numbers=True)
+        for (name, length, arm), found in run.texts.items():
+            if (name, length) == (source, tokens):
+                above = "" if arm == DENSE else signed(above_dense(run, source, tokens, arm))
                 table.add_row(arm, f"{found['density']:.1%}", f"{np.mean(found['nll']):.3f}", above)
         yield table
     if run.tasks:
