@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lissom.attention.flash_prefill import sparse_prefill
+from lissom.attention.flash_prefill.crossover import planted
 from lissom.devices.machine import describe
-from lissom.evals.checks.flash_prefill import planted
 from lissom.kernels.blocks import Rules
 from lissom.report.rows import Result, Row
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import ARCHITECTURES, DECODERS, ByteTokenizer, close, random_ids, tiny_model
 
-from lissom import AttentionMatching, FlashPrefill, KVBudget, NativeDecode, sparse_prefill
+from lissom import AttentionMatching, Eviction, FlashPrefill, KVBudget, NativeDecode, compact, sparse_prefill
 from lissom.attention.flash_prefill import apply, controls
 from lissom.attention.flash_prefill.apply import Running
 from lissom.attention.flash_prefill.calibrate import GRID, chosen
@@ -19,6 +19,7 @@ from lissom.decode import passes
 from lissom.errors import UserError
 from lissom.models.attention import install, say_dense
 from lissom.models.calibration import calibration_windows
+from lissom.models.method import SearchContext
 from lissom.recipes import Recipe
 
 EXACT = {"min_tokens": 0, "precision": "exact"}
@@ -301,6 +302,30 @@ def test_weights_of_the_attention_are_given(caplog):
         got = model(ids, output_attentions=True).attentions
     assert len(got) == 3 and not report.layers and "output_attentions" in caplog.text
     close(got[2], wanted[2])
+
+
+@torch.no_grad()
+def test_what_else_is_in_an_attention_is_not_left_out(caplog):
+    """Tensors that are not known, a bias by position, say: dense, and a compacted cache refuses them."""
+    say_dense.cache_clear()
+    model, ids = tiny_model("llama"), random_ids(300)
+    with FlashPrefill(**SPARSE)(model) as report:
+        model(ids, position_bias=torch.zeros(1, 4, 300, 300))
+    assert not report.layers and "LlamaAttention has position_bias" in caplog.text
+    cache = compact(model, ids, Eviction(0.5, score="streaming-llm"))
+    with pytest.raises(UserError, match="position_bias"):
+        model(ids[:, :1], past_key_values=cache, position_bias=torch.zeros(1, 4, 1, 301))
+
+
+def test_nothing_to_calibrate():
+    with pytest.raises(UserError, match="no thresholds"):
+        FlashPrefill(block_size=64, last=0).calibrated(tiny_model("mistral"), ByteTokenizer(), tokens=500, length=500)
+
+
+def test_candidates_begin_where_something_can_be_left_out():
+    assert not FlashPrefill.candidates(SearchContext(1024, 1)) and FlashPrefill.candidates(SearchContext(1152, 1))
+    labels = {str(FlashPrefill(alpha=alpha)) for alpha in (0.1, [0.1, 0.2], [0.1, 0.3], [[0.1], [0.2]])}
+    assert len(labels) == 4
 
 
 def test_thresholds_are_the_largest_within_the_budget():

@@ -212,6 +212,13 @@ def test_what_is_not_selected_is_not_read(precision):
     assert bool(got[:, :, 128:256].isnan().all())
 
 
+def test_in_compiled_code():
+    query, key, value = inputs(300, 300, 2, 1, 64, rows=1)
+    compiled = torch.compile(lambda q: sparse_prefill(q * 2, key, value, alpha=0.5).output + 1, backend="aot_eager")
+    wanted = sparse_prefill(query * 2, key, value, alpha=0.5).output + 1
+    torch.testing.assert_close(compiled(query), wanted)
+
+
 def test_a_prompt_in_stretches_is_the_same():
     query, key, value = inputs(1024, 1024, 6, 2, 64, rows=1)
     rules = Rules(sink=1, window=1, last=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -59,6 +60,9 @@ def optimize(
         None, metavar="MINUTES", min=0.1, help="Begin nothing new after this. [default: 8; 2.5 with --quick]"
     ),
     prefer: str = typer.Option("balanced", help="speed, memory, or balanced (the geometric mean of both gains)."),
+    tokens: int = typer.Option(
+        None, "--tokens", min=64, help="Of the documents that are read. [default: 1024; 640 with --quick]"
+    ),
     quick: bool = typer.Option(False, "--quick", help="Fewer candidates and questions: under three minutes."),
     peers: bool = typer.Option(
         True, "--peers/--no-peers", help="Measure llama.cpp, torch.compile, OpenVINO, ONNX Runtime beside it."
@@ -94,7 +98,8 @@ def optimize(
         from lissom.evolve.peers import beside_peers
 
         profile = Profile.load(device)
-        bench = Bench(model, QUICK if quick else Workload(), journal)
+        workload = QUICK if quick else Workload()
+        bench = Bench(model, replace(workload, tokens=tokens) if tokens else workload, journal)
     if known:
         console.print(f"{known} measurements are in {output} already; what they cover is not measured again.")
     with bars(console) as bar:

@@ -17,7 +17,7 @@ from lissom.errors import UserError
 from lissom.kernels import decoder
 from lissom.kernels.ragged_attention import KV_TYPES, KeyValues
 from lissom.kv.cache import CompactCache, CompactLayer, WindowLayer, exchange_layers, exchange_windows
-from lissom.models.attention import MASK, NativeReading, prompt_method, say_dense
+from lissom.models.attention import MASK, NativeReading, NotNatively, prompt_method, say_dense
 from lissom.models.plan import NativePlan, Unsupported
 
 # Tokens of all rows that one native call reads at most: enough that unpacking the weights does not matter.
@@ -197,8 +197,6 @@ class NativePasses:
         method = prompt_method(self._model)
         if method is None:
             return None
-        if method.not_native:
-            raise NotNative(method.not_native)
         entries = layers[0].logical + tokens
         padding = [0] * rows
         if gaps is not None:
@@ -207,7 +205,10 @@ class NativePasses:
                 say_dense(MASK)
                 return None
         whole = [layer.store is None or layer.is_whole() for layer in layers]
-        return method.natively(self._model, tokens, entries, padding, whole)
+        try:
+            return method.natively(self._model, tokens, entries, padding, whole)
+        except NotNatively as error:
+            raise NotNative(str(error)) from error
 
     def _query_buffer(self, vectors: int) -> torch.Tensor:
         info = self.plan.info

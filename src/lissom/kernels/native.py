@@ -90,9 +90,10 @@ def _function(kernel: str) -> Any:
     return getattr(library(), f"lissom_{kernel}")
 
 
-def say_reference(kernel: str, like: torch.Tensor) -> None:
+def say_reference(kernel: str, like: torch.Tensor, reason: str = "") -> None:
     """Log, once for each reason, that `kernel` runs as its PyTorch reference for a tensor such as `like`."""
-    reason = f"{like.dtype} on {like.device.type}" if library() else "native kernels are not available"
+    plain = f"{like.dtype} on {like.device.type}" if library() else "native kernels are not available"
+    reason = reason or plain
     _say_once(f"{kernel} runs as its PyTorch reference: {reason}.")
 
 

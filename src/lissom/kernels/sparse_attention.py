@@ -76,25 +76,6 @@ def sparse_attention(
     Raises:
         MemoryError: there is not enough memory.
     """
-    parts = _sparse_attention(
-        query, keys, values, alpha, padding or [0] * len(query), selected, scale, rules.numbers(), halves, estimate
-    )
-    return SparseAttention(*parts)
-
-
-@torch.library.custom_op("lissom::sparse_attention", mutates_args=())
-def _sparse_attention(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    alpha: torch.Tensor,
-    padding: list[int],
-    given: torch.Tensor | None,
-    scale: float,
-    numbers: list[int],
-    halves: bool,
-    estimate: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     rows, heads, tokens, size = query.shape
     kv_heads, entries = keys.shape[1:3]
     vectors = query.transpose(1, 2).float().contiguous()
@@ -103,11 +84,12 @@ def _sparse_attention(
     output, lse = torch.empty_like(vectors), vectors.new_empty(rows, heads, tokens)
     dropped = torch.empty_like(lse) if estimate else lse.new_empty(0)
     seconds = lse.new_zeros(2)
-    selected = (
-        _empty_selection(query, keys, padding, numbers)
-        if given is None
-        else given.to(torch.bool).clone(memory_format=torch.contiguous_format)
-    )
+    padding = padding or [0] * rows
+    if selected is None:
+        lists = kv_heads if rules.shared else heads
+        extents = rules.extents(tokens, entries, padding, heads // kv_heads)
+        selected = torch.zeros(rows, lists, *extents, dtype=torch.bool, device="cpu")
+    selected = selected.contiguous()
     alpha = alpha.float().contiguous()
     starts = torch.arange(rows * kv_heads, device="cpu") * entries
     lengths = torch.full_like(starts, entries)
@@ -117,7 +99,7 @@ def _sparse_attention(
     )
     sparse = Sparse(
         *(alpha.data_ptr(), selected.data_ptr(), dropped.data_ptr() if estimate else None, seconds.data_ptr()),
-        *(*numbers, *selected.shape[2:]),
+        *(*rules.numbers(), *selected.shape[2:]),
     )
     holes = torch.tensor([[entries, entries - p] for p in padding], device="cpu")
     arguments = Attention(
@@ -126,32 +108,4 @@ def _sparse_attention(
         *(rows, heads, kv_heads, tokens, size, 0, heads * size, heads * size, 0, int(halves), scale, 0.0),
     )
     native.call("ragged_attention", arguments)
-    return output.transpose(1, 2).to(query.dtype), lse, selected, dropped, seconds
-
-
-def _empty_selection(query: torch.Tensor, keys: torch.Tensor, padding: list[int], numbers: list[int]) -> torch.Tensor:
-    _, size, _, _, _, shared, _, _ = numbers
-    rules = Rules(size=size, shared=bool(shared))
-    group = query.shape[1] // keys.shape[1]
-    extents = rules.extents(query.shape[2], keys.shape[2], padding, group)
-    lists = keys.shape[1] if shared else query.shape[1]
-    return torch.zeros(len(query), lists, *extents, dtype=torch.bool, device="cpu")
-
-
-@_sparse_attention.register_fake
-def _(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    alpha: torch.Tensor,
-    padding: list[int],
-    given: torch.Tensor | None,
-    scale: float,
-    numbers: list[int],
-    halves: bool,
-    estimate: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-    selected = _empty_selection(query, keys, padding, numbers) if given is None else torch.empty_like(given)
-    dropped = torch.empty_like(lse) if estimate else lse.new_empty(0)
-    return torch.empty_like(query), lse, selected, dropped, lse.new_empty(2)
+    return SparseAttention(output.transpose(1, 2).to(query.dtype), lse, selected, dropped, seconds)

@@ -9,5 +9,6 @@ native kernel on the CPU, by Triton on a GPU, or in PyTorch; `FlashPrefill` puts
 from lissom.attention.flash_prefill.config import FlashPrefill
 from lissom.attention.flash_prefill.prefill import sparse_prefill
 from lissom.attention.flash_prefill.report import Report
+from lissom.kernels.blocks import Rules
 
-__all__ = ["FlashPrefill", "Report", "sparse_prefill"]
+__all__ = ["FlashPrefill", "Report", "Rules", "sparse_prefill"]

@@ -18,7 +18,7 @@ from lissom.attention.flash_prefill.report import Report
 from lissom.kernels.blocks import TILE
 from lissom.kernels.sparse_attention import Sparse
 from lissom.models import describe_decoder
-from lissom.models.attention import prompt_attention, say_dense
+from lissom.models.attention import NotNatively, prompt_attention, say_dense
 
 if TYPE_CHECKING:
     from lissom.attention.flash_prefill.config import FlashPrefill
@@ -85,21 +85,18 @@ class Running:
                 report.drop(found.dropped[row, :, -real:])
         return found.output
 
-    @property
-    def not_native(self) -> str:
-        """See `PromptAttention`."""
-        return "" if self.settings.scored else f"selection={self.settings.selection!r} is PyTorch's"
-
     def natively(
         self, model: PreTrainedModel, tokens: int, entries: int, padding: list[int], whole: list[bool]
-    ) -> NativeReading | None:
+    ) -> NativeStretches | None:
         """See `PromptAttention.natively`."""
         info = describe_decoder(model)
         shape = info.num_attention_heads, info.num_key_value_heads, info.head_dim
         if not self._is_long(tokens, entries, *shape, torch.float32, "cpu", natively=True):
             return None
+        if not self.settings.scored:
+            raise NotNatively(f"selection={self.settings.selection!r} is PyTorch's")
         alphas = self._of(model) if self._alphas is None else self._alphas
-        return NativeReading(self, alphas, info.num_key_value_heads, padding, whole)
+        return NativeStretches(self, alphas, info.num_key_value_heads, padding, whole)
 
     def _is_long(
         self,
@@ -117,13 +114,14 @@ class Running:
             return False
         if settings.min_tokens != "auto":
             return entries >= settings.min_tokens
-        rules = settings.rules()
+        rules, shape = settings.rules(), (heads, kv_heads, head_dim)
         if entries < first_sparse(rules):
             return False
-        return entries >= crossover(heads, kv_heads, head_dim, dtype, device, rules, settings.precision, natively)
+        alpha = 0.1 if self._alphas is None else round(float(self._alphas.mean()), 3)
+        return entries >= crossover(shape, dtype, device, rules, alpha, settings.precision, natively)
 
 
-class NativeReading:
+class NativeStretches:
     """One prompt in native passes; see `lissom.models.attention.NativeReading`."""
 
     def __init__(

@@ -15,7 +15,7 @@ from lissom.attention.flash_prefill.crossover import first_sparse
 from lissom.attention.flash_prefill.prefill import sparse_prefill
 from lissom.errors import UserError
 from lissom.models import describe_decoder
-from lissom.models.attention import prompt_attention
+from lissom.models.attention import NotNatively, prompt_attention
 from lissom.models.calibration import calibration_windows, tokenizer_of
 
 if TYPE_CHECKING:
@@ -33,8 +33,6 @@ class Measuring:
         dropped: fp64 `[thresholds, query heads]` of each layer, the sum over windows of the mean over tokens.
     """
 
-    not_native = "thresholds are being chosen"
-
     def __init__(self, settings: FlashPrefill) -> None:
         self._settings, self.rules = settings, replace(settings.rules(), corrected=False)
         self.dropped: dict[int, torch.Tensor] = {}
@@ -49,6 +47,8 @@ class Measuring:
         scaling: float,
     ) -> torch.Tensor | None:
         """See `PromptAttention.attend`."""
+        if key.shape != value.shape:
+            return None
 
         def attention(alpha: float) -> tuple[torch.Tensor, torch.Tensor]:
             found = sparse_prefill(
@@ -60,7 +60,8 @@ class Measuring:
         output, whole = attention(0.0)
         # What is met is e^lse of all that there is: the log-sum-exps say exactly what is left out.
         shares = [-torch.expm1((attention(alpha)[1] - whole).clamp(max=0)) for alpha in GRID[:-1]]
-        means = torch.stack([*(share.mean((0, 2)).double() for share in shares), torch.zeros(query.shape[1])])
+        shares.append(torch.zeros_like(whole))
+        means = torch.stack([share.mean((0, 2)).double().cpu() for share in shares])
         layer = int(getattr(module, "layer_idx", 0))
         self.dropped[layer] = self.dropped.get(layer, 0) + means
         return output
@@ -69,7 +70,7 @@ class Measuring:
         self, model: PreTrainedModel, tokens: int, entries: int, padding: list[int], whole: list[bool]
     ) -> None:
         """See `PromptAttention.natively`."""
-        return None
+        raise NotNatively("thresholds are being chosen")
 
 
 def chosen(dropped: torch.Tensor, budget: float) -> list[float]:
@@ -110,6 +111,8 @@ def calibrated(
             progress(done, len(windows))
             model(input_ids=window[None].to(model.device), use_cache=False, logits_to_keep=1)
     progress(len(windows), len(windows))
+    if not measuring.dropped:
+        raise UserError("None of the model's layers can read prompts sparsely: there are no thresholds to choose.")
     heads, group = info.num_attention_heads, info.num_attention_heads // info.num_key_value_heads
     found = []
     for layer in range(info.num_hidden_layers):

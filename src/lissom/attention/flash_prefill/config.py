@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lissom.attention.flash_prefill import controls
 from lissom.attention.flash_prefill.apply import applied
 from lissom.attention.flash_prefill.calibrate import Each, calibrated
+from lissom.attention.flash_prefill.crossover import first_sparse
 from lissom.attention.flash_prefill.prefill import Precision, Select
 from lissom.attention.flash_prefill.report import Report
 from lissom.errors import UserError
@@ -45,8 +46,8 @@ class FlashPrefill:
         shared: one list of blocks for all query heads of a KV head (V2) instead of one for each (V1). With small heads
             it loses much. Of thresholds for each head that of the first one of each KV head counts.
         corrected: a block that is left out counts as its mean key and value (V2's mean correction).
-        min_tokens: shorter prompts are read densely; `auto`: those for which sparse attention cannot be faster on this
-            machine.
+        min_tokens: shorter prompts are read densely; `auto`: those for which sparse attention is not faster on this
+            machine, by a short measurement on made-up queries and keys.
         dense_layers: first layers that stay dense.
         precision: of products on the CPU. `bf16` rounds to it where the processor multiplies that faster, as
             FlashAttention does; `exact` is fp32; `auto` goes by the dtype of the model. Native passes go by the type of
@@ -100,13 +101,17 @@ class FlashPrefill:
             raise UserError(f"count={self.count}: expected at least 1.")
 
     def __str__(self) -> str:
-        alpha = f"α {self.alpha:g}" if isinstance(self.alpha, int | float) else "α by layer"
+        if isinstance(self.alpha, int | float):
+            alpha = f"α {self.alpha:g}"
+        else:
+            mean = float(torch.tensor(self.alpha).mean())
+            alpha = f"α by {'layer' if isinstance(self.alpha[0], int | float) else 'head'}, mean {mean:.4g}"
         return described(self, f"{self.name} {alpha}", "alpha")
 
     @classmethod
     def candidates(cls, context: SearchContext) -> Sequence[Self]:
         """See `lissom.models.method.Method`."""
-        if context.tokens < 1024:  # all that there is is always met
+        if context.tokens < first_sparse(cls().rules()):  # all that there is is always met
             return []
         return [cls(alpha) for alpha in ((0.1,) if context.quick else (0.05, 0.1, 0.2))]
 
@@ -145,12 +150,10 @@ class FlashPrefill:
         alpha = calibrated(self, model, tokenizer, budget, each, tokens, length, text, progress)
         return replace(self, alpha=alpha)
 
-    def rules(self, following: int = 0) -> Rules:
+    def rules(self) -> Rules:
         """What the kernels are told."""
         scoring = "row-normalised" if self.selection == "row-normalised" else "flashprefill"
-        return Rules(
-            scoring, self.block_size, self.sink, self.window, self.last, self.shared, self.corrected, following
-        )
+        return Rules(scoring, self.block_size, self.sink, self.window, self.last, self.shared, self.corrected)
 
     @property
     def scored(self) -> bool:

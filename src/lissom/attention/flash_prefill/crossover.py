@@ -25,26 +25,25 @@ def first_sparse(rules: Rules) -> int:
 
 @cache
 def crossover(
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
+    shape: tuple[int, int, int],
     dtype: torch.dtype,
     device: str,
     rules: Rules,
+    alpha: float,
     precision: Precision,
     natively: bool,
 ) -> int:
-    """Tokens of the shortest prompt for which sparse attention can be faster here than dense attention, that is SDPA or
-    `natively` the same kernel with all blocks: measured once on random numbers, with no more than what is always met.
+    """Tokens of the shortest prompt for which sparse attention is faster here than dense attention, that is SDPA or
+    `natively` the same kernel with all blocks: measured once, on `planted` queries and keys.
+
+    Args:
+        shape: query heads, KV heads and head_dim.
     """
-    tokens, generator = first_sparse(rules), torch.Generator("cpu").manual_seed(0)
+    tokens = first_sparse(rules)
     while tokens < _LONGEST_TRIED:
-        shapes = [(1, count, tokens, head_dim) for count in (heads, kv_heads, kv_heads)]
-        query, key, value = (
-            torch.randn(shape, generator=generator, device="cpu").to(device, dtype) for shape in shapes
-        )
+        query, key, value = (part.to(device, dtype) for part in planted(tokens, *shape))
         ours = partial(sparse_prefill, query, key, value, rules=rules, precision=precision)
-        sparse = partial(ours, alpha=2.0)
+        sparse = partial(ours, alpha=alpha)
         dense: Callable[[], Any] = partial(ours, alpha=0.0)
         if not natively:
             dense = partial(F.scaled_dot_product_attention, query, key, value, is_causal=True, enable_gqa=True)
@@ -52,6 +51,38 @@ def crossover(
             return tokens
         tokens *= 2
     return tokens
+
+
+def planted(
+    entries: int, heads: int, kv_heads: int, head_dim: int, seed: int = 0, device: str = "cpu"
+) -> tuple[torch.Tensor, ...]:
+    """Queries, keys and values of one layer, fp32 `[1, heads, entries, head_dim]`, that attend as heads of language
+    models do: to the first entries, to the latest ones, and to what is about the same thing.
+
+    Every block of 128 entries is about one of 32 things, whose direction its keys share; a query looks for the thing of
+    its own block and, half as strongly, for one other. The first entries' keys are large in the direction of all
+    queries.
+    """
+    draw = torch.Generator(device).manual_seed(seed)
+    normal, integers = partial(torch.randn, generator=draw, device=device), partial(torch.randint, generator=draw)
+    blocks, group = -(-entries // 128), heads // kv_heads
+    things = F.normalize(normal(kv_heads, 32, head_dim), dim=-1)
+    about = integers(32, (kv_heads, blocks), device=device)
+    other = integers(32, (heads, blocks), device=device)
+    common = F.normalize(normal(kv_heads, 1, head_dim), dim=-1)
+
+    def spread(of: torch.Tensor) -> torch.Tensor:
+        return of.repeat_interleave(128, 1)[:, :entries]
+
+    strength = head_dim**0.5
+    own = torch.stack([things[head, about[head]] for head in range(kv_heads)])
+    second = torch.stack([things[head // group, other[head]] for head in range(heads)])
+    key = spread(own) * 4.0 + normal(kv_heads, entries, head_dim)
+    key[:, :4] += 6.0 * common
+    query = (spread(own).repeat_interleave(group, 0) + 0.5 * spread(second)) * strength
+    query += strength * common.repeat_interleave(group, 0) + normal(heads, entries, head_dim)
+    value = normal(kv_heads, entries, head_dim)
+    return query[None], key[None], value[None]
 
 
 def now(like: torch.Tensor) -> float:

@@ -23,9 +23,11 @@ logger = logging.getLogger(__name__)
 Precision = Literal["auto", "exact", "bf16"]
 # Gives bool `[lists, tiles, blocks]` from (query, keys, layout, scale) of one sequence.
 Select = Callable[[torch.Tensor, torch.Tensor, Layout, float], torch.Tensor]
+_DEEPEST = 256  # head_dim that Triton's kernels have room for
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@torch.compiler.disable  # whose graphs know neither addresses nor what depends on numbers
 def sparse_prefill(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -137,9 +139,12 @@ def _plain(
     estimate: bool,
 ) -> SparseAttention:
     """By Triton, or in PyTorch, one row at a time."""
-    kernels = _triton() if query.is_cuda and rules.size in SIZES and query.dtype in _DTYPES else None
+    lacking = f"blocks of {rules.size}" if rules.size not in SIZES else ""
+    if query.is_cuda and query.shape[3] > _DEEPEST:
+        lacking = f"head_dim {query.shape[3]}"
+    kernels = _triton() if query.is_cuda and not lacking and query.dtype in _DTYPES else None
     if kernels is None:
-        native.say_reference("sparse_prefill", query)
+        native.say_reference("sparse_prefill", query, lacking)
     group = query.shape[1] // key.shape[1]
 
     def of_row(row: int) -> tuple[torch.Tensor, ...]:

@@ -24,6 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lissom.attention.flash_prefill import FlashPrefill, sparse_prefill
+from lissom.attention.flash_prefill.crossover import planted
 from lissom.decode import NativeDecode
 from lissom.devices.meters import interleaved
 from lissom.evals.journal import Journal, scope
@@ -314,38 +315,6 @@ def _times(
 
 
 # ---- one layer, made up
-
-
-def planted(
-    entries: int, heads: int, kv_heads: int, head_dim: int, seed: int = 0, device: str = "cpu"
-) -> tuple[torch.Tensor, ...]:
-    """Queries, keys and values of one layer, fp32 `[1, heads, entries, head_dim]`, that attend as heads of language
-    models do: to the first entries, to the latest ones, and to what is about the same thing.
-
-    Every block of 128 entries is about one of 32 things, whose direction its keys share; a query looks for the thing of
-    its own block and, half as strongly, for one other. The first entries' keys are large in the direction of all
-    queries.
-    """
-    draw = torch.Generator(device).manual_seed(seed)
-    normal, integers = partial(torch.randn, generator=draw, device=device), partial(torch.randint, generator=draw)
-    blocks, group = -(-entries // 128), heads // kv_heads
-    things = F.normalize(normal(kv_heads, 32, head_dim), dim=-1)
-    about = integers(32, (kv_heads, blocks), device=device)
-    other = integers(32, (heads, blocks), device=device)
-    common = F.normalize(normal(kv_heads, 1, head_dim), dim=-1)
-
-    def spread(of: torch.Tensor) -> torch.Tensor:
-        return of.repeat_interleave(128, 1)[:, :entries]
-
-    strength = head_dim**0.5
-    own = torch.stack([things[head, about[head]] for head in range(kv_heads)])
-    second = torch.stack([things[head // group, other[head]] for head in range(heads)])
-    key = spread(own) * 4.0 + normal(kv_heads, entries, head_dim)
-    key[:, :4] += 6.0 * common
-    query = (spread(own).repeat_interleave(group, 0) + 0.5 * spread(second)) * strength
-    query += strength * common.repeat_interleave(group, 0) + normal(heads, entries, head_dim)
-    value = normal(kv_heads, entries, head_dim)
-    return query[None], key[None], value[None]
 
 
 @torch.no_grad()

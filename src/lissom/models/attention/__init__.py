@@ -16,13 +16,14 @@ from lissom.models.attention.exchange import (
     uninstall,
 )
 from lissom.models.attention.handles import Attends, AttentionHandle
-from lissom.models.attention.prompts import MASK, NativeReading, PromptAttention, say_dense
+from lissom.models.attention.prompts import MASK, NativeReading, NotNatively, PromptAttention, say_dense
 
 __all__ = [
     "MASK",
     "Attends",
     "AttentionHandle",
     "NativeReading",
+    "NotNatively",
     "PromptAttention",
     "install",
     "installed",

@@ -47,12 +47,9 @@ def attention_through(
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         stretch, compute, method = Stretch.of(attention_mask), None, prompt_of(module)
-        others = {"dropout": dropout, "softcap": kwargs.get("softcap"), "attention sinks": kwargs.get("s_aux")}
-        if kwargs.get("output_attentions"):
-            others["output_attentions"] = True
-        has = [name for name, value in others.items() if value is not None and (name != "dropout" or value)]
-        if has:
-            say_dense(f"{type(module).__name__} has {has[0]}")
+        others = _others({"dropout": dropout} | kwargs)
+        if method is not None and others:
+            say_dense(f"{type(module).__name__} has {others[0]}")
         elif method is not None:
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
             compute = partial(method.attend, module, padding=stretch.padding, scaling=scale)
@@ -83,14 +80,24 @@ def attention_through(
             if scaling is not None:
                 kwargs["scaling"] = scaling
             return function(module, query, key, value, mask, dropout=dropout, **kwargs)
-        if kwargs.get("s_aux") is not None:
-            raise UserError(f"{type(module).__name__} uses attention sinks, which a compacted cache cannot honour.")
+        unknown = [name for name in _others(kwargs) if name not in ("softcap", "output_attentions")]
+        if unknown:
+            raise UserError(f"{type(module).__name__} has {unknown[0]}, which a compacted cache cannot honour.")
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         visible = None if mask is None else _visible(mask)
         output = key.layer.attend(query, visible, scale, kwargs.get("softcap"), compute)
         return output.transpose(1, 2).contiguous(), None
 
     return attention
+
+
+def _others(arguments: dict[str, Any]) -> list[str]:
+    """What makes attention something else than a softmax of scaled products: what is known to, and any tensor that is
+    not known not to."""
+    known = {"position_ids", "cache_position"}
+    found = [name for name in ("dropout", "softcap", "output_attentions") if arguments.get(name)]
+    found += [name for name, value in arguments.items() if isinstance(value, torch.Tensor) and name not in known]
+    return ["attention sinks" if name == "s_aux" else name for name in found]
 
 
 def _visible(mask: torch.Tensor) -> torch.Tensor:

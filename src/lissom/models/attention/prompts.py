@@ -33,13 +33,12 @@ class NativeReading(Protocol):
         ...
 
 
+class NotNatively(Exception):
+    """Native passes cannot compute what a method does; says why."""
+
+
 class PromptAttention(Protocol):
     """A method that computes the attention of a prompt's tokens itself."""
-
-    @property
-    def not_native(self) -> str:
-        """Why native passes cannot compute it; empty where they can."""
-        ...
 
     def natively(
         self, model: PreTrainedModel, tokens: int, entries: int, padding: list[int], whole: list[bool]
@@ -49,6 +48,9 @@ class PromptAttention(Protocol):
         Args:
             padding: see `attend`.
             whole: of each layer, whether its cache has everything that was read.
+
+        Raises:
+            NotNatively: native passes cannot compute it.
         """
         ...
 
