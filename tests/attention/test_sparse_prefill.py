@@ -260,9 +260,9 @@ def test_bad_input(change, words):
 TRITON = """
 import torch
 from lissom.attention.flash_prefill import selection
-from lissom.attention.flash_prefill.reference import block_attention as reference
+from lissom.attention.flash_prefill.reference import sparse_attention as reference
 from lissom.kernels.blocks import Rules
-from lissom.kernels.sparse_attention_triton import block_attention, block_energies, block_means, choose, given
+from lissom.kernels.sparse_attention_triton import block_energies, block_means, sparse_attention
 torch.manual_seed(0)
 for tokens, entries, heads, kv_heads, size, rules, dtype in (
     (300, 300, 3, 1, 64, Rules("flashprefill", 64, 1, 1, 0), torch.float32),
@@ -282,15 +282,14 @@ for tokens, entries, heads, kv_heads, size, rules, dtype in (
     torch.testing.assert_close(got, wanted, atol=2e-3 if dtype != torch.float32 else 1e-5, rtol=1e-4)
     alpha = torch.tensor([0.7, 0.0, *[2.0] * 6])[: len(wanted)]
     chosen = selection.with_forced(selection.above(got, alpha), layout)
-    ours = choose(query, middle, layout, 0.2, alpha)
-    assert torch.equal(ours.selected, chosen)
+    alphas = alpha.repeat_interleave(layout.group)
+    assert torch.equal(sparse_attention(query, key, value, layout, 0.2, alphas)[2], chosen)
     key = key.nan_to_num(0.5)
-    middles = selection.means(key, rules.size), selection.means(value, rules.size)
-    theirs = reference(query, key, value, chosen, layout, 0.2, True)
-    for blocks in (ours, given(chosen, layout)):
-        for one, other in zip(block_attention(query, key, value, blocks, layout, 0.2, middles, True), theirs):
-            tolerance = 1e-5 if dtype == torch.float32 else 1e-2
-            torch.testing.assert_close(one, other, atol=tolerance, rtol=tolerance)
+    theirs = reference(query, key, value, layout, 0.2, alphas, chosen, True)
+    ours = sparse_attention(query, key, value, layout, 0.2, alphas, chosen, True)
+    for one, other in zip(ours, theirs):
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+        torch.testing.assert_close(one, other, atol=tolerance, rtol=tolerance)
 print("same")
 """
 

@@ -253,6 +253,31 @@ def _pace(query: torch.Tensor, size: int) -> dict[str, int]:
     return {"COLUMNS": size, "num_warps": 4 if deep <= 64 else 8, "num_stages": 2 if deep <= 64 else 3}
 
 
+def sparse_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    layout: Layout,
+    scale: float,
+    alpha: torch.Tensor,
+    selected: torch.Tensor | None = None,
+    estimate: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Output, log-sum-exp, the blocks that were met, and the estimated share that was left out: see `block_attention`.
+
+    Args:
+        alpha: `[query heads]`; of heads that have a list together the first one's counts.
+        selected: the blocks, where the rules shall not choose them.
+    """
+    means = block_means(keys, layout)
+    chosen = (
+        choose(query, means, layout, scale, alpha[:: layout.group]) if selected is None else given(selected, layout)
+    )
+    both = (means, block_means(values, layout)) if layout.rules.corrected or estimate else None
+    output, lse, dropped = block_attention(query, keys, values, chosen, layout, scale, both, estimate)
+    return output, lse, chosen.selected, dropped
+
+
 class Chosen(NamedTuple):
     """Blocks that tiles meet.
 

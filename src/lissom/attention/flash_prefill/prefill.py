@@ -11,8 +11,7 @@ from typing import Literal
 
 import torch
 
-from lissom.attention.flash_prefill import selection
-from lissom.attention.flash_prefill.reference import block_attention
+from lissom.attention.flash_prefill import reference, selection
 from lissom.errors import UserError
 from lissom.kernels import native
 from lissom.kernels.blocks import SIZES, Layout, Rules
@@ -145,15 +144,14 @@ def _plain(
     kernels = _triton() if query.is_cuda and not lacking and query.dtype in _DTYPES else None
     if kernels is None:
         native.say_reference("sparse_prefill", query, lacking)
-    group = query.shape[1] // key.shape[1]
+    compute, group = (kernels or reference).sparse_attention, query.shape[1] // key.shape[1]
 
     def of_row(row: int) -> tuple[torch.Tensor, ...]:
         q, k, v = _real(query[row], key[row], value[row], padding[row])
         layout = rules.layout(q.shape[1], k.shape[1], group)
         selected = None if select is None else _chosen(q, k, layout, scale, select, alpha)
-        if kernels is None:
-            return _in_pytorch(q, k, v, layout, scale, alpha, selected, estimate)
-        return _by_triton(kernels, q, k, v, layout, scale, alpha, selected, estimate)
+        found: tuple[torch.Tensor, ...] = compute(q, k, v, layout, scale, alpha, selected, estimate)
+        return found
 
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     unmeasured = query.new_empty(0, dtype=dtype)
@@ -179,44 +177,6 @@ def _plain(
         if estimate:
             out.dropped[row, :, first:] = dropped
     return out
-
-
-def _in_pytorch(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    layout: Layout,
-    scale: float,
-    alpha: torch.Tensor,
-    selected: torch.Tensor | None,
-    estimate: bool,
-) -> tuple[torch.Tensor, ...]:
-    if selected is None:
-        energy = selection.energies(query, key, layout, scale)
-        selected = selection.with_forced(selection.above(energy, alpha[:: layout.group]), layout)
-    output, lse, dropped = block_attention(query, key, value, selected, layout, scale, estimate)
-    return output, lse, selected, dropped
-
-
-def _by_triton(
-    kernels: ModuleType,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    layout: Layout,
-    scale: float,
-    alpha: torch.Tensor,
-    selected: torch.Tensor | None,
-    estimate: bool,
-) -> tuple[torch.Tensor, ...]:
-    means = kernels.block_means(key, layout)
-    if selected is None:
-        chosen = kernels.choose(query, means, layout, scale, alpha[:: layout.group])
-    else:
-        chosen = kernels.given(selected, layout)
-    both = (means, kernels.block_means(value, layout)) if layout.rules.corrected or estimate else None
-    output, lse, dropped = kernels.block_attention(query, key, value, chosen, layout, scale, both, estimate)
-    return output, lse, chosen.selected, dropped
 
 
 @cache

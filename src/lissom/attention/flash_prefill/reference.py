@@ -5,10 +5,33 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from lissom.attention.flash_prefill.selection import means
+from lissom.attention.flash_prefill.selection import above, energies, means, with_forced
 from lissom.kernels.blocks import Layout
 
 Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def sparse_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    layout: Layout,
+    scale: float,
+    alpha: torch.Tensor,
+    selected: torch.Tensor | None = None,
+    estimate: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Output, log-sum-exp, the blocks that were met, and the estimated share that was left out: see `block_attention`.
+
+    Args:
+        alpha: `[query heads]`; of heads that have a list together the first one's counts.
+        selected: the blocks, where the rules shall not choose them.
+    """
+    if selected is None:
+        energy = energies(query, keys, layout, scale)
+        selected = with_forced(above(energy, alpha[:: layout.group].to(query.device)), layout)
+    output, lse, dropped = block_attention(query, keys, values, selected, layout, scale, estimate)
+    return output, lse, selected, dropped
 
 
 def block_attention(
