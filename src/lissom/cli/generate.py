@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -95,7 +96,7 @@ def generate(
             f"The prompt has {ids.shape[1]} tokens and {max_new_tokens} are to come; the model reads at most {limit}. "
             "Shorten the document or --max-new-tokens."
         )
-    with chosen.running(network):
+    with chosen.running(network) as reports:
         pieces = generate_text(
             network,
             tokenizer,
@@ -108,6 +109,9 @@ def generate(
         for piece in pieces:
             print(piece, end="", flush=True)
     print()
+    for report in reports:
+        if hasattr(report, "summary") and report.summary():
+            print(report.summary(), file=sys.stderr)
 
 
 def _recipe(model: str, file: Path | None, dtype: str | None) -> Recipe:

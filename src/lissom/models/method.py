@@ -76,7 +76,8 @@ class Method(Protocol):
     """A frozen dataclass of settings, registered as an entry point of the group `lissom.methods`.
 
     It is used in one of two ways: called with a model it is a context manager inside which the model runs with the
-    method, or it has `convert(model, tokenizer=None)`, which changes the weights in place and returns the model.
+    method, and what it gives may have a `summary()`, a sentence for those who ran a recipe; or it has
+    `convert(model, tokenizer=None)`, which changes the weights in place and returns the model.
 
     A class attribute `runtime = True` says that it is a way to run the model, which all others are measured on top of.
     """

@@ -128,13 +128,12 @@ class Recipe(BaseModel):
         return model, tokenizer
 
     @contextmanager
-    def running(self, model: PreTrainedModel) -> Iterator[None]:
-        """Inside the block `model` runs with the recipe's threads and methods; leaving it restores everything."""
+    def running(self, model: PreTrainedModel) -> Iterator[list[Any]]:
+        """Inside the block `model` runs with the recipe's threads and methods; leaving it restores everything. Gives
+        what the methods' own blocks give, reports among it."""
         with ExitStack() as stack:
             stack.enter_context(threads(self.threads))
-            for method in self.halves()[1].build():
-                stack.enter_context(method(model))
-            yield
+            yield [stack.enter_context(method(model)) for method in self.halves()[1].build()]
 
     @property
     def identity(self) -> str:

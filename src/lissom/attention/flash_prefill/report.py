@@ -59,6 +59,12 @@ class Report:
 
     layers: dict[int, LayerReport] = field(default_factory=dict)
 
+    def summary(self) -> str:
+        """A sentence; empty where nothing was read sparsely."""
+        if not self.layers:
+            return ""
+        return f"The prompt's attention met {self.density:.1%} of its blocks and took {self.seconds:.3g} s."
+
     def layer(self, index: int) -> LayerReport:
         return self.layers.setdefault(index, LayerReport())
 
