@@ -48,7 +48,9 @@ def test_generate_from_a_cache_file(run, cache_file):
 
 def test_generate_says_what_a_sparse_prompt_met(run, tiny_folder, tmp_path):
     (tmp_path / "note.txt").write_text("The meeting is on Monday. " * 60)
-    (tmp_path / "r.yaml").write_text("methods: [flash-prefill: {min_tokens: 0, block_size: 64, window: 1, last: 0}]")
+    (tmp_path / "r.yaml").write_text(
+        "methods: [flash-prefill: {alpha: 2, min_tokens: 0, block_size: 64, window: 1, last: 0}]"
+    )
     arguments = ("--recipe", tmp_path / "r.yaml", "-d", tmp_path / "note.txt", "--max-new-tokens", 2)
     code, _, err = run("generate", tiny_folder, "When?", *arguments)
     assert code == 0 and "The prompt's attention met " in err and "100.0% of its blocks" not in err
