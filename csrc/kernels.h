@@ -91,7 +91,7 @@ struct KeyValues {
 // entry that is no padding.
 enum Scoring : int64_t {
   kGiven = 0,          // `selected` says which
-  kBlockMaximum = 1,   // energy of a block: the sum of e^logit with its mean key over the tile's queries
+  kFlashPrefill = 1,   // energy of a block: the sum of e^logit with its mean key over the tile's queries
   kRowNormalised = 2,  // the same, with the softmax over the blocks instead of e^logit
 };
 struct Sparse {
