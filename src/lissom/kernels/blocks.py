@@ -20,7 +20,7 @@ class Rules:
 
     Attributes:
         scoring: one of `SCORINGS`; `given` takes them from the caller.
-        size: entries of a block; the native kernel and Triton know `SIZES`.
+        size: entries of a block; the native kernel and Triton know `SIZES`, and in native passes 0 is dense.
         sink, window: first and latest blocks that are always met; the latest are at least a tile's own.
         last: tiles at the end of the prompt that meet everything.
         shared: whether the query heads of a KV head, and a tile's queries of all of them, have one list.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -109,3 +110,50 @@ def sparse_attention(
     )
     native.call("ragged_attention", arguments)
     return SparseAttention(output.transpose(1, 2).to(query.dtype), lse, selected, dropped, seconds)
+
+
+class SparseLayers:
+    """How each layer of a model reads some tokens in native passes, and what came of it.
+
+    Attributes:
+        told: an array of `Sparse`, one for each layer, which points into the others.
+        selected: bool `[layers, rows, lists, tiles, blocks]`; nothing where a layer was dense.
+        dropped: fp32 `[layers, rows, query heads, tokens]`, or `[layers, 0]` without an estimate.
+        seconds: fp32 `[layers, 2]`: of choosing and of attending.
+    """
+
+    def __init__(
+        self,
+        rules: Rules,
+        alpha: torch.Tensor,
+        kv_heads: int,
+        tokens: int,
+        entries: int,
+        padding: list[int],
+        sparse: list[bool],
+        estimate: bool,
+    ) -> None:
+        """
+        Args:
+            alpha: fp32 `[layers, query heads]`, contiguous.
+            tokens: that are read, the last of `entries`.
+            padding: of each row, entries before the first real one.
+            sparse: of each layer, whether it is; others are dense.
+        """
+        layers, heads = alpha.shape
+        lists, extents = kv_heads if rules.shared else heads, rules.extents(tokens, entries, padding, heads // kv_heads)
+        self._alpha = alpha  # lives as long as what points to it
+        self.selected = torch.zeros(layers, len(padding), lists, *extents, dtype=torch.bool, device="cpu")
+        dropped = (layers, len(padding), heads, tokens) if estimate else (layers, 0)
+        self.dropped = torch.zeros(dropped, dtype=torch.float32, device="cpu")
+        self.seconds = torch.zeros(layers, 2, dtype=torch.float32, device="cpu")
+        parts = zip(alpha, self.selected, self.dropped, self.seconds, sparse, strict=True)
+        self.told = (Sparse * layers)(
+            *(
+                Sparse(
+                    *(a.data_ptr(), chosen.data_ptr(), out.data_ptr() if estimate else None, spent.data_ptr()),
+                    *(*(rules if some else replace(rules, size=0)).numbers(), *extents),
+                )
+                for a, chosen, out, spent, some in parts
+            )
+        )

@@ -16,7 +16,7 @@ from lissom.attention.flash_prefill.crossover import crossover, first_sparse, no
 from lissom.attention.flash_prefill.prefill import sparse_prefill
 from lissom.attention.flash_prefill.report import Report
 from lissom.kernels.blocks import TILE
-from lissom.kernels.sparse_attention import Sparse
+from lissom.kernels.sparse_attention import SparseLayers
 from lissom.models import describe_decoder
 from lissom.models.attention import NotNatively, prompt_attention, say_dense
 
@@ -76,13 +76,7 @@ class Running:
             report.choosing = float("nan")
         else:  # controls choose before the kernel
             report.choosing += measured[0] if settings.scored else seconds - measured[1]
-        for row, pad in enumerate(padding):
-            real = min(query.shape[2], entries - pad)
-            if not real:
-                continue
-            report.count(found.selected[row], rules.layout(real, entries - pad, shape[0] // shape[1]))
-            if settings.estimate:
-                report.drop(found.dropped[row, :, -real:])
+        report.add(rules, query.shape[2], entries, padding, shape[0] // shape[1], found.selected, found.dropped)
         return found.output
 
     def natively(
@@ -133,44 +127,23 @@ class NativeStretches:
 
     def begin(self, rows: int, tokens: int, entries: int, following: int) -> Any:
         """See `lissom.models.attention.NativeReading`."""
-        layers, heads = self._alphas.shape
-        rules = self._rules = replace(self._rules, following=following)
-        self._padded = [min(pad, entries) for pad in self._padding]
-        self._tokens, self._entries = tokens, entries
-        extents = rules.extents(tokens, entries, self._padded, heads // self._kv_heads)
-        lists = self._kv_heads if rules.shared else heads
-        self._selected = torch.zeros(layers, rows, lists, *extents, dtype=torch.bool, device="cpu")
-        dropped = (layers, rows, heads, tokens) if self._estimate else (layers, 0)
-        self._dropped = torch.zeros(dropped, dtype=torch.float32, device="cpu")
-        self._seconds = torch.zeros(layers, 2, dtype=torch.float32, device="cpu")
-        return (Sparse * layers)(*(self._told(layer, extents) for layer in range(layers)))
-
-    def _told(self, layer: int, extents: tuple[int, int]) -> Sparse:
-        dropped = self._dropped[layer].data_ptr() if self._estimate else None
-        numbers = self._rules.numbers()
-        if not self._whole[layer]:
-            numbers[1] = 0  # no blocks: dense
-        parts = self._alphas[layer], self._selected[layer], self._seconds[layer]
-        alpha, selected, seconds = (part.data_ptr() for part in parts)
-        return Sparse(alpha, selected, dropped, seconds, *numbers, *extents)
+        padding = [min(pad, entries) for pad in self._padding]
+        rules = replace(self._rules, following=following)
+        self._layers = SparseLayers(
+            rules, self._alphas, self._kv_heads, tokens, entries, padding, self._whole, self._estimate
+        )
+        self._extent = rules, tokens, entries, padding, self._alphas.shape[1] // self._kv_heads
+        return self._layers.told
 
     def end(self) -> None:
         """See `lissom.models.attention.NativeReading`."""
-        group = self._alphas.shape[1] // self._kv_heads
-        read = self._selected.flatten(1).any(1).tolist()  # layers with a window, say, have no blocks
-        for layer, selected in enumerate(self._selected):
-            if not read[layer]:
-                continue
-            report = self._report.layer(layer)
-            choosing, attending = self._seconds[layer].tolist()
+        layers = self._layers
+        read = layers.selected.flatten(1).any(1).tolist()  # layers with a window, say, have no blocks
+        for index in (index for index, sparse in enumerate(read) if sparse):
+            report, (choosing, attending) = self._report.layer(index), layers.seconds[index].tolist()
             report.seconds += choosing + attending
             report.choosing += choosing
-            for row, pad in enumerate(self._padded):
-                real = min(self._tokens, self._entries - pad)
-                if real > 0:
-                    report.count(selected[row], self._rules.layout(real, self._entries - pad, group))
-                    if self._estimate:
-                        report.drop(self._dropped[layer, row, :, -real:])
+            report.add(*self._extent, layers.selected[index], layers.dropped[index])
 
 
 @contextmanager

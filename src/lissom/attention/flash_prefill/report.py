@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
 
-from lissom.kernels.blocks import Layout
+from lissom.kernels.blocks import Layout, Rules
 
 
 @dataclass
@@ -35,16 +36,34 @@ class LayerReport:
         """Share of the causal blocks that was attended to; 1 where nothing was read sparsely."""
         return self.blocks / self.causal if self.causal else 1.0
 
-    def count(self, selected: torch.Tensor, layout: Layout) -> None:
-        """Add the selection `[lists, tiles, blocks]` of one sequence."""
-        self.blocks += int(selected[:, : layout.tiles, : layout.blocks].sum())
-        self.causal += _causal(layout) * len(selected)
+    def add(
+        self,
+        rules: Rules,
+        tokens: int,
+        entries: int,
+        padding: Sequence[int],
+        group: int,
+        selected: torch.Tensor,
+        dropped: torch.Tensor,
+    ) -> None:
+        """Add what a layer did: `tokens`, the last of `entries`, met `selected` `[rows, lists, tiles, blocks]` and left
+        out `dropped` `[rows, query heads, tokens]`, which may be empty.
 
-    def drop(self, dropped: torch.Tensor) -> None:
-        """Add what some queries left out."""
-        before = self.dropped * self.queries if self.queries else 0.0
-        self.queries += dropped.numel()
-        self.dropped = (before + float(dropped.sum())) / self.queries
+        Args:
+            padding: of each row, entries before the first real one.
+            group: query heads of a KV head.
+        """
+        for row, pad in enumerate(padding):
+            if pad == entries:
+                continue
+            layout = rules.layout(min(tokens, entries - pad), entries - pad, group)
+            self.blocks += int(selected[row, :, : layout.tiles, : layout.blocks].sum())
+            self.causal += _causal(layout) * selected.shape[1]
+            if dropped.numel():
+                real = dropped[row, :, -layout.tokens :]
+                before = self.dropped * self.queries if self.queries else 0.0
+                self.queries += real.numel()
+                self.dropped = (before + float(real.sum())) / self.queries
 
 
 @lru_cache(maxsize=256)
