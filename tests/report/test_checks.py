@@ -7,7 +7,7 @@ import json
 import pytest
 from rich.table import Table
 
-import lissom.models
+import lissom
 import lissom.report.checks
 from lissom.cli.check import check
 from lissom.errors import UserError
@@ -29,7 +29,7 @@ def asked(monkeypatch) -> list[object]:
         return Result("fake", [Row("n", found, "")], [Claim("it counts", "here", "weaker")])
 
     fake = StudyCheck(("counting",), {"small": 1, "default": 2, "paper": 3}, run, result, lambda found: [Table("one")])
-    monkeypatch.setattr(lissom.models, "load", lambda name: (f"model {name}", "tokenizer"))
+    monkeypatch.setattr(lissom, "load", lambda name: (f"model {name}", "tokenizer"))
     monkeypatch.setattr(lissom.report.checks, "check_of", lambda method: fake)
     return calls
 
