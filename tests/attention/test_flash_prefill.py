@@ -10,6 +10,7 @@ from contextlib import ExitStack, nullcontext
 import pytest
 import torch
 from tiny import ARCHITECTURES, DECODERS, ByteTokenizer, close, random_ids, tiny_model
+from transformers import DynamicCache
 
 from lissom import AttentionMatching, Eviction, FlashPrefill, KVBudget, NativeDecode, compact, sparse_prefill
 from lissom.attention.flash_prefill import apply, controls
@@ -126,6 +127,31 @@ def test_native_passes_with_padding(monkeypatch):
     with FlashPrefill(**SPARSE, estimate=True)(model) as report, NativeDecode(kv="fp32")(model):
         close(model(ids, attention_mask=mask).logits[mask.bool()], wanted)
     assert 0 < report.density < 1 and 0 < report.dropped < 1
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@torch.no_grad()
+def test_native_passes_are_cut_between_tiles(shared):
+    """Behind a prefix, and with padding, that no tile ends at: what is chosen, and the logits, are the same."""
+    model, ids = tiny_model("llama", max_position_embeddings=2048), random_ids(900, 2)
+    method = FlashPrefill(**SPARSE | {"alpha": 0.8, "sink": 0, "shared": shared})
+
+    def read(rows, prefix, padding):
+        mask = torch.ones_like(ids[:rows])
+        mask[-1, :padding] = 0
+        cache = DynamicCache(config=model.config)
+        if prefix:
+            model(ids[:rows, :prefix], attention_mask=mask[:, :prefix], past_key_values=cache)
+        with method(model) as report:
+            logits = model(ids[:rows, prefix:], attention_mask=mask, past_key_values=cache).logits
+        return logits[-1, max(0, padding - prefix) :], report.layers[0].blocks, report.layers[0].causal
+
+    for given in ((1, 1, 0), (1, 200, 0), (2, 0, 128), (2, 0, 100), (2, 30, 250)):
+        wanted = read(*given)
+        with NativeDecode(kv="fp32")(model):
+            got = read(*given)
+        close(got[0], wanted[0])
+        assert got[1:] == wanted[1:]
 
 
 @torch.no_grad()

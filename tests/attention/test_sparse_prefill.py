@@ -237,6 +237,8 @@ def test_a_prompt_in_stretches_is_the_same():
         ({"alpha": -0.1}, "at least 0"),
         ({"alpha": torch.ones(3)}, "each of the 4 query heads"),
         ({"alpha": math.nan}, "at least 0"),
+        ({"alpha": None}, "alpha=None"),
+        ({part: torch.zeros(1, 2, 64, 16).to(torch.float8_e4m3fn) for part in ("query", "key", "value")}, "16 bits"),
         ({"rules": Rules(size=0)}, "size=0"),
         ({"rules": Rules("given")}, "scoring"),
         ({"rules": Rules(window=1.5)}, "window=1.5"),

@@ -6,6 +6,7 @@ import ctypes
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -161,8 +162,8 @@ class NativePasses:
         sparse = self._sparse(layers, rows, tokens, gaps) if tokens > 1 else None
         self._make_room(layers, rows, tokens)
         done = 0
-        for first in range(0, tokens, chunk):
-            last = min(tokens, first + chunk)
+        edges = [*range(0, tokens, chunk), tokens] if sparse is None else sparse.edges(tokens, logical + tokens, chunk)
+        for first, last in pairwise(edges):
             here = [token - first for token in wanted if first <= token < last]
             whole = last - first == tokens  # slices are left out where they can be: at one token they are felt
             part = None if not here else logits if whole else logits[:, done : done + len(here)]

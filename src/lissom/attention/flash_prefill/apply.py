@@ -89,6 +89,9 @@ class Running:
             return None
         if not self.settings.scored:
             raise NotNatively(f"selection={self.settings.selection!r} is PyTorch's")
+        tile = self.settings.rules().layout(1, 1, shape[0] // shape[1]).wide
+        if len({pad % tile for pad in padding}) > 1:  # no cut is one between tiles of all rows
+            raise NotNatively(f"rows of sparse prompts begin at places that differ by no multiple of {tile}")
         alphas = self._of(model) if self._alphas is None else self._alphas
         return NativeStretches(self, alphas, info.num_key_value_heads, padding, whole)
 
@@ -124,6 +127,13 @@ class NativeStretches:
         """`alphas`: `[layers, query heads]`."""
         self._report, self._rules, self._estimate = running.report, running.settings.rules(), running.settings.estimate
         self._alphas, self._kv_heads, self._padding, self._whole = alphas.contiguous(), kv_heads, padding, whole
+        self._tile = self._rules.layout(1, 1, alphas.shape[1] // kv_heads).wide
+
+    def edges(self, tokens: int, entries: int, most: int) -> list[int]:
+        """See `lissom.models.attention.NativeReading`: at tiles, which are chosen for by all their queries."""
+        tile, place = self._tile, entries - tokens - self._padding[0]
+        wide = max(tile, most // tile * tile)
+        return [0, *range(wide - place % tile, tokens, wide), tokens]
 
     def begin(self, rows: int, tokens: int, entries: int, following: int) -> Any:
         """See `lissom.models.attention.NativeReading`."""

@@ -210,13 +210,17 @@ def _check(
             f"query {list(query.shape)} does not fit key {list(key.shape)}: rows and head_dim must be the same, "
             "the query heads a multiple of the KV heads, and the queries those of the last keys."
         )
-    if not query.is_floating_point() or not query.dtype == key.dtype == value.dtype:
+    if query.dtype not in (*_DTYPES, torch.float64) or not query.dtype == key.dtype == value.dtype:
         raise UserError(
-            f"query {query.dtype}, key {key.dtype}, value {value.dtype}: expected one floating-point dtype."
+            f"query {query.dtype}, key {key.dtype}, value {value.dtype}: expected one floating-point dtype of 16 bits "
+            "or more."
         )
     if torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, value)):
         raise UserError("sparse_prefill has no gradient: call it under torch.no_grad(), or attend densely to train.")
-    alphas = torch.as_tensor(alpha)
+    try:
+        alphas = torch.as_tensor(alpha, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"alpha={alpha!r}: expected a number, or one for each query head.") from error
     if alphas.shape not in ((), (1,), (heads,)) or not bool((alphas >= 0).all()):
         raise UserError(f"alpha={alpha}: expected a number of at least 0, or one for each of the {heads} query heads.")
     if padding is not None and (len(padding) != rows or not all(0 <= pad <= key.shape[2] for pad in padding)):

@@ -18,6 +18,11 @@ logger = logging.getLogger(__name__)
 class NativeReading(Protocol):
     """How a method has native passes read one prompt, stretch by stretch."""
 
+    def edges(self, tokens: int, entries: int, most: int) -> list[int]:
+        """Where the stretches of a prompt's `tokens`, the last of `entries`, begin, and where the last one ends; each
+        has about `most` at most."""
+        ...
+
     def begin(self, rows: int, tokens: int, entries: int, following: int) -> Any:
         """What native passes are told of a stretch: an array of `lissom.kernels.sparse_attention.Sparse`, one for each
         layer.
@@ -102,7 +107,7 @@ class Stretch:
     @staticmethod
     def has(mask: torch.Tensor | None) -> TypeGuard[torch.Tensor]:
         """Whether `mask` is one of `tensor`."""
-        return mask is not None and mask.dtype == torch.int64 and mask.ndim == 4
+        return mask is not None and mask.dtype == torch.int64 and mask.ndim == 4 and mask.shape[2:] == (1, 2)
 
     @classmethod
     def of(cls, mask: torch.Tensor) -> Self:
