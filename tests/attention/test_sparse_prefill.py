@@ -116,6 +116,33 @@ def test_controls_are_causal_and_forced(name):
     assert not bool((chosen & ~layout.causal()).any()) and bool((chosen | ~layout.forced()).all())
 
 
+def test_controls_are_their_formulas():
+    """One query and key at a time: mean queries (FlexPrefill), antidiagonals (XAttention), the fewest of a mass (both)."""
+    query, key, _ = (part[0] for part in inputs(150, 280, 2, 1, 8, rows=1))
+    layout, scale, stride = Rules(size=32).layout(150, 280, 2), 0.3, 8
+    flex = selection.of_mean_queries(query, key, layout, scale)
+    anti = selection.of_antidiagonals(query, key, layout, scale, stride).exp()
+    place, spans, rows = layout.place, layout.spans(), 280 // stride
+    for head in range(2):
+        logits = torch.full((rows, rows), -math.inf, dtype=torch.float64)
+        for row in range(place // stride, rows):
+            for column in range(row + 1):
+                pairs = [(row * stride + stride - 1 - i - place, column * stride + i) for i in range(stride)]
+                dots = [float(query[head, a] @ key[0, b]) for a, b in pairs if a >= 0]
+                logits[row, column] = sum(dots) * scale / stride
+        shares = logits.softmax(-1).nan_to_num(0.0)
+        for tile, (first, last) in enumerate(spans):
+            for block in range((place + last - 1) // 32 + 1):
+                mean = query[head, first:last].mean(0) @ key[0, block * 32 : (block + 1) * 32].mean(0) * scale
+                assert float(flex[head, tile, block]) == pytest.approx(float(mean), abs=1e-4)
+                met = shares[(place + first) // stride : (place + last - 1) // stride + 1]
+                wanted = float(met[:, block * 4 : (block + 1) * 4].sum())
+                assert float(anti[head, tile, block]) == pytest.approx(wanted, abs=1e-4)
+    energy = torch.tensor([[[0.2, 0.5, 0.3]]]).log()
+    for share, chosen in ((0.4, [False, True, False]), (0.6, [False, True, True]), (0.9, [True, True, True])):
+        assert selection.of_mass(energy, share)[0, 0].tolist() == chosen
+
+
 def test_random_blocks_are_as_many():
     query, key, value = inputs(1500, 1500, 4, 2, 16, rows=1)
     rules = Rules(sink=1, window=1, last=0)
