@@ -117,7 +117,7 @@ def test_controls_are_causal_and_forced(name):
 
 
 def test_controls_are_their_formulas():
-    """One query and key at a time: mean queries (FlexPrefill), antidiagonals (XAttention), the fewest of a mass (both)."""
+    """One query and key at a time: mean queries (FlexPrefill), antidiagonals (XAttention), the fewest of a mass."""
     query, key, _ = (part[0] for part in inputs(150, 280, 2, 1, 8, rows=1))
     layout, scale, stride = Rules(size=32).layout(150, 280, 2), 0.3, 8
     flex = selection.of_mean_queries(query, key, layout, scale)
