@@ -165,6 +165,15 @@ def test_native_is_the_reference(shape, isa):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("scoring", ["flashprefill", "row-normalised"])
+def test_more_blocks_than_are_scored_at_once(scoring, isa):
+    parts, rules = inputs(140, 9000, 2, 1, 16, rows=1), Rules(scoring, 64, 1, 1, 0)
+    got = sparse_prefill(*parts, alpha=0.5, rules=rules)
+    wanted = _plain(*parts, rules, torch.full((2,), 0.5), 0.25, [0], None, False)
+    assert torch.equal(got.selected, wanted.selected) and 0 < int(got.selected.sum()) < got.selected.numel()
+    torch.testing.assert_close(got.output, wanted.output, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("corrected", [False, True])
 def test_reference_is_a_masked_softmax(corrected):
     """Of float64, with the means of what is left out as further keys where that is corrected."""

@@ -173,7 +173,7 @@ class NativePasses:
                 places = positions[:, first:last].contiguous()
             holes = None if gaps is None else self._holes(gaps, tokens - last)
             taken = self._query_buffer(rows * (last - first)) if observed or last > tokens - recent else None
-            told = None if sparse is None else sparse.begin(rows, last - first, logical + last, tokens - last)
+            told = None if sparse is None else sparse.begin(last - first, logical + last, tokens - last)
             self._step(layers, ids if whole else ids[:, first:last], places, holes, here, part, told, taken)
             if sparse is not None:
                 sparse.end()

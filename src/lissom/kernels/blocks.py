@@ -47,14 +47,26 @@ class Rules:
         shared, corrected = int(self.shared), int(self.corrected)
         return [scoring, self.size, self.sink, self.window, self.last, shared, corrected, self.following]
 
+    def wide(self, group: int) -> int:
+        """Tokens of a tile, where `group` query heads share a KV head."""
+        return max(1, TILE // group) if self.shared else TILE
+
     def layout(self, tokens: int, entries: int, group: int) -> Layout:
         """Of one sequence, where `group` query heads share a KV head."""
         return Layout(self, tokens, entries, group if self.shared else 1)
 
-    def extents(self, tokens: int, entries: int, padding: Sequence[int], group: int) -> tuple[int, int]:
-        """Tiles and blocks of a selection, the most that any row has."""
-        rows = [self.layout(min(tokens, entries - p), entries - p, group) for p in padding if p < entries]
-        return max((row.tiles for row in rows), default=1), max((row.blocks for row in rows), default=1)
+    def selection(
+        self, heads: int, kv_heads: int, tokens: int, entries: int, padding: Sequence[int]
+    ) -> tuple[int, int, int, int]:
+        """Shape of a selection: rows, lists, and the most tiles and blocks that any row has."""
+        rows = [self.layout(min(tokens, entries - p), entries - p, heads // kv_heads) for p in padding if p < entries]
+        tiles, blocks = (max((getattr(row, what) for row in rows), default=1) for what in ("tiles", "blocks"))
+        return len(padding), kv_heads if self.shared else heads, tiles, blocks
+
+
+def edges(place: int, tokens: int, wide: int) -> list[int]:
+    """Where `tokens`, the first of which is at `place`, are cut at multiples of `wide`: 0, the cuts and the end."""
+    return [0, *range(wide - place % wide, tokens, wide), tokens]
 
 
 @dataclass(frozen=True)
@@ -85,7 +97,7 @@ class Layout:
     @property
     def wide(self) -> int:
         """Tokens of a tile."""
-        return max(1, TILE // self.group)
+        return self.rules.wide(self.group)
 
     @property
     def tiles(self) -> int:
@@ -99,13 +111,16 @@ class Layout:
 
     def spans(self) -> list[tuple[int, int]]:
         """First token of each tile and the one behind its last."""
-        edges = [0, *range(self.wide - self.place % self.wide, self.tokens, self.wide), self.tokens]
-        return list(pairwise(edges))
+        return list(pairwise(edges(self.place, self.tokens, self.wide)))
 
     def causal(self) -> torch.Tensor:
         """`[tiles, blocks]`: whether a query of the tile sees a key of the block."""
         ends = torch.tensor([self.place + end - 1 for _, end in self.spans()], device="cpu")
         return torch.arange(self.blocks, device="cpu") <= (ends // self.size)[:, None]
+
+    def density(self, selected: torch.Tensor) -> float:
+        """Share of the causal blocks that `selected` `[lists, tiles, blocks]` has."""
+        return int(selected.sum()) / (int(self.causal().sum()) * len(selected))
 
     def forced(self) -> torch.Tensor:
         """`[tiles, blocks]`: sinks, the window, and everything for the last tiles."""

@@ -92,8 +92,8 @@ def _function(kernel: str) -> Any:
 
 def say_reference(kernel: str, like: torch.Tensor, reason: str = "") -> None:
     """Log, once for each reason, that `kernel` runs as its PyTorch reference for a tensor such as `like`."""
-    plain = f"{like.dtype} on {like.device.type}" if library() else "native kernels are not available"
-    reason = reason or plain
+    if not reason:
+        reason = f"{like.dtype} on {like.device.type}" if library() else "native kernels are not available"
     _say_once(f"{kernel} runs as its PyTorch reference: {reason}.")
 
 

@@ -87,9 +87,8 @@ def sparse_attention(
     seconds = lse.new_zeros(2)
     padding = padding or [0] * rows
     if selected is None:
-        lists = kv_heads if rules.shared else heads
-        extents = rules.extents(tokens, entries, padding, heads // kv_heads)
-        selected = torch.zeros(rows, lists, *extents, dtype=torch.bool, device="cpu")
+        shape = rules.selection(heads, kv_heads, tokens, entries, padding)
+        selected = torch.zeros(shape, dtype=torch.bool, device="cpu")
     selected = selected.contiguous()
     alpha = alpha.float().contiguous()
     starts = torch.arange(rows * kv_heads, device="cpu") * entries
@@ -141,9 +140,9 @@ class SparseLayers:
             sparse: of each layer, whether it is; others are dense.
         """
         layers, heads = alpha.shape
-        lists, extents = kv_heads if rules.shared else heads, rules.extents(tokens, entries, padding, heads // kv_heads)
+        shape = rules.selection(heads, kv_heads, tokens, entries, padding)
         self._alpha = alpha  # lives as long as what points to it
-        self.selected = torch.zeros(layers, len(padding), lists, *extents, dtype=torch.bool, device="cpu")
+        self.selected = torch.zeros(layers, *shape, dtype=torch.bool, device="cpu")
         dropped = (layers, len(padding), heads, tokens) if estimate else (layers, 0)
         self.dropped = torch.zeros(dropped, dtype=torch.float32, device="cpu")
         self.seconds = torch.zeros(layers, 2, dtype=torch.float32, device="cpu")
@@ -152,7 +151,7 @@ class SparseLayers:
             *(
                 Sparse(
                     *(a.data_ptr(), chosen.data_ptr(), out.data_ptr() if estimate else None, spent.data_ptr()),
-                    *(*(rules if some else replace(rules, size=0)).numbers(), *extents),
+                    *(*(rules if some else replace(rules, size=0)).numbers(), *shape[2:]),
                 )
                 for a, chosen, out, spent, some in parts
             )

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from lissom.attention.flash_prefill.crossover import crossover, first_sparse, now
 from lissom.attention.flash_prefill.prefill import sparse_prefill
 from lissom.attention.flash_prefill.report import Report
-from lissom.kernels.blocks import TILE
+from lissom.kernels.blocks import TILE, edges
 from lissom.kernels.sparse_attention import SparseLayers
 from lissom.models import describe_decoder
 from lissom.models.attention import NotNatively, prompt_attention, say_dense
@@ -32,6 +32,8 @@ class Running:
     def __init__(self, settings: FlashPrefill, model: PreTrainedModel | None = None) -> None:
         self.settings, self.report = settings, Report()
         self._alphas = None if model is None else self._of(model)
+        typical = settings.alphas(1, 1) if self._alphas is None else self._alphas
+        self._alpha = round(float(typical.mean()), 3)  # by which it is measured whether sparse attention pays
 
     def _of(self, model: PreTrainedModel) -> torch.Tensor:
         info = describe_decoder(model)
@@ -89,9 +91,6 @@ class Running:
             return None
         if not self.settings.scored:
             raise NotNatively(f"selection={self.settings.selection!r} is PyTorch's")
-        tile = self.settings.rules().layout(1, 1, shape[0] // shape[1]).wide
-        if len({pad % tile for pad in padding}) > 1:  # no cut is one between tiles of all rows
-            raise NotNatively(f"rows of sparse prompts begin at places that differ by no multiple of {tile}")
         alphas = self._of(model) if self._alphas is None else self._alphas
         return NativeStretches(self, alphas, info.num_key_value_heads, padding, whole)
 
@@ -114,8 +113,7 @@ class Running:
         rules, shape = settings.rules(), (heads, kv_heads, head_dim)
         if entries < first_sparse(rules):
             return False
-        alpha = 0.1 if self._alphas is None else round(float(self._alphas.mean()), 3)
-        return entries >= crossover(shape, dtype, device, rules, alpha, settings.precision, natively)
+        return entries >= crossover(shape, dtype, device, rules, self._alpha, settings.precision, natively)
 
 
 class NativeStretches:
@@ -127,15 +125,16 @@ class NativeStretches:
         """`alphas`: `[layers, query heads]`."""
         self._report, self._rules, self._estimate = running.report, running.settings.rules(), running.settings.estimate
         self._alphas, self._kv_heads, self._padding, self._whole = alphas.contiguous(), kv_heads, padding, whole
-        self._tile = self._rules.layout(1, 1, alphas.shape[1] // kv_heads).wide
+        self._tile = self._rules.wide(alphas.shape[1] // kv_heads)
+        if len({pad % self._tile for pad in padding}) > 1:  # no cut is one between tiles of all rows
+            raise NotNatively(f"rows of sparse prompts begin at places that differ by no multiple of {self._tile}")
 
     def edges(self, tokens: int, entries: int, most: int) -> list[int]:
         """See `lissom.models.attention.NativeReading`: at tiles, which are chosen for by all their queries."""
         tile, place = self._tile, entries - tokens - self._padding[0]
-        wide = max(tile, most // tile * tile)
-        return [0, *range(wide - place % tile, tokens, wide), tokens]
+        return edges(place % tile, tokens, max(tile, most // tile * tile))
 
-    def begin(self, rows: int, tokens: int, entries: int, following: int) -> Any:
+    def begin(self, tokens: int, entries: int, following: int) -> Any:
         """See `lissom.models.attention.NativeReading`."""
         padding = [min(pad, entries) for pad in self._padding]
         rules = replace(self._rules, following=following)

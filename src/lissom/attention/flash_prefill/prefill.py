@@ -105,16 +105,14 @@ def _per_row(
     choose: Callable[[torch.Tensor, torch.Tensor, Layout], torch.Tensor],
 ) -> torch.Tensor:
     """Selections of all rows, bool `[rows, lists, tiles, blocks]`, each in the corner of the largest one's extents."""
-    group, found = query.shape[1] // key.shape[1], []
+    (heads, tokens), (kv_heads, entries) = query.shape[1:3], key.shape[1:3]
+    shape = rules.selection(heads, kv_heads, tokens, entries, padding)
+    whole = torch.zeros(shape, dtype=torch.bool, device=query.device)
     for row, pad in enumerate(padding):
-        q, k, _ = _real(query[row], key[row], key[row], pad)
-        lists = key.shape[1] if rules.shared else query.shape[1]
-        nothing = torch.zeros(lists, 1, 1, dtype=torch.bool, device=query.device)
-        found.append(choose(q, k, rules.layout(q.shape[1], k.shape[1], group)) if k.shape[1] else nothing)
-    extents = [max(part.shape[axis] for part in found) for axis in (1, 2)]
-    whole = found[0].new_zeros(len(found), found[0].shape[0], *extents)
-    for row, part in enumerate(found):
-        whole[row, :, : part.shape[1], : part.shape[2]] = part
+        if pad < entries:
+            q, k, _ = _real(query[row], key[row], key[row], pad)
+            part = choose(q, k, rules.layout(q.shape[1], k.shape[1], heads // kv_heads))
+            whole[row, :, : part.shape[1], : part.shape[2]] = part
     return whole
 
 
@@ -158,12 +156,11 @@ def _plain(
     if len(query) == 1 and not padding[0]:
         output, lse, selected, dropped = (part[None] for part in of_row(0))
         return SparseAttention(output, lse, selected, dropped if estimate else unmeasured, unmeasured)
-    lists = key.shape[1] if rules.shared else query.shape[1]
-    extents = rules.extents(query.shape[2], key.shape[2], padding, group)
+    shape = rules.selection(query.shape[1], key.shape[1], query.shape[2], key.shape[2], padding)
     out = SparseAttention(
         torch.zeros_like(query, memory_format=torch.contiguous_format),
         query.new_full(query.shape[:3], -torch.inf, dtype=dtype),
-        torch.zeros(len(query), lists, *extents, dtype=torch.bool, device=query.device),
+        torch.zeros(shape, dtype=torch.bool, device=query.device),
         query.new_zeros(query.shape[:3] if estimate else 0, dtype=dtype),
         unmeasured,
     )

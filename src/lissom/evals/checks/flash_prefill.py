@@ -331,8 +331,7 @@ def _synthetic(entries: int, shape: tuple[int, int, int], rounds: int) -> dict[s
         rules = Rules(last=0) if name == "forced" else Rules()
         found = sparse(alpha={OWN: 0.0, PAPER: 0.1, "forced": 2.0}[name], rules=rules)
         seconds = time.perf_counter() - begun
-        tiles = -(-entries // 128)
-        density[name] = int(found.selected.sum()) / (shape[0] * tiles * (tiles + 1) / 2)
+        density[name] = rules.layout(entries, entries, shape[0] // shape[1]).density(found.selected[0])
         return seconds
 
     arms = {name: partial(attend, name) for name in SYNTHETIC}

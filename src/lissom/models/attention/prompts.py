@@ -23,7 +23,7 @@ class NativeReading(Protocol):
         has about `most` at most."""
         ...
 
-    def begin(self, rows: int, tokens: int, entries: int, following: int) -> Any:
+    def begin(self, tokens: int, entries: int, following: int) -> Any:
         """What native passes are told of a stretch: an array of `lissom.kernels.sparse_attention.Sparse`, one for each
         layer.
 
