@@ -10,7 +10,7 @@ from contextlib import ExitStack, nullcontext
 import pytest
 import torch
 from tiny import ARCHITECTURES, DECODERS, ByteTokenizer, close, random_ids, tiny_model
-from transformers import DynamicCache
+from transformers import AutoModel, BertConfig, DynamicCache
 
 from lissom import AttentionMatching, Eviction, FlashPrefill, KVBudget, NativeDecode, compact, sparse_prefill
 from lissom.attention.flash_prefill import apply, controls
@@ -18,7 +18,8 @@ from lissom.attention.flash_prefill.apply import Running
 from lissom.attention.flash_prefill.calibrate import GRID, chosen
 from lissom.decode import passes
 from lissom.errors import UserError
-from lissom.models.attention import install, say_dense
+from lissom.models.attention import install
+from lissom.models.attention.prompts import _say
 from lissom.models.calibration import calibration_windows
 from lissom.models.method import SearchContext
 from lissom.recipes import Recipe
@@ -194,7 +195,50 @@ def test_short_prompts_stay_dense():
     assert not report.layers
 
 
+@torch.no_grad()
+def test_why_nothing_was_sparse_is_told():
+    """Also where it was logged before, for another block."""
+    model, mistral = tiny_model("llama"), tiny_model("mistral")
+    for block in (nullcontext, lambda m: NativeDecode(kv="fp32")(m)):
+        for _ in range(2):
+            with FlashPrefill()(model) as report, block(model):
+                model(random_ids(300))
+            assert report.summary() == "No prompt was read sparsely: prompts of fewer than 1152 tokens."
+            with FlashPrefill(**SPARSE)(mistral) as report, block(mistral):
+                mistral(random_ids(300))
+            assert report.summary() == "No prompt was read sparsely: in layers with a sliding window."
+    with torch.enable_grad(), FlashPrefill(**SPARSE)(model) as report:
+        model(random_ids(300))
+    assert report.summary() == "No prompt was read sparsely: gradients are wanted."
+    gemma = tiny_model("gemma3")
+    with FlashPrefill(**SPARSE)(gemma) as report:
+        gemma(random_ids(500))
+    assert "met 70.0% of its blocks" in report.summary() and report.summary().endswith("with a sliding window.")
+
+
+@torch.no_grad()
+def test_what_is_not_causal_is_dense_and_says_so():
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
+    model = AutoModel.from_config(BertConfig(**shape, vocab_size=300)).eval()
+    wanted = model(random_ids(300)).last_hidden_state
+    with FlashPrefill(**SPARSE)(model) as report:
+        close(model(random_ids(300)).last_hidden_state, wanted)
+    assert report.summary() == "No prompt was read sparsely: BertSelfAttention is not causal."
+
+
+@pytest.mark.parametrize("foreign", [3, None, torch.nn.Linear(2, 2)])
+def test_foreign_models(foreign):
+    with pytest.raises(UserError, match="Expected a model"), FlashPrefill()(foreign):
+        pass
+
+
+def test_more_dense_layers_than_there_are():
+    with pytest.raises(UserError, match="the model has 3 layers"), FlashPrefill(dense_layers=4)(tiny_model("llama")):
+        pass
+
+
 def test_training_is_dense(caplog):
+    _say.cache_clear()
     model = tiny_model("llama").train()
     with FlashPrefill(**SPARSE)(model) as report:
         for _ in range(2):
@@ -321,7 +365,7 @@ def test_few_tokens_behind_a_prompt_attend_to_everything():
 
 @torch.no_grad()
 def test_weights_of_the_attention_are_given(caplog):
-    say_dense.cache_clear()
+    _say.cache_clear()
     model, ids = tiny_model("llama", "eager"), random_ids(300)
     wanted = model(ids, output_attentions=True).attentions
     with FlashPrefill(**SPARSE)(model) as report:
@@ -333,7 +377,7 @@ def test_weights_of_the_attention_are_given(caplog):
 @torch.no_grad()
 def test_what_else_is_in_an_attention_is_not_left_out(caplog):
     """Tensors that are not known, a bias by position, say: dense, and a compacted cache refuses them."""
-    say_dense.cache_clear()
+    _say.cache_clear()
     model, ids = tiny_model("llama"), random_ids(300)
     with FlashPrefill(**SPARSE)(model) as report:
         model(ids, position_bias=torch.zeros(1, 4, 300, 300))
@@ -393,7 +437,7 @@ def test_compiled():
 @torch.no_grad()
 def test_masks_that_are_more(caplog):
     """Padding on the right, or within, and masks of four dimensions go the dense way, which is said once."""
-    say_dense.cache_clear()
+    _say.cache_clear()
     model, ids = tiny_model("llama"), random_ids(500, 2)
     mask = torch.ones_like(ids)
     mask[1, 450:], mask[0, 30:40] = 0, 0
@@ -401,7 +445,7 @@ def test_masks_that_are_more(caplog):
     whole = (causal & mask.bool()[:, None, None]) | torch.eye(500).bool()
     wanted = model(ids, attention_mask=mask).logits[mask.bool()]
     for native in (False, True):
-        say_dense.cache_clear()
+        _say.cache_clear()
         with ExitStack() as stack:
             report = stack.enter_context(FlashPrefill(**SPARSE)(model))
             if native:

@@ -99,3 +99,12 @@ def test_atomic_path_leaves_the_old_content_on_failure(tmp_path):
         temporary.write_text("new")
         raise RuntimeError
     assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "gemma3"])
+def test_a_folder_without_a_tokenizer(architecture, tmp_path):
+    """Of some architectures transformers makes a tokenizer from nothing, which knows no text."""
+    tiny_model(architecture).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="No tokenizer was found in") as caught:
+        load(tmp_path)
+    assert "\n" not in str(caught.value)

@@ -79,18 +79,19 @@ def test_a_bare_key_and_an_empty_list(tmp_path):
         ("methods: [attention-matching: 3]", "written as"),
         ("methods: [kv-budget: {size: 8MB, method: {ratio: 0.5}}]", "expected one of"),
         ("methods: 3", "a list of methods"),
+        ("methods: [flash-prefill, {flash-prefill: {alpha: 0.2}}]", "flash-prefill is named twice"),
         ("methods: [{a: {}, b: {}}]", "one `key"),
         ("dtype: int3", "dtype='int3'"),
         ("threads: 0", "threads=0"),
         ("model: a\ncolour: red", "colour"),
-        ("- 1", "no recipe"),
+        ("- 1", "expected the keys"),
         ("a: [", "no YAML"),
     ],
 )
 def test_a_mistake_is_one_sentence(tmp_path, text, words):
     with pytest.raises(UserError) as caught:
         Recipe.load(written(tmp_path, text))
-    assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert words in str(caught.value) and "\n" not in str(caught.value) and "?." not in str(caught.value)
 
 
 def test_no_code_is_run_from_a_recipe(tmp_path):

@@ -54,10 +54,21 @@ def journal_of(method: str) -> Path:
 def measured(
     stages: Sequence[str], measure: Callable[[str, Path, Progress], Outcome], model: str, journal: Path
 ) -> Outcome:
-    """What `measure` returns, with a bar for each of its stages."""
+    """What `measure` returns, with a bar for each of its stages, or where there is no terminal with lines."""
     from rich.console import Console
 
-    with bars(Console(stderr=True)) as progress:
+    from lissom.evals.journal import Journal
+
+    console, known = Console(stderr=True), len(Journal(journal).records)
+    held = f" {known} are there and are not made again on the same machine." if known else ""
+    console.print(f"Measurements are kept in {journal}: the same command goes on there.{held}", soft_wrap=True)
+    if not console.is_terminal:
+
+        def say(stage: str, done: int, total: int) -> None:
+            console.print(f"{stage}: {done} of {total}", soft_wrap=True)
+
+        return measure(model, journal, say)
+    with bars(console) as progress:
         loading = progress.add_task(f"loading {model}", total=None)
         tasks = {stage: progress.add_task(stage, total=None, visible=False) for stage in stages}
 

@@ -110,7 +110,7 @@ def generate(
             print(piece, end="", flush=True)
     print()
     for report in reports:
-        if hasattr(report, "summary") and report.summary():
+        if hasattr(report, "summary"):
             print(report.summary(), file=sys.stderr)
 
 

@@ -18,7 +18,7 @@ from lissom.errors import UserError
 from lissom.kernels import decoder
 from lissom.kernels.ragged_attention import KV_TYPES, KeyValues
 from lissom.kv.cache import CompactCache, CompactLayer, WindowLayer, exchange_layers, exchange_windows
-from lissom.models.attention import MASK, NativeReading, NotNatively, prompt_method, say_dense
+from lissom.models.attention import MASK, NativeReading, NotNatively, leave_dense, prompt_method
 from lissom.models.plan import NativePlan, Unsupported
 
 # Tokens of all rows that one native call reads at most: enough that unpacking the weights does not matter.
@@ -203,7 +203,7 @@ class NativePasses:
         if gaps is not None:
             padding = (entries - gaps[:, 1]).tolist()
             if bool((gaps[:, 0] < entries).logical_and(gaps[:, 0] > gaps[:, 1]).any()):
-                say_dense(MASK)
+                leave_dense(method, MASK)
                 return None
         whole = [layer.store is None or layer.is_whole() for layer in layers]
         try:

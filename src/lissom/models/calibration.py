@@ -8,9 +8,10 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lissom.errors import UserError
+from lissom.models.load import load_tokenizer
 
 # Modules of Python's library with much prose in their docstrings; never the texts of `lissom.evals`.
 _MODULES = (
@@ -44,11 +45,11 @@ def tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
         UserError: there is none.
     """
     try:
-        return AutoTokenizer.from_pretrained(model.config.name_or_path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return load_tokenizer(model.config.name_or_path)
+    except UserError as error:
         raise UserError(
-            f"No tokenizer was found beside {model.config.name_or_path or 'the model'}; calibration needs one: hand it "
-            "to convert(model, tokenizer)."
+            f"No tokenizer was found beside {model.config.name_or_path or 'the model'}; calibration needs one: give it "
+            "as `tokenizer`."
         ) from error
 
 

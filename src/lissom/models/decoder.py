@@ -31,8 +31,10 @@ def describe_decoder(model: PreTrainedModel) -> DecoderInfo:
     """Sizes of `model`, whatever its architecture calls them.
 
     Raises:
-        UserError: it has no attention layers as decoders have them.
+        UserError: it has no attention layers as decoders have them, or is no model of transformers.
     """
+    if not hasattr(getattr(model, "config", None), "get_text_config"):  # a wrapper of peft's, say, has one, too
+        raise UserError(f"Expected a model of transformers, got {type(model).__name__}.")
     config = model.config.get_text_config(decoder=True)
     heads, layers = getattr(config, "num_attention_heads", None), getattr(config, "num_hidden_layers", None)
     if not heads or not layers:

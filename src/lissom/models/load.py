@@ -61,14 +61,31 @@ def load(
         options["attn_implementation"] = attn_implementation
     if file is not None:  # of an architecture that transformers alone reads
         options |= {"gguf_file": file, "quantization_config": GgufConfig(dequantize=True)}
+    tokenizer = load_tokenizer(source, file)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **({"gguf_file": file} if file else {}))
         model = AutoModelForCausalLM.from_pretrained(source, **options)
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, struct.error) as error:
         reason = str(error).strip().split("\n")[0][:300]
         raise UserError(f"{name_or_path} cannot be loaded as a causal language model: {reason}") from error
     model.eval()
     return model, tokenizer
+
+
+def load_tokenizer(place: str, file: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies in a folder or on the Hub, or in the .gguf `file` there.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        options: dict[str, Any] = {"gguf_file": file} if file else {}
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place, **options)
+        if len(tokenizer) > len(tokenizer.all_special_ids):  # else transformers made it from nothing
+            return tokenizer
+        reason = ""
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, struct.error) as error:
+        reason = ": " + str(error).strip().splitlines()[0][:300].rstrip(".: ")
+    raise UserError(f"No tokenizer was found in {place}{reason}.")
 
 
 def _say(text: str) -> None:

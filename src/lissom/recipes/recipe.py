@@ -53,11 +53,16 @@ class Recipe(BaseModel):
             if not isinstance(step, dict) or len(step) != 1:
                 raise ValueError("each method is written as one `key: {setting: value}`")
         steps = [{key: settings or {} for key, settings in step.items()} for step in steps]
+        running = set[str]()
         for step in steps:
             for key, settings in step.items():
                 if not isinstance(settings, dict):
                     raise ValueError(f"the settings of {key} are written as {{name: value}}")
-                build(key, settings)
+                method = build(key, settings)
+                if key in running:  # the later one alone would count
+                    raise ValueError(f"{key} is named twice")
+                if not hasattr(method, "convert"):
+                    running.add(key)
         return steps
 
     @classmethod
@@ -88,7 +93,7 @@ class Recipe(BaseModel):
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"{path} is no YAML file.") from error
         if not isinstance(facts, dict):
-            raise UserError(f"{path} is no recipe: expected `model:` and `methods:`.")
+            raise UserError(f"{path} is no recipe: expected the keys `model:` and `methods:`, a list of methods.")
         try:
             return cls(**{**facts, "model": str(folder)} if folder else facts)
         except ValidationError as error:

@@ -70,4 +70,5 @@ def explained(error: ValidationError) -> str:
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"])
     complaint = first["msg"].removeprefix("Value error, ").removesuffix(".")
-    return f"{place + '=' if place else ''}{first['input']!r}: {complaint}."
+    end = "" if complaint.endswith("?") else "."
+    return f"{place + '=' if place else ''}{first['input']!r}: {complaint}{end}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,26 +16,23 @@ from lissom.attention.flash_prefill.prefill import sparse_prefill
 from lissom.attention.flash_prefill.report import Report
 from lissom.kernels.blocks import TILE, edges
 from lissom.kernels.sparse_attention import SparseLayers
-from lissom.models import describe_decoder
-from lissom.models.attention import NotNatively, prompt_attention, say_dense
+from lissom.models import DecoderInfo, describe_decoder
+from lissom.models.attention import WINDOWS, NotNatively, leave_dense, prompt_attention
 
 if TYPE_CHECKING:
     from lissom.attention.flash_prefill.config import FlashPrefill
-
-logger = logging.getLogger(__name__)
 
 
 class Running:
     """The method in one model; see `lissom.models.attention.PromptAttention`."""
 
-    def __init__(self, settings: FlashPrefill, model: PreTrainedModel | None = None) -> None:
+    def __init__(self, settings: FlashPrefill, info: DecoderInfo | None = None) -> None:
         self.settings, self.report = settings, Report()
-        self._alphas = None if model is None else self._of(model)
+        self._alphas = None if info is None else self._of(info)
         typical = settings.alphas(1, 1) if self._alphas is None else self._alphas
         self._alpha = round(float(typical.mean()), 3)  # by which it is measured whether sparse attention pays
 
-    def _of(self, model: PreTrainedModel) -> torch.Tensor:
-        info = describe_decoder(model)
+    def _of(self, info: DecoderInfo) -> torch.Tensor:
         return self.settings.alphas(info.num_hidden_layers, info.num_attention_heads)
 
     def alphas(self, layer: int, heads: int) -> torch.Tensor:
@@ -57,10 +53,10 @@ class Running:
         """See `PromptAttention.attend`."""
         settings = self.settings
         if torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, value)):
-            say_dense("gradients are wanted")
+            leave_dense(self, "gradients are wanted")
             return None
         if key.shape != value.shape:
-            say_dense("keys and values have different sizes")
+            leave_dense(self, "keys and values have different sizes")
             return None
         shape, entries = (query.shape[1], key.shape[1], query.shape[3]), key.shape[2]
         if not self._is_long(query.shape[2], entries, *shape, query.dtype, str(query.device), natively=False):
@@ -91,7 +87,9 @@ class Running:
             return None
         if not self.settings.scored:
             raise NotNatively(f"selection={self.settings.selection!r} is PyTorch's")
-        alphas = self._of(model) if self._alphas is None else self._alphas
+        if any(info.sliding):
+            leave_dense(self, WINDOWS)
+        alphas = self._of(info) if self._alphas is None else self._alphas
         return NativeStretches(self, alphas, info.num_key_value_heads, padding, whole)
 
     def _is_long(
@@ -108,12 +106,20 @@ class Running:
         settings = self.settings
         if tokens < min(TILE, entries):  # behind a prompt: there is little to save, and drafts are verified so
             return False
-        if settings.min_tokens != "auto":
-            return entries >= settings.min_tokens
         rules, shape = settings.rules(), (heads, kv_heads, head_dim)
-        if entries < first_sparse(rules):
-            return False
-        return entries >= crossover(shape, dtype, device, rules, self._alpha, settings.precision, natively)
+        if settings.min_tokens != "auto":
+            least = settings.min_tokens
+        else:
+            least = first_sparse(rules)  # for shorter ones nothing needs to be measured
+            if entries >= least:
+                least = crossover(shape, dtype, device, rules, self._alpha, settings.precision, natively)
+        if entries < least:
+            self.stays_dense(f"prompts of fewer than {least} tokens")
+        return entries >= least
+
+    def stays_dense(self, reason: str) -> None:
+        """See `PromptAttention.stays_dense`."""
+        self.report.dense[reason] = None
 
 
 class NativeStretches:
@@ -158,8 +164,6 @@ class NativeStretches:
 @contextmanager
 def applied(settings: FlashPrefill, model: PreTrainedModel) -> Iterator[Report]:
     """`settings` in `model` for the length of a block."""
-    running, info = Running(settings, model), describe_decoder(model)
-    if any(info.sliding):
-        logger.warning("%d of %d layers have a sliding window: they stay dense.", sum(info.sliding), len(info.sliding))
+    running = Running(settings, describe_decoder(model))
     with prompt_attention(model, running):
         yield running.report

@@ -72,6 +72,9 @@ class Measuring:
         """See `PromptAttention.natively`."""
         raise NotNatively("thresholds are being chosen")
 
+    def stays_dense(self, reason: str) -> None:
+        """See `PromptAttention.stays_dense`; such layers have no thresholds."""
+
 
 def chosen(dropped: torch.Tensor, budget: float) -> list[float]:
     """Of each column of `dropped` `[thresholds, any]` the largest threshold of `GRID` that leaves out at most

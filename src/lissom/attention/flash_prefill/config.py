@@ -171,8 +171,10 @@ class FlashPrefill:
         """`alpha` of every layer and query head, fp32 `[layers, heads]`.
 
         Raises:
-            UserError: there are not as many numbers as the model has layers and heads.
+            UserError: there are not as many numbers as the model has layers and heads, or fewer layers than are dense.
         """
+        if self.dense_layers > layers:
+            raise UserError(f"dense_layers={self.dense_layers}: the model has {layers} layers.")
         forced = self.selection == "forced"
         given = torch.as_tensor(2.0 if forced else self.alpha, dtype=torch.float32, device="cpu")
         if given.ndim and given.shape not in ((layers,), (layers, heads)):

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
+from operator import index
 from types import ModuleType
 from typing import Literal
 
@@ -16,6 +17,7 @@ from lissom.errors import UserError
 from lissom.kernels import native
 from lissom.kernels.blocks import SIZES, Layout, Rules
 from lissom.kernels.sparse_attention import SparseAttention, sparse_attention
+from lissom.models.method import check_types
 
 logger = logging.getLogger(__name__)
 
@@ -62,15 +64,17 @@ def sparse_prefill(
     Raises:
         UserError: shapes, dtypes or settings that do not fit together; gradients are wanted.
     """
-    rules = rules or Rules()
-    _check(query, key, value, alpha, rules, padding)
-    if scale is not None and not math.isfinite(scale):
-        raise UserError(f"scale={scale}: expected a finite number.")
+    rules = Rules() if rules is None else rules
+    _check_inputs(query, key, value)
+    _check_rules(rules)
+    if scale is not None and not (isinstance(scale, int | float) and math.isfinite(scale)):
+        raise UserError(f"scale={scale!r}: expected a finite number.")
     if precision not in ("auto", "exact", "bf16"):
         raise UserError(f"precision={precision!r}: expected auto, exact or bf16.")
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    alphas = torch.as_tensor(alpha, dtype=torch.float32, device="cpu").expand(query.shape[1])
-    pads = list(padding) if padding is not None else [0] * len(query)
+    if select is not None and not callable(select):
+        raise UserError(f"select={select!r}: expected a function.")
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    alphas, pads = _thresholds(alpha, query.shape[1]), _pads(padding, len(query), key.shape[2])
     if query.is_cpu and native.library() is not None and rules.size in SIZES and query.dtype in _DTYPES:
         given = None
         if select is not None:
@@ -186,14 +190,10 @@ def _triton() -> ModuleType | None:
     return sparse_attention_triton
 
 
-def _check(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    alpha: float | torch.Tensor,
-    rules: Rules,
-    padding: Sequence[int] | None,
-) -> None:
+def _check_inputs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+    for name, part in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(part, torch.Tensor):
+            raise UserError(f"{name} is of {type(part).__module__}.{type(part).__name__}: expected a torch.Tensor.")
     if query.ndim != 4 or key.ndim != 4 or key.shape != value.shape:
         raise UserError(
             f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}: expected "
@@ -212,19 +212,43 @@ def _check(
             f"query {query.dtype}, key {key.dtype}, value {value.dtype}: expected one floating-point dtype of 16 bits "
             "or more."
         )
+    if query.is_meta or not query.device == key.device == value.device:
+        raise UserError(
+            f"query on {query.device}, key on {key.device}, value on {value.device}: expected one device that has "
+            "numbers."
+        )
     if torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, value)):
         raise UserError("sparse_prefill has no gradient: call it under torch.no_grad(), or attend densely to train.")
-    try:
-        alphas = torch.as_tensor(alpha, dtype=torch.float32)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"alpha={alpha!r}: expected a number, or one for each query head.") from error
-    if alphas.shape not in ((), (1,), (heads,)) or not bool((alphas >= 0).all()):
-        raise UserError(f"alpha={alpha}: expected a number of at least 0, or one for each of the {heads} query heads.")
-    if padding is not None and (len(padding) != rows or not all(0 <= pad <= key.shape[2] for pad in padding)):
-        raise UserError(f"padding={list(padding)}: expected at most {key.shape[2]} entries for each row.")
+
+
+def _check_rules(rules: Rules) -> None:
+    if not isinstance(rules, Rules):
+        raise UserError(f"rules={rules!r}: expected lissom.attention.flash_prefill.Rules.")
+    check_types(rules)
     for name, least in (("size", 1), ("sink", 0), ("window", 0), ("last", 0), ("following", 0)):
-        number = getattr(rules, name)
-        if not isinstance(number, int) or number < least:
-            raise UserError(f"{name}={number!r}: expected an integer of at least {least}.")
+        if getattr(rules, name) < least:
+            raise UserError(f"{name}={getattr(rules, name)}: expected an integer of at least {least}.")
     if rules.scoring not in ("flashprefill", "row-normalised"):
         raise UserError(f"scoring={rules.scoring!r}: expected flashprefill or row-normalised.")
+
+
+def _thresholds(alpha: float | torch.Tensor, heads: int) -> torch.Tensor:
+    """fp32 `[heads]`."""
+    try:
+        alphas = torch.as_tensor(alpha, dtype=torch.float32).cpu()
+    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        raise UserError(f"alpha={alpha!r}: expected a number, or one for each query head.") from error
+    if alphas.shape not in ((), (1,), (heads,)) or not bool(((alphas >= 0) & alphas.isfinite()).all()):
+        raise UserError(f"alpha={alpha} is not in [0, ∞): expected a number, or one for each of {heads} query heads.")
+    return alphas.expand(heads)
+
+
+def _pads(padding: Sequence[int] | None, rows: int, entries: int) -> list[int]:
+    """Of each row."""
+    try:
+        pads = [0] * rows if padding is None else [index(pad) for pad in padding]
+    except TypeError as error:
+        raise UserError(f"padding={padding!r}: expected an integer for each row.") from error
+    if len(pads) != rows or not all(0 <= pad <= entries for pad in pads):
+        raise UserError(f"padding={pads}: expected at most {entries} entries for each of {rows} rows.")
+    return pads

@@ -74,15 +74,23 @@ def _causal(layout: Layout) -> int:
 
 @dataclass
 class Report:
-    """Of each layer by its index, since the block was entered."""
+    """What was read since the block was entered.
+
+    Attributes:
+        layers: of each layer that read something sparsely, by its index.
+        dense: why something was read densely, in the order in which it was.
+    """
 
     layers: dict[int, LayerReport] = field(default_factory=dict)
+    dense: dict[str, None] = field(default_factory=dict)
 
     def summary(self) -> str:
-        """A sentence; empty where nothing was read sparsely."""
+        """In words."""
+        why = f": {'; '.join(self.dense)}." if self.dense else "."
         if not self.layers:
-            return ""
-        return f"The prompt's attention met {self.density:.1%} of its blocks and took {self.seconds:.3g} s."
+            return "No prompt was read sparsely" + why
+        met = f"The prompt's attention met {self.density:.1%} of its blocks and took {self.seconds:.3g} s."
+        return f"{met} Dense{why}" if self.dense else met
 
     def layer(self, index: int) -> LayerReport:
         return self.layers.setdefault(index, LayerReport())

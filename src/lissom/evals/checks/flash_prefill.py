@@ -97,8 +97,8 @@ class Size:
 
 _TASK_ARMS = (PAPER, ROWS, "xattention", "random", "forced")
 QUICK = Size(
-    ((MANUAL, 1024, 1),), (DENSE, PAPER, "forced"), ((1024, 1),), ((1024, 1),), (PAPER,), (1024,), 1, ("float32",),
-    (1024, 2048),
+    ((MANUAL, 2048, 1),), (DENSE, PAPER, "forced"), ((2048, 1),), ((2048, 1),), (PAPER,), (2048,), 1, ("float32",),
+    (2048, 4096),
 )  # fmt: skip
 SMALL = Size(
     ((MANUAL, 2048, 2), (MANUAL, 4096, 1)), (DENSE, PAPER, ROWS, "random", "forced"), ((2048, 8),), ((2048, 2),),

@@ -16,10 +16,11 @@ from lissom.models.attention.exchange import (
     uninstall,
 )
 from lissom.models.attention.handles import Attends, AttentionHandle
-from lissom.models.attention.prompts import MASK, NativeReading, NotNatively, PromptAttention, say_dense
+from lissom.models.attention.prompts import MASK, WINDOWS, NativeReading, NotNatively, PromptAttention, leave_dense
 
 __all__ = [
     "MASK",
+    "WINDOWS",
     "Attends",
     "AttentionHandle",
     "NativeReading",
@@ -27,9 +28,9 @@ __all__ = [
     "PromptAttention",
     "install",
     "installed",
+    "leave_dense",
     "prompt_attention",
     "prompt_method",
     "register_prompt_attention",
-    "say_dense",
     "uninstall",
 ]

@@ -11,7 +11,7 @@ import torch
 
 from lissom.errors import UserError
 from lissom.models.attention.handles import AttentionHandle
-from lissom.models.attention.prompts import MASK, PromptAttention, Stretch, say_dense
+from lissom.models.attention.prompts import MASK, WINDOWS, PromptAttention, Stretch, leave_dense
 
 
 def attention_through(
@@ -29,10 +29,21 @@ def attention_through(
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if Stretch.has(attention_mask):
             return of_prompt(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
-        prompt = attention_mask is not None and query.shape[2] > 1 and getattr(module, "sliding_window", None) is None
-        if prompt and not torch.compiler.is_compiling() and prompt_of(module) is not None:
-            say_dense(MASK)
+        if query.shape[2] > 1 and not torch.compiler.is_compiling():
+            of_other(module, attention_mask, **kwargs)
         return attend(module, query, key, value, attention_mask, None, scaling, dropout, **kwargs)
+
+    def of_other(module: torch.nn.Module, attention_mask: torch.Tensor | None, **kwargs: Any) -> None:
+        """What is read is no prompt whose tokens see all before them."""
+        method = prompt_of(module)
+        if method is None:
+            return
+        if not getattr(module, "is_causal", True):
+            leave_dense(method, f"{type(module).__name__} is not causal")
+        elif kwargs.get("sliding_window") or getattr(module, "sliding_window", None):
+            leave_dense(method, WINDOWS)
+        elif attention_mask is not None:
+            leave_dense(method, MASK)
 
     # What is decided by numbers in the mask and by the blocks that a model is in cannot be compiled.
     @torch.compiler.disable
@@ -49,7 +60,7 @@ def attention_through(
         stretch, compute, method = Stretch.of(attention_mask), None, prompt_of(module)
         others = _others({"dropout": dropout} | kwargs)
         if method is not None and others:
-            say_dense(f"{type(module).__name__} has {others[0]}")
+            leave_dense(method, f"{type(module).__name__} has {others[0]}")
         elif method is not None:
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
             compute = partial(method.attend, module, padding=stretch.padding, scaling=scale)

@@ -77,13 +77,23 @@ class PromptAttention(Protocol):
         """
         ...
 
+    def stays_dense(self, reason: str) -> None:
+        """Told where it was left out, or left something out itself."""
+        ...
 
+
+WINDOWS = "in layers with a sliding window"
 MASK = "the mask is more than causal with padding at the beginning (packed sequences, say, or padding elsewhere)"
 
 
+def leave_dense(method: PromptAttention, reason: str) -> None:
+    """A prompt, or a layer's part of it, is not read by `method`; for each reason this is logged once."""
+    method.stays_dense(reason)
+    _say(reason)
+
+
 @cache
-def say_dense(reason: str) -> None:
-    """That prompts are not read by the method of the block that the model is in, once for each reason."""
+def _say(reason: str) -> None:
     logger.warning("Prompts are read with dense attention: %s.", reason)
 
 
