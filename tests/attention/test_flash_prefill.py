@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,11 +17,13 @@ from lissom import AttentionMatching, Eviction, FlashPrefill, KVBudget, NativeDe
 from lissom.attention.flash_prefill import apply, controls
 from lissom.attention.flash_prefill.apply import Running
 from lissom.attention.flash_prefill.calibrate import GRID, chosen
+from lissom.attention.flash_prefill.report import LayerReport
 from lissom.decode import passes
 from lissom.errors import UserError
+from lissom.kernels.blocks import Rules
 from lissom.models.attention import install
-from lissom.models.attention.prompts import _say
-from lissom.models.calibration import calibration_windows
+from lissom.models.attention.prompts import Stretch, _say, mask_through
+from lissom.models.calibration import builtin_text, calibration_windows
 from lissom.models.method import SearchContext
 from lissom.recipes import Recipe
 
@@ -196,6 +199,51 @@ def test_short_prompts_stay_dense():
 
 
 @torch.no_grad()
+def test_the_shortest_sparse_prompt():
+    model = tiny_model("llama")
+    for tokens, sparse in ((399, False), (400, True)):
+        for block in (nullcontext, lambda: NativeDecode(kv="fp32")(model)):
+            with FlashPrefill(**SPARSE | {"min_tokens": 400})(model) as report, block():
+                model(random_ids(tokens))
+            assert bool(report.layers) == sparse
+
+
+def test_reports_leave_out_padding():
+    """What is left out is the mean over real queries, and blocks are those of the real tokens."""
+    report, rules = LayerReport(), Rules(last=0)
+    selected, dropped = torch.ones(2, 2, 4, 4, dtype=torch.bool), torch.rand(2, 2, 400)
+    report.add(rules, 400, 500, [0, 200], 1, selected, dropped)
+    report.add(rules, 400, 500, [500, 0], 1, selected, dropped)
+    real = [dropped[0], dropped[1, :, 100:], dropped[1]]  # of the second row 300 tokens are
+    assert report.dropped == pytest.approx(float(torch.cat([part.flatten() for part in real]).mean()))
+    assert report.queries == 2 * (400 + 300 + 400) and report.causal == 2 * (10 + 6 + 10)
+
+
+@torch.no_grad()
+def test_what_takes_the_place_of_a_mask():
+    """What a query sees is what it would by a mask; padding sees itself, so that no softmax is empty."""
+    stretch = Stretch([0, 3], 7)
+    seen = stretch.visible(4, 9, torch.device("cpu"))
+    for row, pad in enumerate((0, 3)):
+        for token in range(4):
+            place = 3 + token
+            assert seen[row, 0, token].tolist() == [k <= place and (k >= pad or k == place) for k in range(9)]
+    assert bool(Stretch([5], 6).visible(6, 6, torch.device("cpu")).any(-1).all())
+
+
+@pytest.mark.parametrize(
+    "others",
+    [{"kv_offset": 1}, {"allow_is_causal_skip": False}, {"local_size": 4}, {"q_length": 1}, {"kv_length": 19},
+     {"mask_function": lambda *places: True}, {"attention_mask": torch.tensor([[1] * 19 + [0]])}],
+)  # fmt: skip
+def test_masks_that_are_others(others):
+    """Each is left to what makes the model's own masks."""
+    plain = {"batch_size": 1, "q_length": 20, "kv_length": 20}
+    assert Stretch.has(mask_through(lambda **given: None)(**plain))
+    assert mask_through(lambda **given: given)(**plain | others).items() >= others.items()
+
+
+@torch.no_grad()
 def test_why_nothing_was_sparse_is_told():
     """Also where it was logged before, for another block."""
     model, mistral = tiny_model("llama"), tiny_model("mistral")
@@ -314,6 +362,18 @@ def test_calibration_keeps_to_its_budget(settings):
     # The first layer reads the same as in the calibration; those above it read what came of sparse attention.
     dense, sparse = parts[0]
     assert bool(((1 - (sparse - dense).exp()).mean((0, 2)) <= 0.2).all())
+
+
+def test_calibration_is_of_the_mean_over_prompts_and_without_correction(tmp_path):
+    """The same text twice gives what it gives once; the means that stand for what is left out do not count."""
+    prompt, model = builtin_text()[:500], tiny_model("llama")
+    (tmp_path / "once").write_text(prompt)
+    (tmp_path / "twice").write_text(2 * prompt)
+    method, found = FlashPrefill(**EXACT, block_size=64, sink=1, window=1, last=0), []
+    for settings, name in (({}, "once"), ({}, "twice"), ({"corrected": True}, "once")):
+        own = {"tokens": 500 * (1 + (name == "twice")), "length": 500, "text": tmp_path / name}
+        found.append(replace(method, **settings).calibrated(model, ByteTokenizer(), 0.1, **own).alpha)
+    assert found[0] == found[1] == found[2] and 0 < torch.tensor(found[0]).mean() < 1
 
 
 def test_calibration_by_layer():

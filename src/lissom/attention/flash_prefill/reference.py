@@ -91,8 +91,7 @@ def block_attention(
                 dropped[:, :, first:last] = -torch.expm1(mass - both.logsumexp(-1))
             if layout.rules.corrected:
                 logits, mass = both, both.logsumexp(-1)
-                middles = middle[1][heads, :whole].masked_fill(~left[..., None], 0.0)
-                value = torch.cat([value, middles], 1)
+                value = torch.cat([value, middle[1][heads, :whole]], 1)
         elif estimate:
             dropped[:, :, first:last] = 0.0
         outputs[:, :, first:last] = logits.softmax(-1) @ value[:, None]
