@@ -104,6 +104,23 @@ def test_it_is_measured_and_resumed(tmp_path, monkeypatch):
     assert len(list(report.tables(found))) == 5 and all(row.value == row.value for row in result.rows)
 
 
+def test_thresholds_are_chosen_once_for_all_texts(tmp_path, monkeypatch):
+    calls = []
+
+    def calibrated(self, model, tokenizer, budget):
+        calls.append((self.selection, budget))
+        return replace(self, alpha=2.0)
+
+    monkeypatch.setattr(study.FlashPrefill, "calibrated", calibrated)
+    size = replace(TINY, texts=((MANUAL, 400, 2), (MANUAL, 450, 1)), arms=(DENSE, "forced", f"{ROWS}, 5% by head"))
+    size = replace(size, tasks=(), copies=(), times=(), synthetic=())
+    found = study.run(tiny_model("llama"), Letters(), size, tmp_path / "j")
+    assert calls == [(ROWS, 0.05)]
+    for tokens in (400, 450):
+        ours, wanted = (found.texts[MANUAL, tokens, arm] for arm in (f"{ROWS}, 5% by head", "forced"))
+        assert all(ours[what] == wanted[what] for what in ("nll", "density"))
+
+
 def made_up(attention: float, whole: float, nll: float, right: int) -> study.Run:
     """What is claimed depends on: seconds of ours where SDPA takes 6 of 10, NLL above dense, items of 50."""
     run = study.Run(study.DEFAULT, 30)
@@ -134,5 +151,5 @@ def test_verdicts():
 
 def test_it_is_installed():
     assert check_of("flash-prefill") is report.CHECK
-    assert replace(study.DEFAULT, rounds=1).arms == tuple(study.ARMS)
+    assert study.DEFAULT.arms == (*study.ARMS, *study.BUDGETS)
     assert retrieval.TASKS.keys() == {"needle", "variables", "copy"}

@@ -58,6 +58,8 @@ ARMS: dict[str, FlashPrefill | None] = {
     "random": replace(_SPARSE, selection="random"),
     "forced": replace(_SPARSE, selection="forced"),
 }
+# Whose thresholds are chosen on other text, so that each head leaves out at most a share of its attention there.
+BUDGETS = {f"{arm}, {budget:.0%} by head": (arm, budget) for arm in (PAPER, ROWS) for budget in (0.05, 0.02)}
 STRICT = ", nothing dense at the end"
 SDPA, OWN, NATIVE = "SDPA", "all blocks", "native"
 _TIMED: dict[str, tuple[Any, ...]] = {
@@ -77,7 +79,7 @@ class Size:
 
     Attributes:
         texts: (`MANUAL` or the name of a corpus of `lissom assets`, tokens, number of texts).
-        arms: of `ARMS`, on the texts.
+        arms: of `ARMS` and `BUDGETS`, on the texts.
         tasks: (tokens, trials of each task); `copies` of the passage that comes twice, which has many items.
         task_arms: of `ARMS`, with nothing dense at the end.
         times: tokens of the prompts whose reading is timed, `rounds` times, in each of `dtypes`.
@@ -106,7 +108,7 @@ SMALL = Size(
 )  # fmt: skip
 DEFAULT = Size(
     texts=((MANUAL, 2048, 4), (MANUAL, 4096, 3), (MANUAL, 8192, 3), ("moby-dick", 8192, 3)),
-    arms=tuple(ARMS),
+    arms=(*ARMS, *BUDGETS),
     tasks=((2048, 30), (4096, 15), (8192, 5)),
     copies=((2048, 6), (4096, 3), (8192, 1)),
     task_arms=_TASK_ARMS,
@@ -159,12 +161,7 @@ def run(
         identity = f"{key}/{json.dumps(what)}"
         return known[identity] if identity in known else known.add(identity, measure())
 
-    plan = [(*part, arm) for part in size.texts for arm in size.arms]
-    for done, (source, tokens, count, arm) in enumerate(plan):
-        progress("text", done, len(plan))
-        measure = partial(_text, model, tokenizer, source, tokens, count, ARMS[arm])
-        found.texts[source, tokens, arm] = once(["text", source, tokens, count, _settings(ARMS[arm])], measure)
-    progress("text", len(plan), len(plan))
+    _texts(found, model, tokenizer, once, progress)
     _tasks(found, model, tokenizer, once, progress)
     _times(found, model, tokenizer, once, progress)
     info = describe_decoder(model)
@@ -199,6 +196,30 @@ def texts(tokenizer: PreTrainedTokenizerBase, source: str, tokens: int, count: i
     whole = tokenizer("\n\n".join(text for _, text in parts), add_special_tokens=False)["input_ids"]
     starts = torch.linspace(0, len(whole) - tokens, count + 2).long().tolist()[1:-1]
     return [torch.tensor(whole[start : start + tokens]) for start in starts]
+
+
+def _texts(
+    found: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, once: Callable[..., Any], progress: Progress
+) -> None:
+    @cache  # what is chosen is the same for all texts, and takes a minute
+    def method(arm: str) -> FlashPrefill | None:
+        if arm in ARMS:
+            return ARMS[arm]
+        base, budget = BUDGETS[arm]
+        settings = ARMS[base]
+        assert settings is not None
+        return settings.calibrated(model, tokenizer, budget)
+
+    plan = [(*part, arm) for part in found.size.texts for arm in found.size.arms]
+    for done, (source, tokens, count, arm) in enumerate(plan):
+        progress("text", done, len(plan))
+
+        def measure(source: str = source, tokens: int = tokens, count: int = count, arm: str = arm) -> dict[str, Any]:
+            return _text(model, tokenizer, source, tokens, count, method(arm))
+
+        settings = _settings(ARMS[arm]) if arm in ARMS else [_settings(ARMS[BUDGETS[arm][0]]), BUDGETS[arm][1]]
+        found.texts[source, tokens, arm] = once(["text", source, tokens, count, settings], measure)
+    progress("text", len(plan), len(plan))
 
 
 @torch.no_grad()
