@@ -17,7 +17,7 @@ from lissom.report.checks.flash_prefill import CHECK
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="2048 tokens, a few minutes")
+    parser.add_argument("--quick", action="store_true", help="1536 tokens, under a minute")
     parser.add_argument("--json", metavar="FILE", help="write the result ('-': standard output)")
     parser.add_argument("--journal", type=Path, default=journal_of("flash-prefill"))
     given = parser.parse_args()

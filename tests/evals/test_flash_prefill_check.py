@@ -147,6 +147,10 @@ def test_verdicts():
     bad = report.result(made_up(1.5, 7.0, 0.04, 48)).claims
     failed = [claim.claim.split(":")[0] for claim in bad if claim.verdict == "does not hold"]
     assert len(failed) == 6 and failed[0].startswith("8192 tokens, float32") and "needle, flashprefill" in failed
+    few = made_up(1.0, 4.0, 0.02, 49)
+    for found in few.tasks.values():
+        found["right"].pop()
+    assert not any(claim.claim.startswith("needle") for claim in report.result(few).claims)
 
 
 def test_it_is_installed():

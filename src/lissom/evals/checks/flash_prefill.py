@@ -99,7 +99,7 @@ class Size:
 
 _TASK_ARMS = (PAPER, ROWS, "xattention", "random", "forced")
 QUICK = Size(
-    ((MANUAL, 2048, 1),), (DENSE, PAPER, "forced"), ((2048, 1),), ((2048, 1),), (PAPER,), (2048,), 1, ("float32",),
+    ((MANUAL, 1536, 1),), (DENSE, PAPER, "forced"), ((1536, 1),), ((1536, 1),), (PAPER,), (1536,), 1, ("float32",),
     (2048, 4096),
 )  # fmt: skip
 SMALL = Size(
