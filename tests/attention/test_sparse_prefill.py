@@ -191,17 +191,17 @@ def test_reference_is_a_masked_softmax(corrected):
                 left = [j for j in range((layout.place + first) // size) if not chosen[j]]
                 means = [key[0, 0, j * size : (j + 1) * size].mean(0) for j in left]
                 kept = key[0, 0, columns] @ query[0, head, token] * 0.25
-                missing = torch.tensor([float(m @ query[0, head, token]) * 0.25 + math.log(size) for m in means])
-                missing = missing.double()
+                rest = [float(m @ query[0, head, token]) * 0.25 + math.log(size) for m in means]
+                missing = torch.tensor(rest, dtype=torch.float64)
                 logits, values = kept, value[0, 0, columns]
                 share = float(missing.exp().sum() / (missing.exp().sum() + kept.exp().sum()))
                 if corrected and left:
                     logits = torch.cat([kept, missing])
                     values = torch.cat([values, *(value[0, 0, j * size : (j + 1) * size].mean(0)[None] for j in left)])
                 wanted = logits.softmax(0) @ values
-                torch.testing.assert_close(found.output[0, head, token], wanted, atol=1e-6, rtol=1e-6)
-                assert float(found.lse[0, head, token]) == pytest.approx(float(logits.logsumexp(0)), abs=1e-5)
-                assert float(found.dropped[0, head, token]) == pytest.approx(share, abs=1e-5)
+                torch.testing.assert_close(found.output[0, head, token], wanted, atol=1e-12, rtol=1e-12)
+                assert float(found.lse[0, head, token]) == pytest.approx(float(logits.logsumexp(0)), abs=1e-12)
+                assert float(found.dropped[0, head, token]) == pytest.approx(share, abs=1e-12)
 
 
 @pytest.mark.parametrize("tokens", [1, 127, 128, 129, 1000])

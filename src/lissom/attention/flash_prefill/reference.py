@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -84,7 +86,7 @@ def block_attention(
         whole = (layout.place + first) // size
         if (layout.rules.corrected or estimate) and whole:
             left = ~here[:, :whole]
-            rest = q @ middle[0][heads, :whole].transpose(-1, -2)[:, None] * scale + torch.tensor(size).log()
+            rest = q @ middle[0][heads, :whole].transpose(-1, -2)[:, None] * scale + math.log(size)
             rest = rest.masked_fill(~left[:, None, None], -torch.inf)
             both = torch.cat([logits, rest], -1)
             if estimate:
