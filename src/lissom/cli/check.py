@@ -24,7 +24,7 @@ def check(
         ..., help="Key of the method: attention-matching, flash-prefill, native-decode or quantize."
     ),
     model: str = typer.Option("smollm2-135m", help=MODEL),
-    small: bool = typer.Option(False, "--small", help="At most 20 minutes on two cores."),
+    small: bool = typer.Option(False, "--small", help="At most 20 minutes on two cores. [default: up to two hours]"),
     paper: bool = typer.Option(False, "--paper", help="The size of the paper, for a GPU; unmeasured here."),
     journal: Path = typer.Option(
         None,

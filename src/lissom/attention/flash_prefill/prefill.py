@@ -55,7 +55,9 @@ def sparse_prefill(
         rules: how blocks are cut and chosen; default `Rules()`, which is the paper's (V1).
         scale: factor on query · key; default head_dim ** -0.5.
         padding: entries before the first real one, for each row.
-        select: chooses the blocks instead of the rules' scoring; those that are always met are added.
+        select: chooses the blocks instead of the rules' scoring: called for each row with the query `[query heads,
+            tokens, head_dim]`, the keys `[KV heads, entries, head_dim]`, the `Layout` and the scale, of what is no
+            padding; returns bool `[lists, tiles, blocks]`. Those that are always met are added.
         precision: of products on the CPU. `exact` is fp32; `bf16` rounds queries, keys, values and weights to bf16
             where the processor multiplies those faster, with sums in fp32, as FlashAttention does; `auto` is the dtype
             of the inputs.
