@@ -23,20 +23,28 @@ class Arena {
     return taken;
   }
 
-  // The forms of `rows` vectors that matrices of integers, or of bfloat16, ask for; all but the values.
-  Activations take_forms(int64_t rows, int64_t columns, int64_t planes, bool integers, bool halves) {
+  // `forms` of `rows` vectors, all but the values.
+  Activations take_forms(int64_t rows, int64_t columns, int64_t planes, int64_t forms, const Kernels& isa) {
     Activations x{};
     x.rows = rows;
     x.columns = columns;
     x.planes = planes;
     const int64_t count = rows * columns;
-    if (integers) {
+    if (forms & kQuants) {
       x.quants = take<int8_t>(kPlanes * count);
       x.scales = take<float>(count / kGroup);
       x.sums = take<float>(count / kGroup);
       x.totals = take<int32_t>(count / 16);
     }
-    if (halves) x.halves = take<uint16_t>(count);
+    if (forms & kHalves) x.halves = take<uint16_t>(count);
+    if (forms & kWhole) {
+      x.whole = take<int8_t>(count);
+      x.inverse = take<float>(rows);
+      x.sums_of_whole = take<int32_t>(rows);
+    }
+    const int64_t triples = isa.tables_size(kTernary, columns), quads = isa.tables_size(kTernary24, columns);
+    if (forms & kTriples && triples) x.triples = take<int16_t>(rows * triples);
+    if (forms & kQuads && quads) x.quads = take<int16_t>(rows * quads);
     return x;
   }
 

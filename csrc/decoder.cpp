@@ -7,6 +7,7 @@ namespace {
 constexpr int64_t kFewRows = 16;   // vectors up to which one thread prepares them all
 constexpr int64_t kSlice = 8;      // vectors that a thread prepares at a time otherwise
 constexpr int64_t kClaim = 32768;  // bytes of weights that a thread takes at a time, or more
+constexpr int64_t kAtOnce = 8;     // blocks of a ternary matrix that go through its tables together
 constexpr int64_t kAsked = 8192;   // bytes of weights that are asked for before they are needed
 
 int64_t rounded(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
@@ -20,6 +21,7 @@ class Units {
     for (const Matrix* m : matrices) {
       const int64_t blocks = (m->rows + kBlock - 1) / kBlock;
       int64_t claim = std::max<int64_t>(1, kClaim / std::max<int64_t>(1, quants_of_block(*m)));
+      if (is_ternary(m->format)) claim = rounded(claim, kAtOnce);
       if (vectors > kFewRows / 2) claim = 2;  // which share a tile of activations
       parts_[count_++] = {m, blocks, claim, (blocks + claim - 1) / claim};
       all += parts_[count_ - 1].units;
@@ -55,8 +57,6 @@ class Units {
   int64_t count_ = 0;
 };
 
-bool is_integer(const Matrix& m) { return m.format >= kQ8; }
-
 class Pass {
  public:
   Pass(const Plan& plan, const Step& step, const Kernels& isa)
@@ -89,7 +89,7 @@ class Pass {
     const int64_t table = plan_.rope_count * vectors_ * rotated_ / 2, wanted = std::max<int64_t>(1, step_.outputs);
     const auto take_activations = [&](int64_t rows) {
       float* values = arena.take<float>(rows * wide);
-      Activations x = arena.take_forms(rows, wide, plan_.planes, integers_, halves_);
+      Activations x = arena.take_forms(rows, wide, plan_.planes, forms_, isa_);
       x.values = values;
       return x;
     };
@@ -111,10 +111,7 @@ class Pass {
   }
 
  private:
-  void need(const Matrix& m) {
-    if (is_integer(m)) integers_ = true;
-    if (m.format == kBF16) halves_ = true;
-  }
+  void need(const Matrix& m) { forms_ |= form_of(m.format, vectors_); }
 
   // Writes vectors [first, last) of `x` by `fill(vector, out)` and makes their other forms.
   template <typename Fill>
@@ -304,7 +301,7 @@ class Pass {
   const Step& step_;
   const Kernels& isa_;
   int64_t vectors_, heads_ = 0, fused_ = 0, rotated_ = 0;
-  bool integers_ = false, halves_ = false;
+  int64_t forms_ = 0;
   float *stream_ = nullptr, *branch_ = nullptr, *fused_out_ = nullptr, *cosine_ = nullptr, *sine_ = nullptr;
   Activations input_{}, gated_{}, last_{};
   Attention attention_{};

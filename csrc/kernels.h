@@ -19,32 +19,63 @@ enum Format : int64_t {
   kQ4Min = 5, // nibbles q; value = scale * q + min
   kQ4K = 6,   // nibbles q; value = super * scale * q - super_min * min, 6-bit scales and mins per 32 inputs
   kQ6K = 7,   // nibbles and two upper bits, q + 32; value = super * scale * q, 8-bit scales per 16 inputs
+  kTernary = 8,    // words of three codes of three weights, of two blocks together; see ternary.inc
+  kTernary24 = 9,  // words of three codes of four weights, at most two of which are not zero
 };
+inline bool is_ternary(int64_t format) { return format >= kTernary; }
+inline bool is_integer(int64_t format) { return format >= kQ8 && format <= kQ6K; }
 
 constexpr int64_t kBits[] = {32, 16, 16, 8, 4, 4, 4, 4};  // of a weight in `quants`, by format
 
 constexpr int64_t kBlock = 16;  // interleaved output rows
 constexpr int64_t kGroup = 32;  // inputs that share a scale of the activations
 constexpr int64_t kPlanes = 2;  // bytes of an activation at most
+constexpr int64_t kFew = 8;     // vectors up to which weights are not unpacked first
 
 struct Matrix {
   int64_t format, rows, columns;  // of the matrix as it was: y[rows] = W x[columns]
-  int64_t group;                  // inputs that share a scale, a multiple of kGroup
-  const void* quants;             // see Format; integers: [blocks][groups][8 or 4][16][4]
+  int64_t group;                  // inputs that share a scale, a multiple of kGroup; kTernary24: spills of two blocks
+  const void* quants;             // see Format; integers: [blocks][groups][8 or 4][16][4]; ternary: words [blocks / 2][..][32]
   const void* high;               // kQ6K: [blocks][groups][2][16][4]
-  const void* scales;             // [blocks][columns / group][16]; fp16, or bytes in the K formats
+  const void* scales;             // [blocks][columns / group][16]; fp16, or bytes in the K formats; ternary: fp32 [blocks]
   const void* mins;               // the same
   const void* supers;             // fp16 [blocks][columns / 256][2 (scale, min) or 1][16]
+  const int32_t* spills;          // kTernary24: [blocks / 2][group], 32 * code + row of it, or -1
   const float* bias;              // [rows rounded up to 16], or null
 };
 
+// Of a row of a ternary matrix.
+inline int64_t words_of(int64_t format, int64_t columns) {
+  const int64_t inputs = format == kTernary ? 9 : 12;
+  return (columns + inputs - 1) / inputs;
+}
+
 // Bytes of `quants` that a block takes.
 inline int64_t quants_of_block(const Matrix& m) {
+  if (is_ternary(m.format)) return words_of(m.format, m.columns) * kBlock * 2;
   const int64_t step = m.format >= kQ8 ? kGroup : m.format == kBF16 ? 2 : 1;
   return (m.columns + step - 1) / step * step * kBlock * kBits[m.format] / 8;
 }
 
-// Vectors that matrices are multiplied with, in the forms that the formats ask for.
+// The forms of vectors that formats ask for.
+enum Forms : int64_t {
+  kQuants = 1,    // bytes with a scale for kGroup
+  kHalves = 2,    // bfloat16
+  kWhole = 4,     // bytes with a scale for all
+  kTriples = 8,   // sums of three of those for each code of kTernary, where there is a kernel for them
+  kQuads = 16,    // the same of four, for kTernary24
+};
+inline int64_t form_of(int64_t format, int64_t vectors) {
+  if (is_ternary(format)) {
+    if (vectors > kFew) return kWhole;
+    return kWhole | (format == kTernary ? kTriples : kQuads);
+  }
+  if (is_integer(format)) return kQuants;
+  if (format == kBF16) return kHalves;
+  return 0;
+}
+
+// Vectors that matrices are multiplied with.
 struct Activations {
   int64_t rows, columns;   // columns rounded up to kGroup
   int64_t planes;          // bytes of a quant: with two its rounding is negligible, with one a product costs half
@@ -54,6 +85,10 @@ struct Activations {
   const float* sums;       // the same: sum of scale * quant over the group
   const int32_t* totals;   // [rows][columns / 16]: sum of quants
   const uint16_t* halves;  // bfloat16 [rows][columns], or null
+  const int8_t* whole;     // [rows][columns]: value = whole / inverse; or null
+  const float* inverse;    // [rows]
+  const int32_t* sums_of_whole;  // [rows]
+  const int16_t *triples, *quads;  // [rows][tables_size(format, columns)], or null; see ternary.inc
 };
 
 // What is done with the product.
@@ -215,6 +250,7 @@ struct Kernels {
   void (*quantise)(const Activations&, int64_t first, int64_t last);
   void (*multiply)(const Matrix&, int64_t block, int64_t blocks, const Activations&, const Target&, float* scratch);
   int64_t (*multiply_scratch)(int64_t columns);  // floats
+  int64_t (*tables_size)(int64_t format, int64_t columns);  // numbers of a vector's tables; 0 where there are none
   void (*row)(const Matrix&, int64_t row, float* out);  // one row of the matrix, dequantised
   void (*norm)(const float* in, const float* weight, float epsilon, int64_t size, float* out);
   void (*rotate)(float* vector, const float* cosine, const float* sine, int64_t rotated);

@@ -120,7 +120,7 @@ int multiply(const Matrix& m, const float* values, int64_t rows, int64_t planes,
   const int64_t wide = (m.columns + kGroup - 1) / kGroup * kGroup;
   static thread_local Arena arena;
   Activations x;
-  arena.lay_out([&] { x = arena.take_forms(rows, wide, planes, m.format >= kQ8, m.format == kBF16); });
+  arena.lay_out([&] { x = arena.take_forms(rows, wide, planes, form_of(m.format, rows), isa); });
   x.values = values;
   const int64_t blocks = (m.rows + kBlock - 1) / kBlock, slices = (rows + 7) / 8;
   Team team(2, rows * m.rows * m.columns < 100000 ? 1 : threads, isa.multiply_scratch(m.columns));

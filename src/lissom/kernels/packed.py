@@ -1,7 +1,8 @@
 """Packed matrices: the formats in which weights lie in memory, their products, and their meaning in plain PyTorch.
 
-Every format interleaves blocks of 16 output rows, so that a vector register holds the same inputs of all of them. The
-native kernels and files on disk share this layout; it does not depend on the processor.
+Every format interleaves blocks of 16 output rows, so that a vector register holds the same inputs of all of them (the
+ternary ones two blocks together, see `ternary.py`). The native kernels and files on disk share this layout; it does not
+depend on the processor.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from lissom.errors import UserError
-from lissom.kernels import native
+from lissom.kernels import native, ternary
+from lissom.kernels.ternary import PER_CODE, TERNARY, TERNARY_2_4
 
 BLOCK = 16  # interleaved output rows
 GROUP = 32  # inputs of a group: what the activations share a scale in
@@ -34,7 +36,7 @@ class Format:
     """
 
     code: int
-    bits: int
+    bits: float
     tensors: tuple[str, ...] = ()
     dtype: torch.dtype | None = None
 
@@ -48,6 +50,8 @@ FORMATS = {
     "q4_min": Format(5, 4, ("scales", "mins")),
     "q4_k": Format(6, 4, ("scales", "mins", "supers")),
     "q6_k": Format(7, 6, ("high", "scales", "supers")),
+    TERNARY: Format(8, 16 / 9, ("scales",)),
+    TERNARY_2_4: Format(9, 16 / 12, ("scales", "spills")),
 }
 OF_DTYPE = {format.dtype: name for name, format in FORMATS.items() if format.dtype is not None}
 
@@ -57,7 +61,7 @@ class Matrix(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("format", "rows", "columns", "group")),
-        *((name, ctypes.c_void_p) for name in ("quants", "high", "scales", "mins", "supers", "bias")),
+        *((name, ctypes.c_void_p) for name in ("quants", "high", "scales", "mins", "supers", "spills", "bias")),
     )
 
 
@@ -73,7 +77,7 @@ class Packed:
     Attributes:
         format: name of the format.
         rows, columns: of the matrix.
-        group: inputs that share a scale.
+        group: inputs that share a scale; of `ternary_2_4` places for spills that each 32 rows have.
         quants: floating point `[blocks, columns, 16]`, bf16 `[blocks, ceil(columns / 2), 16, 2]`; uint8 codes
             `[blocks, groups, 8, 16, 4]` of q8, nibbles `[blocks, groups, 4, 16, 4]` of the others, inputs 8c.. in the
             lower and 8c + 4.. in the upper half.
@@ -81,6 +85,8 @@ class Packed:
         mins: as `scales`, added.
         supers: fp16 `[blocks, columns / 256, 2, 16]` (scale and min of q4_k), `[blocks, columns / 256, 16]` (q6_k).
         high: the upper two bits of q6_k, uint8 `[blocks, groups, 2, 16, 4]`, four chunks to a byte.
+        spills: of `ternary_2_4`, int32 `[ceil(rows / 32), group]`. The ternary formats have words of 16 bits
+            `[ceil(rows / 32), words, 32, 2 bytes]` as `quants`, and one fp32 scale for each block `[blocks]`.
     """
 
     format: str
@@ -92,6 +98,7 @@ class Packed:
     mins: torch.Tensor | None = None
     supers: torch.Tensor | None = None
     high: torch.Tensor | None = None
+    spills: torch.Tensor | None = None
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What is stored, by name."""
@@ -115,7 +122,10 @@ class Packed:
         return _UNPACK.get(self.format, _unpack_floats)(self)[: self.rows, : self.columns].contiguous()
 
     def select(self, rows: torch.Tensor) -> Packed:
-        """The matrix of these rows `[n]`, in their order."""
+        """The matrix of these rows `[n]`, in their order; of a ternary one, whose rows share scales, in fp32."""
+        if self.format in PER_CODE:
+            whole, scales = self.whole()
+            return pack_floats(whole[rows] * scales[rows, None], "f32")
 
         def taken(name: str, tensor: torch.Tensor) -> torch.Tensor:
             axis = 3 if tensor.ndim == 5 or (name == "supers" and tensor.ndim == 4) else 2
@@ -125,6 +135,12 @@ class Packed:
 
         parts = {name: taken(name, tensor) for name, tensor in self.tensors().items()}
         return Packed(self.format, len(rows), self.columns, group=self.group, **parts)
+
+    def whole(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of a ternary format: -1, 0 and 1, int8 `[rows, columns]`, and fp32 scales `[rows]`."""
+        assert self.scales is not None
+        whole = ternary.whole_of(self.format, self.quants, self.spills)
+        return whole[: self.rows, : self.columns], self.scales.repeat_interleave(BLOCK)[: self.rows]
 
     def to(self, device: torch.device | str) -> Packed:
         """On another device."""
@@ -140,6 +156,10 @@ def shapes(format: str, rows: int, columns: int, group: int = GROUP) -> dict[str
     """
     if format not in FORMATS:
         raise UserError(f"There is no weight format {format!r}: expected one of {', '.join(FORMATS)}.")
+    if format in PER_CODE:
+        if group < 0:
+            raise UserError(f"{group} places for spills: expected a number from 0.")
+        return ternary.shapes(format, rows, columns, group)
     if group < GROUP or group % GROUP:
         raise UserError(f"A group of {group} inputs: expected a multiple of {GROUP}.")
     kind, blocks, groups = FORMATS[format], -(-rows // BLOCK), -(-columns // GROUP)
@@ -273,6 +293,13 @@ def pack_q6_k(codes: torch.Tensor, scales: torch.Tensor, supers: torch.Tensor) -
     )
 
 
+def pack_ternary(whole: torch.Tensor, scales: torch.Tensor, format: str) -> Packed:
+    """A ternary matrix; see `ternary.pack` for what is expected, and what is refused."""
+    tensors = ternary.pack(whole, scales, format)
+    spills = tensors["spills"].shape[1] if "spills" in tensors else 0
+    return Packed(format, *whole.shape, group=spills, **tensors)
+
+
 def check_finite(weight: torch.Tensor, name: str = "A weight matrix") -> None:
     """Raise a `UserError` where a weight is NaN or infinite."""
     if not bool(torch.isfinite(weight).all()):
@@ -320,12 +347,19 @@ def _unpack_q6_k(packed: Packed) -> torch.Tensor:
     return codes * (_spread(packed.supers, SUPER) * _spread(packed.scales, 16))
 
 
+def _unpack_ternary(packed: Packed) -> torch.Tensor:
+    whole, scales = packed.whole()
+    return whole * scales[:, None]
+
+
 _UNPACK: dict[str, Callable[[Packed], torch.Tensor]] = {
     "q8": _unpack_grouped,
     "q4": _unpack_grouped,
     "q4_min": _unpack_grouped,
     "q4_k": _unpack_q4_k,
     "q6_k": _unpack_q6_k,
+    TERNARY: _unpack_ternary,
+    TERNARY_2_4: _unpack_ternary,
 }
 
 
@@ -342,7 +376,8 @@ def multiply(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None = None, 
     """`x @ W.T + bias` for `x` `[..., columns]`, in the dtype of `x`.
 
     Native, integer formats round `x` to `planes` bytes with one scale for 32: 16 bits by default, which changes next to
-    nothing. Elsewhere the matrix is unpacked.
+    nothing. Elsewhere the matrix is unpacked. Ternary formats round `x` everywhere, to one byte with a scale for each
+    vector, and give the same bits everywhere.
 
     Raises:
         ValueError: `x` has another last dimension.
@@ -351,6 +386,9 @@ def multiply(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None = None, 
         raise ValueError(f"x {tuple(x.shape)}: expected [..., {packed.columns}].")
     if native.library() is None or x.device.type != "cpu":
         native.say_reference("packed product", x)
+        if packed.format in PER_CODE:
+            whole, scales = packed.whole()
+            return ternary.product(x, whole.float(), scales, bias)
         return F.linear(x, packed.unpack().to(x.dtype), None if bias is None else bias.to(x.dtype))
     values = F.pad(x.detach().float(), (0, -packed.columns % GROUP)).reshape(-1, -(-packed.columns // GROUP) * GROUP)
     values = values.contiguous()

@@ -1,0 +1,163 @@
+"""Ternary matrices: -1, 0 and 1 with one scale, times activations that are whole numbers.
+
+A product is `scale / inverse * sum(whole * quants)`. The sum is of whole numbers, so that it is exact in fp32 in any
+order, as long as a row has less than 132 000 inputs: every way to compute it gives the same bits.
+
+Both formats keep three codes of 5 bits in a word of 16, and interleave the words of 32 rows:
+
+- `ternary`: a code is three weights, 27 values. 16 / 9 = 1.78 bits per weight.
+- `ternary_2_4`: a code is four weights, at most two of which are not zero. There are 32 such values besides all zeros,
+  and the word's lowest bit tells whether code 0 means `+1 0 0 0` (1) or all zeros (0). In the few words that hold both,
+  `+1 0 0 0` is written as zeros, and named in `spills`. 16 / 12 = 1.33 bits per weight, and what spills.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+
+from lissom.errors import UserError
+
+TERNARY, TERNARY_2_4 = "ternary", "ternary_2_4"
+ROWS = 32  # rows whose words lie side by side
+BLOCK = 16  # rows that share a scale
+PER_CODE = {TERNARY: 3, TERNARY_2_4: 4}  # weights
+LEAST = 1e-5  # of the largest activation of a token
+LARGEST = 127.0  # of a quantised activation
+_ZERO = 32  # stands for the code of all zeros, which has no number of its own
+_NONE = -1  # of a place for a spill that is not used
+
+
+def quantise_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Activations as whole numbers, each token with a scale of its own (absmax int8).
+
+    Args:
+        x: `[..., features]`.
+
+    Returns:
+        Whole numbers from -127 to 127 in fp32 `[..., features]`; and `inverse`, fp32 `[..., 1]`: `x` is about
+        `quants / inverse`.
+    """
+    values = x.detach().float()
+    largest = values.abs().amax(-1, keepdim=True).clamp(min=LEAST)
+    inverse = torch.full_like(largest, LARGEST) / largest  # a number by a tensor would be rounded twice
+    return (values * inverse).round_(), inverse
+
+
+def product(x: torch.Tensor, whole: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The product of `x` `[..., columns]`, as whole numbers, with `whole` `[rows, columns]`, in plain PyTorch.
+
+    Args:
+        whole: -1, 0 and 1 in fp32.
+        scales: fp32, one number or `[rows]`.
+
+    Returns:
+        `[..., rows]` in the dtype of `x`.
+    """
+    quants, inverse = quantise_tokens(x)
+    out = F.linear(quants, whole).float() * (scales / inverse)
+    return (out if bias is None else out + bias.float()).to(x.dtype)
+
+
+@cache
+def _states() -> tuple[torch.Tensor, torch.Tensor]:
+    """Of `ternary_2_4`: the four weights of each code, all zeros last, int8 `[33, 4]`; and the code of each of the 81
+    values that four weights have as digits of base 3, the first the lowest; -1 where it is none."""
+    values = [[sign if place == i else 0 for place in range(4)] for i in range(4) for sign in (1, -1)]
+    for first in range(4):
+        for second in range(first + 1, 4):
+            for one in (1, -1):
+                for other in (1, -1):
+                    values.append([{first: one, second: other}.get(place, 0) for place in range(4)])
+    weights = torch.tensor([*values, [0] * 4], dtype=torch.int8)
+    codes = torch.full((81,), -1, dtype=torch.int32)
+    codes[_digits(weights).long()] = torch.arange(33, dtype=torch.int32)
+    return weights, codes
+
+
+def _digits(whole: torch.Tensor) -> torch.Tensor:
+    """The last axis of -1, 0 and 1 as one number of base 3, the first digit the lowest."""
+    powers = 3 ** torch.arange(whole.shape[-1], dtype=torch.int32, device=whole.device)
+    return ((whole.int() + 1) * powers).sum(-1, dtype=torch.int32)
+
+
+def words_of(format: str, columns: int) -> int:
+    """Words of a row."""
+    return -(-columns // (3 * PER_CODE[format]))
+
+
+def shapes(format: str, rows: int, columns: int, spills: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each tensor; see `Packed`."""
+    tiles = -(-rows // ROWS)
+    found: dict[str, tuple[tuple[int, ...], torch.dtype]]
+    found = {"quants": ((tiles, words_of(format, columns), ROWS, 2), torch.uint8)}
+    found["scales"] = ((-(-rows // BLOCK),), torch.float32)
+    if format == TERNARY_2_4:
+        found["spills"] = ((tiles, spills), torch.int32)
+    return found
+
+
+def pack(whole: torch.Tensor, scales: torch.Tensor, format: str) -> dict[str, torch.Tensor]:
+    """The tensors of a packed matrix.
+
+    Args:
+        whole: -1, 0 and 1, of any dtype, `[rows, columns]`.
+        scales: one number, or `[rows]`, the same for every 16 rows that are stored together.
+
+    Raises:
+        UserError: four weights of which two may differ from zero have more, or 16 rows do not share a scale.
+    """
+    rows, columns = whole.shape
+    per_code = PER_CODE[format]
+    scales = scales.detach().float().expand(rows) if scales.ndim == 0 else scales.detach().float()
+    per_block = F.pad(scales[None], (0, -rows % BLOCK), mode="replicate")[0].unflatten(0, (-1, BLOCK))
+    if not bool((per_block == per_block[:, :1]).all()):
+        raise UserError(f"Matrices of one layer, with scales of their own, must begin at a multiple of {BLOCK} rows.")
+    padded = F.pad(whole.to(torch.int8), (0, -columns % (3 * per_code), 0, -rows % ROWS))
+    codes = _digits(padded.unflatten(1, (-1, per_code)))
+    tensors = {"scales": per_block[:, 0].contiguous()}
+    if format == TERNARY:
+        fields = codes.unflatten(1, (-1, 3)).unbind(-1)
+        words = fields[0] | fields[1] << 5 | fields[2] << 10
+    else:
+        codes = _states()[1].to(codes.device)[codes.long()]
+        if bool((codes < 0).any()):
+            raise UserError("Of four weights that follow each other more than two are not zero: they are not 2:4.")
+        in_words = codes.unflatten(1, (-1, 3))
+        zeros = in_words == _ZERO
+        some = zeros.any(-1, keepdim=True)
+        tensors["spills"] = _spills((some & (in_words == 0)).flatten(1))
+        fields = in_words.masked_fill(zeros, 0).unbind(-1)
+        words = ~some[..., 0] | fields[0] << 1 | fields[1] << 6 | fields[2] << 11
+    tiles = words.unflatten(0, (-1, ROWS)).transpose(1, 2)
+    quants = torch.stack([tiles & 255, tiles >> 8], -1).to(torch.uint8).contiguous()
+    return {"quants": quants, **tensors}
+
+
+def _spills(hit: torch.Tensor) -> torch.Tensor:
+    """Of bool `[rows, codes]`, 32 * code + row of each True, int32 `[tiles, most of a tile]`."""
+    tile, code, row = hit.unflatten(0, (-1, ROWS)).transpose(1, 2).nonzero(as_tuple=True)
+    counts = torch.bincount(tile, minlength=len(hit) // ROWS)
+    place = torch.arange(len(tile), device=hit.device) - (counts.cumsum(0) - counts)[tile]
+    spills = torch.full((len(counts), int(counts.max())), _NONE, dtype=torch.int32, device=hit.device)
+    spills[tile, place] = (ROWS * code + row).int()
+    return spills
+
+
+def whole_of(format: str, quants: torch.Tensor, spills: torch.Tensor | None) -> torch.Tensor:
+    """-1, 0 and 1, int8 `[tiles * 32, words * 9 or 12]`."""
+    words = quants[..., 0].int() | quants[..., 1].int() << 8
+    words = words.transpose(1, 2).flatten(0, 1)  # [rows, words]
+    if format == TERNARY:
+        codes = torch.stack([words >> shift & 31 for shift in (0, 5, 10)], -1)
+        digits = torch.stack([codes // 3**place % 3 for place in range(3)], -1)
+        return (digits - 1).to(torch.int8).flatten(1)
+    assert spills is not None
+    codes = torch.stack([words >> shift & 31 for shift in (1, 6, 11)], -1)
+    codes = codes.masked_fill((codes == 0) & (words[..., None] & 1 == 0), _ZERO).flatten(1)
+    tile, place = (spills != _NONE).nonzero(as_tuple=True)
+    spilt = spills[tile, place].long()
+    codes[tile * ROWS + spilt % ROWS, spilt // ROWS] = 0
+    return _states()[0].to(codes.device)[codes.long()].flatten(1)
