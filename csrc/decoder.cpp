@@ -7,7 +7,6 @@ namespace {
 constexpr int64_t kFewRows = 16;   // vectors up to which one thread prepares them all
 constexpr int64_t kSlice = 8;      // vectors that a thread prepares at a time otherwise
 constexpr int64_t kClaim = 32768;  // bytes of weights that a thread takes at a time, or more
-constexpr int64_t kAtOnce = 8;     // blocks of a ternary matrix that go through its tables together
 constexpr int64_t kAsked = 8192;   // bytes of weights that are asked for before they are needed
 
 int64_t rounded(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
@@ -66,9 +65,8 @@ class Pass {
     for (int64_t i = 0; i < plan.layer_count; ++i) {
       const Layer& layer = plan.layers[i];
       for (const Matrix* m : {&layer.query, &layer.key, &layer.value, &layer.out, &layer.gate, &layer.up, &layer.down})
-        if (m->rows) need(*m);
+        if (m->rows) forms_ |= form_of(m->format, vectors_);
     }
-    need(plan.head);
     for (int64_t i = 0; i < plan.rope_count; ++i) rotated_ = std::max(rotated_, plan.ropes[i].rotated);
     attention_.rows = step.rows;
     attention_.tokens = step.count;
@@ -87,9 +85,9 @@ class Pass {
     static thread_local Arena arena;
     const int64_t wide = rounded(std::max({plan_.hidden, heads_, plan_.intermediate}), kGroup);
     const int64_t table = plan_.rope_count * vectors_ * rotated_ / 2, wanted = std::max<int64_t>(1, step_.outputs);
-    const auto take_activations = [&](int64_t rows) {
+    const auto take_activations = [&](int64_t rows, int64_t forms) {
       float* values = arena.take<float>(rows * wide);
-      Activations x = arena.take_forms(rows, wide, plan_.planes, forms_, isa_);
+      Activations x = arena.take_forms(rows, wide, plan_.planes, forms, isa_);
       x.values = values;
       return x;
     };
@@ -99,9 +97,9 @@ class Pass {
       fused_out_ = arena.take<float>(vectors_ * fused_);
       cosine_ = arena.take<float>(table);
       sine_ = arena.take<float>(table);
-      input_ = take_activations(vectors_);
-      gated_ = take_activations(vectors_);
-      last_ = take_activations(wanted);
+      input_ = take_activations(vectors_, forms_);
+      gated_ = take_activations(vectors_, forms_);
+      last_ = take_activations(wanted, form_of(plan_.head.format, wanted));
     });
     attention_.query = fused_out_;
     Attending attending(attention_, isa_, plan_.layer_count);
@@ -111,8 +109,6 @@ class Pass {
   }
 
  private:
-  void need(const Matrix& m) { forms_ |= form_of(m.format, vectors_); }
-
   // Writes vectors [first, last) of `x` by `fill(vector, out)` and makes their other forms.
   template <typename Fill>
   void prepare(const Activations& x, int64_t first, int64_t last, int64_t columns, const Fill& fill) {
@@ -301,7 +297,7 @@ class Pass {
   const Step& step_;
   const Kernels& isa_;
   int64_t vectors_, heads_ = 0, fused_ = 0, rotated_ = 0;
-  int64_t forms_ = 0;
+  int64_t forms_ = 0;  // what the layers ask for
   float *stream_ = nullptr, *branch_ = nullptr, *fused_out_ = nullptr, *cosine_ = nullptr, *sine_ = nullptr;
   Activations input_{}, gated_{}, last_{};
   Attention attention_{};

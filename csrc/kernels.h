@@ -44,6 +44,8 @@ struct Matrix {
   const float* bias;              // [rows rounded up to 16], or null
 };
 
+constexpr int64_t kAtOnce = 16;  // blocks of a ternary matrix that go through its tables together
+
 // Of a row of a ternary matrix.
 inline int64_t words_of(int64_t format, int64_t columns) {
   const int64_t inputs = format == kTernary ? 9 : 12;

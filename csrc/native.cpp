@@ -39,7 +39,10 @@ const Isa kIsas[] = {
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
      }},
     {"avx512_bf16", &avx512_bf16::kernels,
-     [] { return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16"); }},
+     [] {
+       return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi2") &&
+              __builtin_cpu_supports("avx512bf16");
+     }},
 #elif defined(__aarch64__)
     {"neon", &neon::kernels,
      [] {
@@ -123,11 +126,13 @@ int multiply(const Matrix& m, const float* values, int64_t rows, int64_t planes,
   arena.lay_out([&] { x = arena.take_forms(rows, wide, planes, form_of(m.format, rows), isa); });
   x.values = values;
   const int64_t blocks = (m.rows + kBlock - 1) / kBlock, slices = (rows + 7) / 8;
+  const int64_t taken = is_ternary(m.format) ? kAtOnce : 2;  // blocks
   Team team(2, rows * m.rows * m.columns < 100000 ? 1 : threads, isa.multiply_scratch(m.columns));
   team.run([&](Team::Member& member) {
     member.share(slices, [&](int64_t s) { isa.quantise(x, s * 8, std::min(rows, s * 8 + 8)); });
-    member.share((blocks + 1) / 2, [&](int64_t unit) {
-      isa.multiply(m, unit * 2, std::min<int64_t>(2, blocks - unit * 2), x, {out, m.rows, kStore, 0}, member.scratch);
+    member.share((blocks + taken - 1) / taken, [&](int64_t unit) {
+      const int64_t first = unit * taken;
+      isa.multiply(m, first, std::min(taken, blocks - first), x, {out, m.rows, kStore, 0}, member.scratch);
     });
   });
   return 0;

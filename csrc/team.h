@@ -2,6 +2,7 @@
 // did them: a thread that comes late, or is taken off its core, holds up only the unit that it has in hand.
 #pragma once
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 #include "pool.h"
@@ -14,7 +15,7 @@ class Team {
         floats_((floats + 15) / 16 * 16),
         phases_(phases),
         taken_(phases * threads_),
-        scratch_(threads_ * floats_ + 16) {}
+        scratch_(new float[threads_ * floats_ + 16]) {}
 
   class Member {
    public:
@@ -65,7 +66,7 @@ class Team {
 
   template <typename Work>
   void run(const Work& work) {
-    const auto begin = (reinterpret_cast<uintptr_t>(scratch_.data()) + 63) / 64 * 64;  // vectors shall not straddle lines
+    const auto begin = (reinterpret_cast<uintptr_t>(scratch_.get()) + 63) / 64 * 64;  // vectors shall not straddle lines
     Pool::run(threads_ - 1, [&] {
       const int64_t index = joined_.fetch_add(1);
       Member member(*this, index, reinterpret_cast<float*>(begin) + index * floats_);
@@ -84,6 +85,6 @@ class Team {
   int64_t threads_, floats_;
   std::vector<Phase> phases_;
   std::vector<Taken> taken_;
-  std::vector<float> scratch_;
+  std::unique_ptr<float[]> scratch_;  // not cleared: that would take as long as a small product
   std::atomic<int64_t> joined_{0};
 };

@@ -59,7 +59,8 @@ void write(std::vector<uint8_t>& buffer, int64_t place, T value) {
 
 inline int64_t rounded_up(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
 
-constexpr const char* kFormats[] = {"f32", "f16", "bf16", "q8", "q4", "q4_min", "q4_k", "q6_k"};
+constexpr const char* kFormats[] = {"f32", "f16", "bf16", "q8", "q4", "q4_min", "q4_k", "q6_k",
+                                    "ternary", "ternary_2_4"};
 
 // A matrix of random bits in one of the formats, with weights of about `size` at most.
 class Weights {
@@ -91,6 +92,20 @@ class Weights {
             else
               write<uint16_t>(quants_, ((block * even / 2 + k / 2) * 16 + lane) * 2 + k % 2, word >> 16);
           }
+    } else if (is_ternary(format)) {
+      const int64_t tiles = (blocks + 1) / 2, words = words_of(format, columns);
+      quants_.resize(tiles * words * 32 * 2);
+      for (int64_t i = 0; i < tiles * words * 32; ++i) {
+        int64_t word = random.below(1 << 16);  // of kTernary24 every word is one
+        if (format == kTernary) word = random.below(27) | random.below(27) << 5 | random.below(27) << 10;
+        write<uint16_t>(quants_, i, static_cast<uint16_t>(word));
+      }
+      scales_.resize(blocks * 4);
+      for (int64_t i = 0; i < blocks; ++i) write<float>(scales_, i, static_cast<float>(size * random.between(1, 9) / 9));
+      if (format == kTernary24) group = random.below(4);
+      for (int64_t i = 0; i < tiles * group; ++i)
+        spills_.push_back(random.chance() ? -1 : static_cast<int32_t>(random.below(words * 3) * 32 + random.below(32)));
+      for (int64_t i = 0; i < tiles; ++i) spill(i, group);
     } else {
       bytes(quants_, blocks * groups_ * (format == kQ8 ? 512 : 256), 255);
     }
@@ -117,6 +132,7 @@ class Weights {
     matrix.scales = scales_.data();
     matrix.mins = mins_.data();
     matrix.supers = supers_.data();
+    matrix.spills = spills_.data();
     matrix.bias = bias ? bias_.data() : nullptr;
     values.resize(rows * columns);
     for (int64_t row = 0; row < rows; ++row)
@@ -138,7 +154,44 @@ class Weights {
   double largest = 0.0;
 
  private:
+  // Of kTernary24: makes the spills of a tile what they may be, codes that are zeros in its words, each once.
+  void spill(int64_t tile, int64_t group) {
+    const auto begin = spills_.begin() + tile * group, end = begin + group;
+    std::sort(begin, end, std::greater<int32_t>());
+    int32_t before = -1;
+    for (auto at = begin; at != end; ++at) {
+      const int64_t code = *at / 32, row = *at % 32;
+      if (*at >= 0 && (*at == before || !zeros(tile, code, row))) *at = before;
+      before = *at;
+    }
+    const auto last = std::unique(begin, end);
+    std::fill(last, end, -1);
+    if (group && !zeros(tile, std::max(0, *begin) / 32, std::max(0, *begin) % 32)) std::fill(begin, end, -1);
+  }
+  uint32_t word_of(int64_t tile, int64_t code, int64_t row) const {
+    return read<uint16_t>(quants_, (tile * words_of(format_, columns_) + code / 3) * 32 + row);
+  }
+  bool zeros(int64_t tile, int64_t code, int64_t row) const {
+    return (word_of(tile, code, row) & (1u | 31u << (5 * (code % 3) + 1))) == 0;
+  }
+  double ternary(int64_t row, int64_t k) const {
+    const double scale = read<float>(scales_, row / 16);
+    const int64_t code = k / (format_ == kTernary ? 3 : 4), tile = row / 32;
+    const int64_t number = word_of(tile, code, row % 32) >> (5 * (code % 3) + (format_ == kTernary24)) & 31;
+    const int64_t place = k - code * (format_ == kTernary ? 3 : 4);
+    if (format_ == kTernary) return scale * (number / (place == 0 ? 1 : place == 1 ? 3 : 9) % 3 - 1);
+    if (zeros(tile, code, row % 32)) {
+      const auto begin = spills_.begin() + tile * matrix.group, end = begin + matrix.group;
+      return place == 0 && std::find(begin, end, code * 32 + row % 32) != end ? scale : 0.0;
+    }
+    if (number < 8) return number / 2 != place ? 0.0 : number % 2 ? -scale : scale;
+    static const int pairs[6][2] = {{0, 1}, {0, 2}, {0, 3}, {1, 2}, {1, 3}, {2, 3}};
+    const int* pair = pairs[(number - 8) / 4];
+    if (place == pair[0]) return number / 2 % 2 ? -scale : scale;
+    return place != pair[1] ? 0.0 : number % 2 ? -scale : scale;
+  }
   double meaning(int64_t row, int64_t k) const {
+    if (is_ternary(format_)) return ternary(row, k);
     const int64_t block = row / 16, lane = row % 16, g = k / 32, chunk = k % 32 / 4, even = rounded_up(columns_, 2);
     const int64_t group = block * groups_ + g, place = lane * 4 + k % 4, super = block * ((groups_ + 7) / 8) + g / 8;
     const int64_t scale = (block * ((groups_ + per_scale_ - 1) / per_scale_) + g / per_scale_) * 16 + lane;
@@ -167,6 +220,7 @@ class Weights {
 
   int64_t format_, columns_, groups_, per_scale_;
   std::vector<uint8_t> quants_, high_, scales_, mins_, supers_;
+  std::vector<int32_t> spills_;
   std::vector<float> bias_;
 };
 

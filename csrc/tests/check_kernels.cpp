@@ -3,6 +3,7 @@
 #include <functional>
 #include <thread>
 
+#include "../arena.h"
 #include "../native.h"
 #include "check.h"
 
@@ -52,6 +53,11 @@ struct Vectors {
     for (int64_t k = 0; k < wide; ++k) sum += std::fabs(values[row * wide + k]);
     return sum;
   }
+  double top(int64_t row) const {
+    double top = 0.0;
+    for (int64_t k = 0; k < wide; ++k) top = std::max<double>(top, std::fabs(values[row * wide + k]));
+    return top;
+  }
   std::vector<double> row(int64_t index) const {
     return std::vector<double>(values.begin() + index * wide, values.begin() + (index + 1) * wide);
   }
@@ -65,12 +71,12 @@ struct Vectors {
 struct Case {
   Case(Random& random, int64_t format)
       : rows(random.between(1, 70)),
-        columns(format >= kQ4K ? 256 * random.between(1, 2) : random.between(1, 300)),
+        columns(format == kQ4K || format == kQ6K ? 256 * random.between(1, 2) : random.between(1, 300)),
         count(random.chance() ? random.between(1, 9) : random.between(10, 40)),
         planes(random.between(1, 2)),
         threads(random.between(1, 3)),
         exact(!random.chance(3)),
-        weights(random, format, rows, columns, format >= kQ4K ? 32 : random.one_of<int64_t>({32, 64, 128}),
+        weights(random, format, rows, columns, format == kQ4K || format == kQ6K ? 32 : random.one_of<int64_t>({32, 64, 128}),
                 random.chance()),
         x(random, count, columns, planes, exact),
         what(std::string(kFormats[format]) + " with " +
@@ -81,6 +87,7 @@ struct Case {
   double wanted(int64_t vector, int64_t row) const { return weights.dot(row, x.row(vector).data()); }
   double tolerance(int64_t vector) const {
     double slack = weights.matrix.format < kQ8 ? 0.0 : x.slack[vector];
+    if (is_ternary(weights.matrix.format)) slack = static_cast<double>(columns) * x.top(vector) / 254;
     // Vectors may be rounded to bfloat16, which holds a number of one byte.
     if (weights.matrix.format == kBF16 && !(exact && planes == 1)) slack = x.size(vector) / 256;
     return weights.largest * (1e-6 * (x.size(vector) + 4) + slack);
@@ -94,7 +101,7 @@ struct Case {
 };
 
 void check_multiply(Random& random) {
-  for (int64_t format = kF32; format <= kQ6K; ++format)
+  for (int64_t format = kF32; format <= kTernary24; ++format)
     for (int trial = 0; trial < 8; ++trial) {
       const Case c(random, format);
       std::vector<float> out(c.count * c.rows, NAN);
@@ -106,7 +113,7 @@ void check_multiply(Random& random) {
 }
 
 void check_unpack(Random& random) {
-  for (int64_t format = kF32; format <= kQ6K; ++format)
+  for (int64_t format = kF32; format <= kTernary24; ++format)
     for (int trial = 0; trial < 3; ++trial) {
       const Case c(random, format);
       std::vector<float> out(c.rows * c.columns, NAN);
@@ -131,17 +138,17 @@ double activated(double x, int64_t activation) {
 
 // What is done with a product, for some blocks of a matrix and rows of `out` that lie apart.
 void check_targets(Random& random) {
-  for (int64_t format = kF32; format <= kQ6K; ++format)
+  for (int64_t format = kF32; format <= kTernary24; ++format)
     for (int64_t output = kStore; output <= kGate; ++output) {
       const Case c(random, format);
-      const int64_t count = c.count * c.x.wide, stride = c.rows + random.below(5), blocks = (c.rows + 15) / 16;
-      const int64_t first = random.below(blocks), last = random.between(first + 1, blocks);
-      std::vector<int8_t> quants(count * kPlanes);
-      std::vector<float> scales(count / 32), sums(count / 32);
-      std::vector<int32_t> totals(count / 16);
-      std::vector<uint16_t> halves(count);
-      const Activations x{c.count,       c.x.wide,    c.planes,      c.x.values.data(), quants.data(),
-                          scales.data(), sums.data(), totals.data(), halves.data()};
+      const int64_t stride = c.rows + random.below(5), blocks = (c.rows + 15) / 16;
+      int64_t first = random.below(blocks), last = random.between(first + 1, blocks);
+      if (is_ternary(format)) first -= first % 2, last = std::min(blocks, last + last % 2);
+      const int64_t forms = kQuants | kHalves | form_of(format, c.count);
+      Arena arena;
+      Activations x;
+      arena.lay_out([&] { x = arena.take_forms(c.count, c.x.wide, c.planes, forms, kernels()); });
+      x.values = c.x.values.data();
       std::vector<float> before = random.floats(c.count * stride), out = before;
       const Target target{out.data(), stride, output, random.between(kSilu, kRelu)};
       std::vector<float> scratch(kernels().multiply_scratch(c.columns));
@@ -409,7 +416,7 @@ class Decoder {
     plan.attention_softcap = random.chance(3) ? 2.0f : 0.0f;
     plan.final_softcap = random.chance(3) ? 5.0f : 0.0f;
     plan.embedding_scale = random.chance() ? 1.0f : 1.5f;
-    format = random.between(kF32, kQ4Min);
+    format = random.one_of<int64_t>({kF32, kF16, kBF16, kQ8, kQ4, kQ4Min, kTernary, kTernary24});
     const int64_t vocabulary = random.between(30, 90), heads = plan.query_heads * plan.head_dim;
     const int64_t kv = plan.kv_heads * plan.head_dim;
     const bool fused = random.chance(), after = random.chance(3), head_norms = random.chance(), bias = random.chance();
@@ -504,7 +511,7 @@ class Decoder {
   // have appended: how those were rounded is checked apart.
   void compare() const {
     const int64_t hidden = plan.hidden, size = plan.head_dim, heads = plan.query_heads * size;
-    const double products = format >= kQ8 ? (plan.planes == 2 ? 1e-3 : 0.1) : format == kBF16 ? 3e-2 : 1e-4;
+    const double products = is_ternary(format) ? 0.1 : format >= kQ8 ? (plan.planes == 2 ? 1e-3 : 0.1) : format == kBF16 ? 3e-2 : 1e-4;
     const double slack = rounds_queries(kv_type, true) ? std::max(products, 3e-2) : products;
     std::vector<std::vector<double>> stream(vectors);
     for (int64_t v = 0; v < vectors; ++v)
