@@ -54,3 +54,20 @@ def lissom_cli():
         return subprocess.run(command, capture_output=True, text=True, env=env, preexec_fn=limit)
 
     return call
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How many tokens each native pass read, in the test."""
+    from lissom.decode.passes import NativePasses
+
+    seen: list[int] = []
+    read = NativePasses.read
+
+    def counted(self, cache, ids, *args, **kwargs):
+        logits = read(self, cache, ids, *args, **kwargs)
+        seen.append(ids.shape[1])
+        return logits
+
+    monkeypatch.setattr(NativePasses, "read", counted)
+    return seen

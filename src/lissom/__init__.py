@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lissom.kv import AttentionMatching, CompactCache, Eviction, KVBudget, compact
     from lissom.models.load import load
     from lissom.weights.quant import Quantize
+    from lissom.weights.sparse_bitnet import SparseBitNetConfig
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "NativeDecode",
     "Quantize",
     "Sampling",
+    "SparseBitNetConfig",
     "compact",
     "generate_text",
     "generate_tokens",
@@ -40,6 +42,7 @@ _HOMES = {
     "NativeDecode": "lissom.decode",
     "Quantize": "lissom.weights.quant",
     "Sampling": "lissom.decode",
+    "SparseBitNetConfig": "lissom.weights.sparse_bitnet",
     "compact": "lissom.kv",
     "generate_text": "lissom.decode",
     "generate_tokens": "lissom.decode",

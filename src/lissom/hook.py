@@ -13,10 +13,10 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
-# Where transformers keeps its registries, and the module that registers itself there when it is imported.
+# Where transformers keeps its registries, and the modules that register themselves there when they are imported.
 _AFTER = {
-    "transformers.quantizers.auto": "lissom.plugin",
-    "transformers.modeling_utils": "lissom.attention.plugin",
+    "transformers.quantizers.auto": ("lissom.plugin", "lissom.weights.plugin"),
+    "transformers.modeling_utils": ("lissom.attention.plugin",),
 }
 
 
@@ -34,7 +34,7 @@ class _AfterRegistry(MetaPathFinder):
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
-                import_module(_AFTER[name])
+                _import(name)
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
@@ -45,4 +45,9 @@ def install() -> None:
     sys.meta_path.insert(0, _AfterRegistry())
     for registry in _AFTER:
         if registry in sys.modules:
-            import_module(_AFTER[registry])
+            _import(registry)
+
+
+def _import(registry: str) -> None:
+    for name in _AFTER[registry]:
+        import_module(name)

@@ -27,9 +27,9 @@ from lissom.evals.stats import Interval, verdict
 from lissom.kernels.packed_layers import PackedLinear
 from lissom.models import calibration
 from lissom.models.gguf import load_packed
+from lissom.models.layerwise import linear_layers
 from lissom.report.checks import check_of
 from lissom.report.checks import quantize as report
-from lissom.weights.quant.apply import matrices
 
 HAS_LLAMA_CPP = os.environ.get("LISSOM_LLAMA_CPP_PYTHON") or importlib.util.find_spec("llama_cpp")
 needs_llama_cpp = pytest.mark.skipif(
@@ -71,7 +71,7 @@ def copying(tmp_path, monkeypatch):
 def test_turned_weights_compute_the_same(architecture, kind):
     model, ids = tiny_model(architecture), random_ids(20)
     wanted = model(ids).logits.detach()
-    before = {name: module.weight.detach().clone() for layer in matrices(model) for name, module in layer.items()}
+    before = {name: module.weight.detach().clone() for layer in linear_layers(model) for name, module in layer.items()}
     turns = study.turn_matrices(model, kind, 0)
     assert turns.keys() == before.keys()
     for name, weight in before.items():

@@ -124,6 +124,19 @@ def test_what_is_not_finite_shows_in_its_vector_and_no_other(isa, bad):
     assert not got[0].isfinite().any() and got[1].isfinite().all()
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_parts_are_views_of_whole_tiles(format):
+    whole = whole_numbers(format, 144, 50, 0)
+    scales = torch.linspace(0.1, 1, 9).repeat_interleave(16)
+    packed = formats.pack_ternary(torch.from_numpy(whole), scales, format)
+    for first, rows in ((0, 64), (64, 32), (96, 48)):
+        part = packed.part(first, rows)
+        assert part.quants.untyped_storage().data_ptr() == packed.quants.untyped_storage().data_ptr()
+        assert torch.equal(part.unpack(), packed.unpack()[first : first + rows])
+    with pytest.raises(ValueError, match="whole blocks"):
+        packed.part(16, 32)
+
+
 def test_what_cannot_be_packed_is_refused():
     with pytest.raises(UserError, match="not 2:4"):
         formats.pack_ternary(torch.tensor([[1, 1, 1, 0]]), torch.tensor(1.0), TERNARY_2_4)

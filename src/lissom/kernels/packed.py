@@ -136,6 +136,28 @@ class Packed:
         parts = {name: taken(name, tensor) for name, tensor in self.tensors().items()}
         return Packed(self.format, len(rows), self.columns, group=self.group, **parts)
 
+    @property
+    def row_step(self) -> int:
+        """Rows that are stored together: a part of a matrix must begin at a multiple of them."""
+        return ternary.ROWS if self.format in PER_CODE else BLOCK
+
+    def part(self, first: int, rows: int) -> Packed:
+        """Rows from `first` on, without a copy.
+
+        Raises:
+            ValueError: it does not begin, or not end, between rows that are stored together.
+        """
+        end = first + rows
+        if first % self.row_step or (end % self.row_step and end != self.rows):
+            raise ValueError(f"Rows {first} to {end} are no whole blocks of {self.row_step}.")
+
+        def taken(name: str, tensor: torch.Tensor) -> torch.Tensor:
+            step = BLOCK if name == "scales" else self.row_step
+            return tensor[first // step : -(-end // step)]
+
+        parts = {name: taken(name, tensor) for name, tensor in self.tensors().items()}
+        return Packed(self.format, rows, self.columns, group=self.group, **parts)
+
     def whole(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Of a ternary format: -1, 0 and 1, int8 `[rows, columns]`, and fp32 scales `[rows]`."""
         assert self.scales is not None
@@ -297,7 +319,7 @@ def pack_ternary(whole: torch.Tensor, scales: torch.Tensor, format: str) -> Pack
     """A ternary matrix; see `ternary.pack` for what is expected, and what is refused."""
     tensors = ternary.pack(whole, scales, format)
     spills = tensors["spills"].shape[1] if "spills" in tensors else 0
-    return Packed(format, *whole.shape, group=spills, **tensors)
+    return Packed(format, whole.shape[0], whole.shape[1], group=spills, **tensors)
 
 
 def check_finite(weight: torch.Tensor, name: str = "A weight matrix") -> None:

@@ -237,15 +237,11 @@ class NativePlan:
         """The two halves of a fused layer, without a copy."""
         packed = self._pack(module, name, 2 * self._intermediate, self._hidden)
         half = packed.rows // 2
-        if half % formats.BLOCK or module.bias is not None:
+        if half % packed.row_step or module.bias is not None:
             raise Unsupported(f"{name} has {packed.rows} outputs, which do not divide into blocks")
-        parts = []
-        for blocks in (slice(None, half // formats.BLOCK), slice(half // formats.BLOCK, None)):
-            tensors = {key: tensor[blocks] for key, tensor in packed.tensors().items()}
-            part = Packed(packed.format, half, packed.columns, group=packed.group, **tensors)
-            self._kept.append(part)
-            parts.append(part.matrix())
-        return parts[0], parts[1]
+        parts = [packed.part(first, half) for first in (0, half)]
+        self._kept += parts
+        return parts[0].matrix(), parts[1].matrix()
 
     @staticmethod
     def _scale(module: Any) -> float:

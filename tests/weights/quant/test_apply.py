@@ -12,7 +12,8 @@ from lissom import Quantize
 from lissom.errors import UserError
 from lissom.kernels.packed import unpack
 from lissom.kernels.packed_layers import PackedEmbedding, PackedLinear
-from lissom.weights.quant.apply import formats, matrices, stored_bytes, weight_of
+from lissom.models.layerwise import linear_layers, weight_of
+from lissom.weights.quant.apply import formats, stored_bytes
 from lissom.weights.quant.plan import mean_nll
 
 TINY = {"calibration_tokens": 4096}
@@ -31,7 +32,7 @@ def distance(model, wanted, ids):
 @pytest.mark.parametrize("architecture", ALL_ARCHITECTURES)
 def test_every_matrix_is_packed_and_means_nearly_the_same(architecture):
     model, ids = tiny_model(architecture), random_ids(40)
-    own = {n: weight_of(m).clone() for layer in matrices(model) for n, m in layer.items()}
+    own = {n: weight_of(m).clone() for layer in linear_layers(model) for n, m in layer.items()}
     biases = {n: p.clone() for n, p in model.named_parameters() if n.endswith("bias")}
     before, full = model(ids).logits.detach(), stored_bytes(model)
     converted(model=model, bits=8, method="rtn")
@@ -109,7 +110,7 @@ def test_the_sensitive_matrix_gets_more_bits():
     """All weights lie on a 4-bit grid but those of one matrix."""
     model = tiny_model("llama")
     with torch.no_grad():
-        for layer in matrices(model):
+        for layer in linear_layers(model):
             for name, module in layer.items():
                 if name != "model.layers.1.mlp.down_proj":
                     module.weight.copy_((module.weight * 8).round().clamp(-7, 7) / 8)

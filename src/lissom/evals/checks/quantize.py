@@ -37,9 +37,9 @@ from lissom.models.assets import corpus
 from lissom.models.calibration import calibration_windows
 from lissom.models.gguf import GgufFile, load_model
 from lissom.models.gguf.architecture import names, of_model_type
-from lissom.models.layerwise import observing
+from lissom.models.layerwise import linear_layers, observing
 from lissom.weights.quant import Quantize
-from lissom.weights.quant.apply import Statistics, matrices
+from lissom.weights.quant.apply import Statistics
 
 KINDS = ("permuted", "rotated")
 STAGES = ("methods", "loading")
@@ -226,7 +226,7 @@ def turn_matrices(model: PreTrainedModel, kind: str, seed: int) -> dict[str, tor
         UserError: a layer is no `nn.Linear`.
     """
     generator, rotations, turns = torch.Generator().manual_seed(seed), dict[int, torch.Tensor](), {}
-    for name, module in (entry for layer in matrices(model) for entry in layer.items()):
+    for name, module in (entry for layer in linear_layers(model) for entry in layer.items()):
         if not isinstance(module, nn.Linear):
             raise UserError(f"{name} is a {type(module).__name__}: this check needs layers of nn.Linear.")
         width = module.in_features

@@ -15,7 +15,7 @@ from lissom.kernels.packed_layers import PackedEmbedding, PackedLinear, replace,
 from lissom.kernels.rounding import GRIDS, Coded, Grid, rtn
 from lissom.models import describe_decoder
 from lissom.models.calibration import calibration_windows, tokenizer_of
-from lissom.models.layerwise import LayerRunner, decoder_layers, observing
+from lissom.models.layerwise import LayerRunner, linear_layers, observing, weight_of
 from lissom.plugin import attach
 from lissom.weights.quant.config import FINE, Quantize
 from lissom.weights.quant.gptq import gptq
@@ -42,35 +42,6 @@ class Statistics:
     def mean(self) -> torch.Tensor:
         assert self.sum is not None
         return self.sum / self.rows
-
-
-def weight_of(module: nn.Module) -> torch.Tensor:
-    """The matrix of a linear layer, `[out_features, in_features]`; of an embedding `[rows, columns]`."""
-    weight = module.weight.detach()
-    return weight if isinstance(module, nn.Linear | nn.Embedding) else weight.T
-
-
-def matrices(model: PreTrainedModel) -> list[dict[str, nn.Module]]:
-    """The linear layers of each decoder layer, by their names in the model.
-
-    Raises:
-        UserError: most weights of a layer are in something else (fused experts).
-    """
-    prefix, layers = decoder_layers(model)
-    found = []
-    for number, layer in enumerate(layers):
-        inside = {
-            f"{prefix}.{number}.{name}": module
-            for name, module in layer.named_modules()
-            if isinstance(skeleton(module, FINE, 32), PackedLinear)
-        }
-        packed = sum(module.weight.numel() for module in inside.values())
-        if 2 * packed < sum(parameter.numel() for parameter in layer.parameters()):
-            raise UserError(
-                f"Most weights of a layer of {type(model).__name__} are in no linear layer: it cannot be quantised."
-            )
-        found.append(inside)
-    return found
 
 
 def ends(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
@@ -100,7 +71,7 @@ def quantize(
     """See `Quantize.convert`."""
     if getattr(model, "is_quantized", False) or any(isinstance(m, PackedLinear) for m in model.modules()):
         raise UserError("The model is quantised already: start from its original weights.")
-    layers = matrices(model)
+    layers = linear_layers(model)
     for name, parameter in model.named_parameters():
         check_finite(parameter, name)
     ids = calibration_ids(model, settings, tokenizer)

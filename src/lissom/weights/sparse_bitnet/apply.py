@@ -1,0 +1,146 @@
+"""Sparse ternary layers in a model: putting them in, watching them, and packing what they have become."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from lissom.errors import UserError
+from lissom.kernels.packed import Packed, check_finite, pack_ternary
+from lissom.kernels.packed_layers import PackedLinear, replace
+from lissom.kernels.ternary import TERNARY, TERNARY_2_4
+from lissom.models import describe_decoder
+from lissom.models.layerwise import linear_layers, weight_of
+from lissom.plugin import attach
+from lissom.weights.plugin import mark
+from lissom.weights.sparse_bitnet.config import SparseBitNetConfig
+from lissom.weights.sparse_bitnet.layer import SparseTernary, plain, trainable
+from lissom.weights.sparse_bitnet.ternary import check_pattern, sparse_ternary
+
+logger = logging.getLogger(__name__)
+
+
+def convert(model: PreTrainedModel, settings: SparseBitNetConfig) -> PreTrainedModel:
+    """See `SparseBitNetConfig.convert`."""
+    if layers_of(model):
+        raise UserError("The model has sparse ternary layers already.")
+    if getattr(model, "is_quantized", False) or any(isinstance(m, PackedLinear) for m in model.modules()):
+        raise UserError("The model is quantised already: start from its original weights.")
+    place(model, settings)
+    mark(model, settings)
+    return model
+
+
+def place(model: PreTrainedModel, settings: SparseBitNetConfig) -> None:
+    """Exchange the decoder's linear layers; nothing is changed where one cannot be."""
+    layers = {name: module for inside in linear_layers(model) for name, module in inside.items()}
+    narrow = False
+    for name, module in layers.items():
+        weight = weight_of(module)
+        check_pattern(settings.n, settings.m, weight.shape[1], name)
+        if weight.is_meta:
+            continue
+        check_finite(weight, name)
+        narrow |= weight.dtype != torch.float32
+    if narrow:
+        # In 16 bits most updates of a training step round to nothing, and magnitudes are often equal.
+        logger.warning("Master weights are made fp32: the model's are of 16 bits.")
+    for name, module in layers.items():
+        if module.weight.dtype != torch.float32 and not module.weight.is_meta:
+            module.weight.data = module.weight.data.float()
+        model.set_submodule(name, trainable(module, settings, parts_of(model, name, weight_of(module).shape[0])))
+
+
+def parts_of(model: PreTrainedModel, name: str, rows: int) -> tuple[int, ...]:
+    """Rows of the logical matrices that a layer holds: query, key and value, or gate and up, may be fused."""
+    info, kind = describe_decoder(model), name.rpartition(".")[2]
+    queries, keys = info.num_attention_heads * info.head_dim, info.num_key_value_heads * info.head_dim
+    if kind in ("qkv_proj", "c_attn") and rows == queries + 2 * keys:
+        return queries, keys, keys
+    if kind == "gate_up_proj" and rows % 2 == 0:
+        return rows // 2, rows // 2
+    return (rows,)
+
+
+def layers_of(model: nn.Module) -> dict[str, SparseTernary]:
+    """The sparse ternary layers of a model, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SparseTernary)}
+
+
+def set_sparse(model: nn.Module, sparse: bool) -> None:
+    """Turn the masks of all layers on or off."""
+    for layer in layers_of(model).values():
+        layer.sparse = sparse
+
+
+def packed_of(layer: SparseTernary) -> Packed:
+    """What the layer stands for now, packed without loss: 2:4 in its own format, every other pattern as ternary."""
+    whole, _, scales = layer.frozen()
+    two_of_four = layer.sparse and (layer.settings.n, layer.settings.m) in ((1, 4), (2, 4))
+    return pack_ternary(whole, scales, TERNARY_2_4 if two_of_four else TERNARY)
+
+
+def pack(model: PreTrainedModel) -> PreTrainedModel:
+    """Replace trained sparse ternary layers by packed ones, in place. Logits stay the same, bit for bit, in fp32.
+
+    `save_pretrained` then writes packed weights, and `from_pretrained` reads them.
+
+    Raises:
+        UserError: the model has no such layers, they are the floating point control, or masks are not on yet.
+    """
+    layers = layers_of(model)
+    if not layers:
+        raise UserError("The model has no sparse ternary layers: `SparseBitNetConfig(...).convert(model)` makes them.")
+    if not all(layer.settings.quantise for layer in layers.values()):
+        raise UserError("The model is the floating point control (quantise=False): there is nothing to pack.")
+    packed = {}
+    for name, layer in layers.items():
+        check_finite(layer.matrix(), name)
+        packed[name] = packed_of(layer)
+    for name, layer in layers.items():
+        model.set_submodule(name, plain(layer))
+        replace(model, name, packed.pop(name))
+    attach(model)
+    return model
+
+
+@dataclass(frozen=True)
+class Census:
+    """What the weights of a model are at one moment.
+
+    Attributes:
+        zeros: share that is zero.
+        pruned: share that would be -1 or 1, but for the mask.
+        empty: share of the groups of `m` that are all zeros.
+    """
+
+    zeros: float
+    pruned: float
+    empty: float
+
+
+@torch.no_grad()
+def census(model: nn.Module) -> Census:
+    """Over all sparse ternary layers.
+
+    Raises:
+        UserError: the model has none.
+    """
+    weights = zeros = pruned = groups = empty = 0
+    for layer in layers_of(model).values():
+        parts = layer.matrix().detach().float().split(layer.parts)
+        before = torch.cat([sparse_ternary(part, 1, 1)[0] for part in parts])
+        whole = layer.frozen()[0]
+        weights += whole.numel()
+        zeros += int((whole == 0).sum())
+        pruned += int(before.count_nonzero() - whole.count_nonzero())
+        inside = whole.unflatten(1, (-1, layer.settings.m)).any(-1)
+        groups += inside.numel()
+        empty += int((~inside).sum())
+    if not weights:
+        raise UserError("The model has no sparse ternary layers.")
+    return Census(zeros / weights, pruned / weights, empty / groups)

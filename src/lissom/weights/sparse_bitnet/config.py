@@ -1,0 +1,81 @@
+"""Settings of Sparse-BitNet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
+
+from lissom.errors import UserError
+from lissom.models.method import SearchContext, check_types, described
+from lissom.weights.sparse_bitnet.ternary import MaskFrom, ScaleFrom, check_pattern
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class SparseBitNetConfig:
+    """Ternary weights with dynamic N:M sparsity, and 8-bit activations, in every linear layer of a decoder.
+
+    `convert` puts layers in place that are to be trained; `pack` stores what they have become. Defaults are the
+    paper's, but for the pattern: its models are 6:8, which saves next to no memory, while 2:4 has fast kernels here.
+
+    Attributes:
+        n, m: of `m` consecutive inputs at most `n` have a weight. n = m is a dense ternary model (BitNet b1.58).
+        quantise: False is the paper's control: the same masks on floating point weights and activations.
+        mask_from: `master` (paper), or for the ablation `ternary`.
+        scale_from: `dense` (paper), or for the ablations `masked` and `survivors`; see `ternary.scale_of`.
+        gradient: `dense` (paper): weights that are left out get theirs too, and can come back. `masked`: ablation.
+        sparse_share: last share of the training steps that is sparse: 1 (paper) is all of them, 0.25 a dense-to-sparse
+            schedule. It is the trainer that turns masks on.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+
+    name: ClassVar[str] = "sparse-bitnet"
+
+    n: int = 2
+    m: int = 4
+    quantise: bool = True
+    mask_from: MaskFrom = "master"
+    scale_from: ScaleFrom = "dense"
+    gradient: Literal["dense", "masked"] = "dense"
+    sparse_share: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_pattern(self.n, self.m)
+        if not 0 < self.sparse_share <= 1:
+            raise UserError(f"sparse_share={self.sparse_share}: expected a share above 0, up to 1.")
+        if not self.quantise and (self.mask_from, self.scale_from) != ("master", "dense"):
+            raise UserError("mask_from and scale_from are about ternary weights: leave them with quantise=False.")
+
+    def convert(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedModel:
+        """Put trainable sparse ternary layers in the place of the decoder's linear layers. They share the weights,
+        which become fp32; embedding, head and norms stay.
+
+        Without training behind it this is one-shot ternarisation, which ruins a model.
+
+        Args:
+            tokenizer: not used; it is there because recipes give one.
+
+        Returns:
+            `model`, changed in place. `save_pretrained` writes the master weights, and `from_pretrained` makes these
+            layers again.
+
+        Raises:
+            UserError: a layer's inputs do not divide by `m`, weights are not finite, or the model is quantised.
+        """
+        from lissom.weights.sparse_bitnet.apply import convert
+
+        return convert(model, self)
+
+    def __str__(self) -> str:
+        words = f"sparse-bitnet {self.n}:{self.m}" if self.quantise else f"sparse {self.n}:{self.m}"
+        return described(self, words, "n", "m", "quantise")
+
+    @classmethod
+    def candidates(cls, context: SearchContext) -> list[Self]:
+        """None: a model becomes ternary by training, which a search over recipes does not do."""
+        return []

@@ -1,0 +1,160 @@
+"""Whole models: converted, saved, packed, loaded, run natively."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import torch
+from tiny import ALL_ARCHITECTURES, DECODERS, tiny_model
+from transformers import AutoModelForCausalLM, DynamicCache
+
+import lissom
+from lissom.errors import UserError
+from lissom.kernels import native
+from lissom.kernels.packed_layers import PackedLinear
+from lissom.weights.sparse_bitnet import SparseBitNetConfig, census, pack
+from lissom.weights.sparse_bitnet.apply import layers_of, set_sparse
+
+IDS = torch.randint(3, 120, (2, 11), generator=torch.Generator().manual_seed(0))
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+@pytest.mark.parametrize("pattern", [(2, 4), (6, 8), (4, 4)])
+@pytest.mark.parametrize("architecture", ALL_ARCHITECTURES)
+def test_packed_and_saved_models_give_the_same_logits(architecture, pattern, tmp_path):
+    model = SparseBitNetConfig(*pattern).convert(tiny_model(architecture))
+    trained = logits(model)
+    model.save_pretrained(tmp_path / "trained")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
+    assert layers_of(again).keys() == layers_of(model).keys()
+    assert torch.equal(logits(again), trained)
+    pack(model)
+    assert not layers_of(model) and torch.equal(logits(model), trained)
+    model.save_pretrained(tmp_path / "packed")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "packed")), trained)
+
+
+@pytest.mark.skipif(native.library() is None, reason="no native kernels")
+@pytest.mark.parametrize("pattern", [(2, 4), (4, 4)])
+@pytest.mark.parametrize("architecture", DECODERS)
+def test_packed_models_run_natively(architecture, pattern, calls):
+    model = pack(SparseBitNetConfig(*pattern).convert(tiny_model(architecture)))
+    wanted = logits(model)
+    with lissom.NativeDecode(kv="fp32")(model):
+        prompt = logits(model)
+        with torch.no_grad():
+            cache = DynamicCache(config=model.config)
+            steps = [model(IDS[:, i : i + 1], past_key_values=cache).logits for i in range(IDS.shape[1])]
+    assert calls == [IDS.shape[1], *[1] * IDS.shape[1]]
+    # A sum that is rounded otherwise may move an activation by one of 127 steps, and that is all.
+    for got in (prompt, torch.cat(steps, 1)):
+        assert float((got - wanted).norm() / wanted.norm()) < 0.05
+
+
+def test_gradients_reach_every_weight_after_loading(tmp_path):
+    SparseBitNetConfig().convert(tiny_model("llama")).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    model(IDS, labels=IDS).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_embeddings_and_heads_stay(tmp_path):
+    model = tiny_model("qwen2")  # tied
+    before = model.get_input_embeddings().weight
+    SparseBitNetConfig().convert(model)
+    assert model.get_input_embeddings().weight is before and model.get_output_embeddings().weight is before
+    pack(model)
+    assert type(model.get_output_embeddings()) is torch.nn.Linear
+    assert {m.format for m in model.modules() if isinstance(m, PackedLinear)} == {"ternary_2_4"}
+
+
+def test_master_weights_of_16_bits_are_made_fp32_with_a_word(caplog, tmp_path):
+    model = tiny_model("llama").bfloat16()
+    with caplog.at_level(logging.WARNING):
+        SparseBitNetConfig().convert(model)
+    assert "fp32" in caplog.text
+    assert all(layer.weight.dtype == torch.float32 for layer in layers_of(model).values())
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert all(layer.weight.dtype == torch.float32 for layer in layers_of(loaded).values())
+
+
+def test_a_model_that_does_not_divide_is_left_as_it_was():
+    model = tiny_model("llama", intermediate_size=100)
+    with pytest.raises(UserError, match=r"multiple of 8 inputs; model.layers.0.mlp.down_proj has 100"):
+        SparseBitNetConfig(6, 8).convert(model)
+    assert not layers_of(model) and not hasattr(model.config, "quantization_config")
+
+
+def test_damaged_weights_are_refused():
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
+    with pytest.raises(UserError, match=r"model.layers.1.mlp.up_proj has NaN"):
+        SparseBitNetConfig().convert(model)
+    assert not layers_of(model)
+
+
+def test_models_that_are_quantised_are_refused():
+    model = lissom.Quantize(method="rtn").convert(tiny_model("llama"))
+    with pytest.raises(UserError, match="quantised already"):
+        SparseBitNetConfig().convert(model)
+    model = SparseBitNetConfig().convert(tiny_model("llama"))
+    with pytest.raises(UserError, match="already"):
+        SparseBitNetConfig().convert(model)
+    with pytest.raises(UserError, match="quantised already"):
+        SparseBitNetConfig().convert(pack(model))
+
+
+def test_what_cannot_be_packed_is_refused():
+    with pytest.raises(UserError, match="no sparse ternary layers"):
+        pack(tiny_model("llama"))
+    with pytest.raises(UserError, match="nothing to pack"):
+        pack(SparseBitNetConfig(quantise=False).convert(tiny_model("llama")))
+
+
+@pytest.mark.parametrize(
+    "changes,words",
+    [
+        ({"n": 5, "m": 4}, "n of m"),
+        ({"n": 2.5}, "n=2.5"),
+        ({"sparse_share": 0.0}, "sparse_share"),
+        ({"gradient": "some"}, "gradient"),
+        ({"quantise": False, "mask_from": "ternary"}, "quantise=False"),
+    ],
+)
+def test_bad_settings_are_sentences(changes, words):
+    with pytest.raises(UserError, match=words):
+        SparseBitNetConfig(**changes)
+
+
+def test_a_foreign_or_damaged_config_is_refused(tmp_path):
+    SparseBitNetConfig().convert(tiny_model("llama")).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for settings, version, words in (({"k": 2}, 1, "damaged"), ({"n": 2}, 7, "version 7")):
+        config["quantization_config"] |= {"settings": settings, "version": version}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(UserError, match=words):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_the_census_counts_what_masks_take_away():
+    model = SparseBitNetConfig(sparse_share=0.5).convert(tiny_model("llama"))
+    before = census(model)
+    set_sparse(model, True)
+    after = census(model)
+    assert before.zeros == pytest.approx(0.31, abs=0.01) and before.pruned == 0
+    assert after.zeros == pytest.approx(before.zeros + after.pruned)
+    assert after.pruned == pytest.approx(0.215, abs=0.01)
+
+
+def test_recipes_name_the_method():
+    from lissom.recipes.registry import build
+
+    assert build("sparse-bitnet", {"n": 6, "m": 8}) == SparseBitNetConfig(6, 8)
