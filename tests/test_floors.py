@@ -16,7 +16,7 @@ FLOORS = (
     ("hook",),
     ("models",),
     ("attention", "kv", "weights"),
-    ("decode",),  # runs over the storage of kv
+    ("decode", "train"),  # decode runs over the storage of kv
     ("recipes", "export"),
     ("evals",),  # also of what was exported
     ("evolve",),

@@ -88,3 +88,15 @@ class Method(Protocol):
     def candidates(cls, context: SearchContext) -> Sequence[Self]:
         """Settings worth measuring for a job, the mildest first."""
         ...
+
+
+class Training(Protocol):
+    """What a method that changes weights does while they are trained: its `training(model)` returns one."""
+
+    def begin_step(self, done: float) -> None:
+        """Called before each step, with the share of the steps that are done."""
+        ...
+
+    def measures(self) -> dict[str, float]:
+        """What is logged of the method beside the loss, by name."""
+        ...

@@ -99,7 +99,7 @@ def pack(model: PreTrainedModel) -> PreTrainedModel:
         raise UserError("The model is the floating point control (quantise=False): there is nothing to pack.")
     packed = {}
     for name, layer in layers.items():
-        check_finite(layer.matrix(), name)
+        check_finite(layer.masters(), name)
         packed[name] = packed_of(layer)
     for name, layer in layers.items():
         model.set_submodule(name, plain(layer))
@@ -132,7 +132,7 @@ def census(model: nn.Module) -> Census:
     """
     weights = zeros = pruned = groups = empty = 0
     for layer in layers_of(model).values():
-        parts = layer.matrix().detach().float().split(layer.parts)
+        parts = layer.masters().split(layer.parts)
         before = torch.cat([sparse_ternary(part, 1, 1)[0] for part in parts])
         whole = layer.frozen()[0]
         weights += whole.numel()

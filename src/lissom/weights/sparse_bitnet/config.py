@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from lissom.errors import UserError
-from lissom.models.method import SearchContext, check_types, described
+from lissom.models.method import SearchContext, Training, check_types, described
 from lissom.weights.sparse_bitnet.ternary import MaskFrom, ScaleFrom, check_pattern
 
 if TYPE_CHECKING:
@@ -70,6 +70,12 @@ class SparseBitNetConfig:
         from lissom.weights.sparse_bitnet.apply import convert
 
         return convert(model, self)
+
+    def training(self, model: PreTrainedModel) -> Training:
+        """What the trainer is to do and to log while a converted model is trained."""
+        from lissom.weights.sparse_bitnet.training import SparseTraining
+
+        return SparseTraining(model, self)
 
     def __str__(self) -> str:
         words = f"sparse-bitnet {self.n}:{self.m}" if self.quantise else f"sparse {self.n}:{self.m}"

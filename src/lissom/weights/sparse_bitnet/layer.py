@@ -80,6 +80,11 @@ class SparseTernary(nn.Module):
         """The master weights `[out_features, in_features]`."""
         raise NotImplementedError
 
+    def masters(self) -> torch.Tensor:
+        """The same, fp32, whole where they are spread over processes, without gradient."""
+        weight = self.matrix().detach()
+        return (weight.full_tensor() if hasattr(weight, "full_tensor") else weight).float()
+
     @torch.no_grad()
     def frozen(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What the master weights stand for now.
@@ -91,7 +96,7 @@ class SparseTernary(nn.Module):
         n, m = (self.settings.n, self.settings.m) if self.sparse else (1, 1)
         found = [
             sparse_ternary(part, n, m, self.settings.mask_from, self.settings.scale_from)
-            for part in self.matrix().detach().float().split(self.parts)
+            for part in self.masters().split(self.parts)
         ]
         if len(found) == 1:
             return found[0]

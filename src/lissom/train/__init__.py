@@ -1,0 +1,24 @@
+"""Training causal language models: from scratch, or on from a dense checkpoint with a teacher.
+
+`token_windows` reads a folder of text and packs it into windows of equal length; `train` trains on them with
+transformers' Trainer, so that it runs unchanged under `accelerate launch` and `torchrun`, with DDP and FSDP2. A killed
+run goes on from its last checkpoint as if nothing had happened. Methods that change weights, as SparseBitNetConfig does,
+are put in before, and are told of every step.
+"""
+
+from lissom.train.config import Distillation, TrainConfig
+from lissom.train.data import TokenWindows, token_windows
+from lissom.train.run import train
+from lissom.train.scratch import new_model, new_tokenizer
+from lissom.train.trainer import CausalTrainer
+
+__all__ = [
+    "CausalTrainer",
+    "Distillation",
+    "TokenWindows",
+    "TrainConfig",
+    "new_model",
+    "new_tokenizer",
+    "token_windows",
+    "train",
+]

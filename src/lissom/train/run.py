@@ -1,0 +1,73 @@
+"""A whole run: resume where there is a checkpoint, train, and leave a model behind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from lissom.models.method import Training
+from lissom.train.config import Distillation, TrainConfig
+from lissom.train.data import TokenWindows
+from lissom.train.trainer import CausalTrainer, arguments_of
+
+Progress = Callable[[str, int, int], None]
+CHECKPOINTS = "checkpoints"
+
+
+def train(
+    config: TrainConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    windows: TokenWindows,
+    held_out: TokenWindows | None,
+    output: Path,
+    trainings: Sequence[Training] = (),
+    teacher: PreTrainedModel | None = None,
+    distillation: Distillation | None = None,
+    progress: Progress = lambda stage, done, total: None,
+) -> list[dict[str, float]]:
+    """Train `model` in place, with checkpoints below `output`, and write it to `output`.
+
+    Where there are checkpoints of a run that was stopped it goes on from the last whole one.
+
+    Returns:
+        What was logged, in order: `step` with `loss` and `learning_rate`, or with `eval_loss` (nats per token).
+    """
+    folder = output / CHECKPOINTS
+    arguments = arguments_of(config, str(folder), held_out is not None)
+    trainer = CausalTrainer(
+        model, config, arguments, windows, held_out, trainings, teacher, distillation, [_Progress(progress)]
+    )
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    if held_out is not None and "eval_loss" not in trainer.state.log_history[-1]:
+        trainer.evaluate()
+    history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
+    if tokenizer is not None and trainer.is_world_process_zero():
+        tokenizer.save_pretrained(output)
+    trainer.save_model(str(output))
+    return history
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The last checkpoint that was written to its end: its state is what is written last."""
+    while folder.is_dir() and (found := get_last_checkpoint(str(folder))) is not None:
+        if (Path(found) / "trainer_state.json").exists():
+            return found
+        os.rename(found, f"{found.replace('checkpoint-', 'damaged-')}")
+    return None
+
+
+class _Progress(TrainerCallback):
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress("steps", state.global_step, state.max_steps)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        pass

@@ -1,0 +1,28 @@
+"""Learning rate and weight decay as functions of the step alone, so that a resumed run needs no state."""
+
+from __future__ import annotations
+
+import math
+
+from lissom.train.config import TrainConfig
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Of a step, counted from 0."""
+    highest, least = config.learning_rate, config.least_rate
+    if step < config.warmup:
+        return highest * (step + 1) / (config.warmup + 1)
+    if config.schedule == "cosine":
+        done = (step - config.warmup) / max(1, config.steps - config.warmup)
+        return least + (highest - least) * (1 + math.cos(math.pi * min(1.0, done))) / 2
+    start = max(config.warmup, round(config.steps * (1 - config.decay_share)))
+    done = (step - start) / max(1, config.steps - start)
+    return highest - (highest - least) * min(1.0, max(0.0, done))
+
+
+def weight_decay(step: int, config: TrainConfig) -> float:
+    """Of a step, counted from 0."""
+    if config.weight_decay_until is None:
+        return config.weight_decay
+    done = step / (config.steps * config.weight_decay_until)
+    return config.weight_decay * (1 + math.cos(math.pi * min(1.0, done))) / 2

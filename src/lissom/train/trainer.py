@@ -1,0 +1,176 @@
+"""transformers' Trainer with the schedules, the loss and the telemetry of `TrainConfig`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+
+from lissom.errors import UserError
+from lissom.models.method import Training
+from lissom.train.config import Distillation, TrainConfig
+from lissom.train.data import TokenWindows
+from lissom.train.distill import cross_entropy, divergence, hidden_distance
+from lissom.train.schedule import learning_rate, weight_decay
+
+
+class CausalTrainer(Trainer):
+    """Trains a causal language model on windows of tokens.
+
+    Its checkpoints are transformers', and `train(resume_from_checkpoint=...)` goes on from them exactly.
+
+    Args:
+        arguments: see `arguments_of`, which makes them of `config`.
+        trainings: what methods do while they are trained; see `lissom.models.method.Training`.
+        teacher: model of the same vocabulary, which is not changed.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: TrainConfig,
+        arguments: TrainingArguments,
+        train_windows: TokenWindows,
+        held_out: TokenWindows | None = None,
+        trainings: Sequence[Training] = (),
+        teacher: PreTrainedModel | None = None,
+        distillation: Distillation | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        self.config, self.trainings = config, tuple(trainings)
+        self.distillation = None if teacher is None else distillation or Distillation()
+        self.parts: dict[str, list[torch.Tensor]] = {}
+        super().__init__(
+            model=model,
+            args=arguments,
+            train_dataset=train_windows,
+            eval_dataset=held_out,
+            data_collator=_stacked,
+            callbacks=[*(callbacks or []), _EachStep(self)],
+        )
+        self.model_accepts_loss_kwargs = False  # every window has as many tokens: means of means are the mean
+        self.teacher = None
+        if teacher is not None:
+            _check_teacher(model, teacher, self.distillation)
+            self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
+        """The learning rate as a function of the step."""
+        if self.lr_scheduler is None:
+            config = self.config
+            self.lr_scheduler = LambdaLR(
+                optimizer or self.optimizer, lambda step: learning_rate(step, config) / config.learning_rate
+            )
+        return self.lr_scheduler
+
+    def begin_step(self, step: int) -> None:
+        """What depends on the step and is not the learning rate."""
+        for training in self.trainings:
+            training.begin_step(step / self.config.steps)
+        if self.optimizer is not None:
+            decay = weight_decay(step, self.config)
+            for group in self.optimizer.param_groups:
+                if group["weight_decay"] or group.get("decays"):
+                    group["decays"], group["weight_decay"] = True, decay
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Cross-entropy, or in training with a teacher what `Distillation` says."""
+        ids, settings = inputs["input_ids"], self.distillation
+        if settings is None or self.teacher is None or not model.training:
+            outputs = model(input_ids=ids, use_cache=False)
+            loss = cross_entropy(outputs.logits, ids)
+            return (loss, {"loss": loss}) if return_outputs else loss
+        wanted = settings.hidden > 0
+        outputs = model(input_ids=ids, use_cache=False, output_hidden_states=wanted)
+        with torch.no_grad(), self.autocast_smart_context_manager():
+            teacher = self.teacher(input_ids=ids, use_cache=False, output_hidden_states=wanted)
+        parts = {"nll": cross_entropy(outputs.logits, ids)}
+        parts["divergence"] = divergence(outputs.logits, teacher.logits, settings.temperature)
+        loss = settings.labels * parts["nll"] + settings.logits * parts["divergence"]
+        if wanted:
+            parts["hidden"] = hidden_distance(outputs.hidden_states[1:], teacher.hidden_states[1:])
+            loss = loss + settings.hidden * parts["hidden"]
+        for name, value in parts.items():
+            self.parts.setdefault(name, []).append(value.detach())
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the parts of the loss, and what methods measure of themselves."""
+        if "loss" in logs:
+            for name, values in self.parts.items():
+                logs[name] = round(float(torch.stack(values).mean()), 4)
+            self.parts.clear()
+            for training in self.trainings:
+                logs |= training.measures()
+        super().log(logs, start_time)
+
+
+def arguments_of(config: TrainConfig, folder: str, evaluates: bool) -> TrainingArguments:
+    """transformers' arguments for a run with checkpoints in `folder`."""
+    return TrainingArguments(
+        output_dir=folder,
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulate,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.beta1,
+        adam_beta2=config.beta2,
+        max_grad_norm=config.clip,
+        optim="adamw_torch_fused",
+        bf16=config.precision == "bf16",
+        use_cpu=not torch.accelerator.is_available(),
+        dataloader_pin_memory=torch.accelerator.is_available(),
+        gradient_checkpointing=config.checkpointing,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=config.evaluate_every,
+        prediction_loss_only=True,
+        save_steps=config.save_every,
+        save_total_limit=2,
+        logging_steps=config.log_every,
+        logging_nan_inf_filter=False,
+        report_to=config.tracking,
+        seed=config.seed,
+        data_seed=config.seed,
+        disable_tqdm=True,
+        dataloader_drop_last=True,
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+    )
+
+
+class _EachStep(TrainerCallback):
+    def __init__(self, trainer: CausalTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.begin_step(state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        loss = (logs or {}).get("loss")
+        if loss is not None and not loss - loss == 0:
+            raise UserError(
+                f"The loss is {loss} at step {state.global_step}: the learning rate may be too high. "
+                "The last checkpoint is as it was."
+            )
+
+
+def _stacked(windows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.stack([window["input_ids"] for window in windows])}
+
+
+def _check_teacher(model: PreTrainedModel, teacher: PreTrainedModel, settings: Distillation | None) -> None:
+    ours, theirs = (m.config.get_text_config(decoder=True) for m in (model, teacher))
+    if ours.vocab_size != theirs.vocab_size:
+        raise UserError(
+            f"The teacher has {theirs.vocab_size} tokens, the model {ours.vocab_size}: they must be the same."
+        )
+    sizes = [(config.num_hidden_layers, config.hidden_size) for config in (ours, theirs)]
+    if settings is not None and settings.hidden and sizes[0] != sizes[1]:
+        raise UserError("The teacher has other layers than the model: distill logits only (hidden=0).")
