@@ -2,8 +2,8 @@
 
 `token_windows` reads a folder of text and packs it into windows of equal length; `train` trains on them with
 transformers' Trainer, so that it runs unchanged under `accelerate launch` and `torchrun`, with DDP and FSDP2. A killed
-run goes on from its last checkpoint as if nothing had happened. Methods that change weights, as SparseBitNetConfig does,
-are put in before, and are told of every step.
+run goes on from its last checkpoint as if nothing had happened. Methods that change weights are put in before, and are
+told of every step.
 """
 
 from lissom.train.config import Distillation, TrainConfig

@@ -15,7 +15,8 @@ from lissom.train.config import Distillation, TrainConfig
 from lissom.train.data import TokenWindows
 from lissom.train.trainer import CausalTrainer, arguments_of
 
-Progress = Callable[[str, int, int], None]
+Progress = Callable[[int, int], None]
+Say = Callable[[dict[str, float]], None]
 CHECKPOINTS = "checkpoints"
 
 
@@ -29,11 +30,18 @@ def train(
     trainings: Sequence[Training] = (),
     teacher: PreTrainedModel | None = None,
     distillation: Distillation | None = None,
-    progress: Progress = lambda stage, done, total: None,
+    progress: Progress = lambda done, total: None,
+    say: Say = lambda entry: None,
 ) -> list[dict[str, float]]:
     """Train `model` in place, with checkpoints below `output`, and write it to `output`.
 
     Where there are checkpoints of a run that was stopped it goes on from the last whole one.
+
+    Args:
+        trainings: of methods that were put into the model.
+        teacher: see `CausalTrainer`.
+        progress: called with (steps done, steps).
+        say: called with each entry that is logged.
 
     Returns:
         What was logged, in order: `step` with `loss` and `learning_rate`, or with `eval_loss` (nats per token).
@@ -41,10 +49,10 @@ def train(
     folder = output / CHECKPOINTS
     arguments = arguments_of(config, str(folder), held_out is not None)
     trainer = CausalTrainer(
-        model, config, arguments, windows, held_out, trainings, teacher, distillation, [_Progress(progress)]
+        model, config, arguments, windows, held_out, trainings, teacher, distillation, [_Watch(progress, say)]
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
-    if held_out is not None and "eval_loss" not in trainer.state.log_history[-1]:
+    if held_out is not None and config.steps % config.evaluate_every:
         trainer.evaluate()
     history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
     if tokenizer is not None and trainer.is_world_process_zero():
@@ -62,12 +70,13 @@ def last_checkpoint(folder: Path) -> str | None:
     return None
 
 
-class _Progress(TrainerCallback):
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
+class _Watch(TrainerCallback):
+    def __init__(self, progress: Progress, say: Say) -> None:
+        self.progress, self.say = progress, say
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.progress("steps", state.global_step, state.max_steps)
+        self.progress(state.global_step, state.max_steps)
 
-    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        pass
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if logs and state.is_world_process_zero and ("loss" in logs or "eval_loss" in logs):
+            self.say({"step": state.global_step, **logs})

@@ -44,7 +44,7 @@ def new_model(
     vocabulary: int, hidden: int = 384, layers: int = 6, heads: int = 6, kv_heads: int | None = None,
     intermediate: int | None = None, context: int = 2048, tied: bool = False, seed: int = 0,
 ) -> PreTrainedModel:  # fmt: skip
-    """A Llama-like decoder with random weights, fp32.
+    """A Llama-like decoder with random weights, fp32, of standard deviation sqrt(2 / (5 hidden)) (arXiv 1910.05895).
 
     Args:
         kv_heads: default: a third of the heads where that divides, otherwise as many.
@@ -67,6 +67,7 @@ def new_model(
         max_position_embeddings=context,
         rope_parameters={"rope_type": "default", "rope_theta": 5e5},
         tie_word_embeddings=tied,
+        initializer_range=(0.4 / hidden) ** 0.5,
         bos_token_id=0,
         eos_token_id=0,
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from lissom.errors import UserError
 from lissom.models.method import Training
@@ -51,6 +51,10 @@ class CausalTrainer(Trainer):
             data_collator=_stacked,
             callbacks=[*(callbacks or []), _EachStep(self)],
         )
+        self.remove_callback(PrinterCallback)
+        if config.checkpointing:
+            model.gradient_checkpointing_enable()
+        self.can_return_loss = True
         self.model_accepts_loss_kwargs = False  # every window has as many tokens: means of means are the mean
         self.teacher = None
         if teacher is not None:
@@ -60,9 +64,8 @@ class CausalTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
         """The learning rate as a function of the step."""
         if self.lr_scheduler is None:
-            config = self.config
-            self.lr_scheduler = LambdaLR(
-                optimizer or self.optimizer, lambda step: learning_rate(step, config) / config.learning_rate
+            self.lr_scheduler: LambdaLR = LambdaLR(
+                optimizer or self.optimizer, lambda step: learning_rate(step, self.config) / self.config.learning_rate
             )
         return self.lr_scheduler
 
@@ -127,10 +130,10 @@ def arguments_of(config: TrainConfig, folder: str, evaluates: bool) -> TrainingA
         bf16=config.precision == "bf16",
         use_cpu=not torch.accelerator.is_available(),
         dataloader_pin_memory=torch.accelerator.is_available(),
-        gradient_checkpointing=config.checkpointing,
         eval_strategy="steps" if evaluates else "no",
         eval_steps=config.evaluate_every,
         prediction_loss_only=True,
+        label_names=[],  # windows are their own labels
         save_steps=config.save_every,
         save_total_limit=2,
         logging_steps=config.log_every,

@@ -71,6 +71,12 @@ class SparseBitNetConfig:
 
         return convert(model, self)
 
+    def pack(self, model: PreTrainedModel) -> PreTrainedModel:
+        """See `lissom.weights.sparse_bitnet.pack`."""
+        from lissom.weights.sparse_bitnet.apply import pack
+
+        return pack(model)
+
     def training(self, model: PreTrainedModel) -> Training:
         """What the trainer is to do and to log while a converted model is trained."""
         from lissom.weights.sparse_bitnet.training import SparseTraining

@@ -1,0 +1,197 @@
+"""`lissom train`: a causal language model, from scratch or from a checkpoint, with or without a teacher."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from lissom.cli.common import JSON, MODEL, bars
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_NEW, _RECORD = "new", "train.json"
+_HELD_OUT = 0.01  # of the text
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(train)
+
+
+def train(
+    model: str = typer.Argument(..., help=f"{MODEL} `new`: a Llama-like model with random weights."),
+    text: Path = typer.Option(..., "--text", "-t", help="Text file, or folder of .txt, .md, .rst and .jsonl files."),
+    output: Path = typer.Option(..., "--output", "-o", help="Folder of the run and of the model that it leaves."),
+    held_out: Path = typer.Option(None, help="Text that is measured on. [default: the last hundredth of the text]"),
+    method: str = typer.Option(None, help="Method that is trained, e.g. sparse-bitnet."),
+    settings: list[str] = typer.Option([], "--set", metavar="NAME=VALUE", help="Of the method; may be repeated."),
+    packed: Path = typer.Option(None, help="Also write the model here in the packed form that the method has."),
+    teacher: str = typer.Option(None, help="Model to distill from, e.g. the one that is converted."),
+    teacher_logits: float = typer.Option(1.0, help="Weight of the divergence from the teacher's distribution."),
+    teacher_hidden: float = typer.Option(1.0, help="Weight of the distance to its hidden states; 0: other sizes."),
+    teacher_labels: float = typer.Option(0.0, help="Weight of the text itself, where there is a teacher."),
+    temperature: float = typer.Option(1.0, help="Of the teacher's and the model's distribution."),
+    steps: int = typer.Option(1000, help="Of the optimiser."),
+    context: int = typer.Option(512, help="Tokens of a window."),
+    batch_size: int = typer.Option(8, help="Windows that a process takes at a time."),
+    accumulate: int = typer.Option(1, help="Of those in a step."),
+    learning_rate: float = typer.Option(3e-4, "--lr", help="Highest learning rate."),
+    least_rate: float = typer.Option(1e-5, help="Last learning rate."),
+    warmup: int = typer.Option(100, help="Steps in which it rises."),
+    schedule: str = typer.Option("cosine", help="cosine, or wsd: constant, then falling over the last steps."),
+    decay_share: float = typer.Option(0.2, help="Share of the steps that wsd falls in."),
+    weight_decay: float = typer.Option(0.1, help="Of matrices."),
+    weight_decay_until: float = typer.Option(None, help="Share of the steps over which it falls to 0, e.g. 0.5."),
+    precision: str = typer.Option("fp32", help="fp32, or bf16: products in 16 bits, weights in 32."),
+    checkpointing: bool = typer.Option(False, "--checkpointing", help="Compute activations twice to save memory."),
+    seed: int = typer.Option(0, help="Of new weights and of the order of windows."),
+    evaluate_every: int = typer.Option(500, help="Steps between measurements on held-out text."),
+    save_every: int = typer.Option(500, help="Steps between checkpoints."),
+    log_every: int = typer.Option(20, help="Steps between lines of the log."),
+    tracking: str = typer.Option("none", help="none, tensorboard or trackio."),
+    layers: int = typer.Option(6, help="Of a new model."),
+    hidden: int = typer.Option(384, help="Hidden size of a new model."),
+    heads: int = typer.Option(6, help="Attention heads of a new model."),
+    vocabulary: int = typer.Option(4096, help="Tokens of a new model, whose tokenizer is learned from the text."),
+    json_file: str = JSON,
+) -> None:
+    """Train on a folder of text. The same command goes on where a run was stopped.
+
+    Runs on several processes as `torchrun --nproc-per-node 2 -m lissom train ...` or under `accelerate launch`.
+    """
+    from rich.console import Console
+
+    from lissom.errors import UserError
+    from lissom.files import atomic_path, require_writable, write_json
+    from lissom.recipes.registry import build
+    from lissom.train import Distillation, TrainConfig, token_windows
+    from lissom.train import train as run
+
+    config = TrainConfig(
+        steps=steps, context=context, batch_size=batch_size, accumulate=accumulate, learning_rate=learning_rate,
+        least_rate=least_rate, warmup=min(warmup, steps // 2), schedule=schedule, decay_share=decay_share,  # type: ignore[arg-type]
+        weight_decay=weight_decay, weight_decay_until=weight_decay_until, precision=precision,  # type: ignore[arg-type]
+        checkpointing=checkpointing, seed=seed, evaluate_every=evaluate_every, save_every=save_every,
+        log_every=log_every, tracking=tracking,  # type: ignore[arg-type]
+    )  # fmt: skip
+    distillation = Distillation(teacher_logits, teacher_hidden, teacher_labels, temperature)
+    chosen = None if method is None else build(method, _values(settings))
+    if settings and chosen is None:
+        raise UserError("--set is of a method: name it with --method.")
+    if chosen is not None and not hasattr(chosen, "training"):
+        raise UserError(f"{method} is not trained: it is used in a recipe.")
+    if packed is not None and not hasattr(chosen, "pack"):
+        raise UserError("--packed needs a --method that has a packed form, as sparse-bitnet.")
+    facts = {"model": model, "text": str(text), "method": str(chosen), "teacher": teacher, "config": asdict(config)}
+    if teacher is not None:
+        facts["distillation"] = asdict(distillation)
+    _check_folder(output, facts)
+    require_writable(output / _RECORD)
+    write_json(facts, str(output / _RECORD))
+    console = Console(stderr=True)
+    with console.status(f"loading {model}"):
+        shape: dict[str, Any] = {"hidden": hidden, "layers": layers, "heads": heads, "context": context, "seed": seed}
+        network, tokenizer = _load(model, text, output, vocabulary, shape)
+        mentor = None if teacher is None else _load(teacher, text, output, vocabulary, shape)[0]
+    with bars(console) as progress:
+        reading = progress.add_task("reading text", total=None)
+        windows = token_windows(
+            text, tokenizer, context, lambda stage, done, total: progress.update(reading, completed=done, total=total)
+        )
+        measured = token_windows(held_out, tokenizer, context) if held_out else None
+    if measured is None:
+        windows, measured = windows.split(_HELD_OUT)
+    if chosen is not None:
+        chosen.convert(network)
+    trainings = [] if chosen is None else [chosen.training(network)]
+    with bars(console) as progress:
+        task = progress.add_task("steps", total=steps)
+        history = run(
+            config, network, tokenizer, windows, measured, output, trainings, mentor, distillation,
+            lambda done, total: progress.update(task, completed=done, total=total),
+            lambda entry: console.print(_line(entry), highlight=False, soft_wrap=True),
+        )  # fmt: skip
+    if packed is not None:
+        from transformers import AutoModelForCausalLM
+
+        with console.status(f"packing into {packed}"), atomic_path(packed) as temporary:
+            chosen.pack(AutoModelForCausalLM.from_pretrained(output)).save_pretrained(temporary)  # type: ignore[union-attr]
+            tokenizer.save_pretrained(temporary)
+    write_json({**facts, "history": history}, str(output / _RECORD))
+    if json_file:
+        write_json({**facts, "history": history}, json_file)
+    if json_file != "-":
+        last = [entry["eval_loss"] for entry in history if "eval_loss" in entry][-1]
+        typer.echo(f"{output}: NLL of held-out text {last:.4f} nats per token after {steps} steps. Use it:")
+        typer.echo(f'  lissom generate {packed or output} "your question"')
+
+
+def _values(settings: list[str]) -> dict[str, Any]:
+    """`NAME=VALUE` as recipes read them."""
+    import yaml
+
+    from lissom.errors import UserError
+
+    values = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals or not name:
+            raise UserError(f"--set {setting}: expected NAME=VALUE.")
+        values[name] = yaml.safe_load(value)
+    return values
+
+
+def _check_folder(output: Path, facts: dict[str, Any]) -> None:
+    """A folder may be new, empty, or hold the same run."""
+    from lissom.errors import UserError
+
+    record = output / _RECORD
+    if not record.exists():
+        if output.exists() and any(output.iterdir()):
+            raise UserError(f"{output} holds something that is no run of `lissom train`; give another folder.")
+        return
+    try:
+        known = json.loads(record.read_text())
+    except ValueError as error:
+        raise UserError(f"{record} is damaged: remove {output}, or give another folder.") from error
+    if "history" in known:
+        raise UserError(f"{output} holds a run that has ended; give another folder.")
+    for name, value in facts.items():
+        if known.get(name) != value:
+            raise UserError(
+                f"{output} holds a run of another {name}: give another folder, or the settings of {record}."
+            )
+
+
+def _load(
+    name: str, text: Path, output: Path, vocabulary: int, shape: dict[str, Any]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    import lissom
+    from lissom.train import new_model, new_tokenizer
+    from lissom.train.data import documents, text_files
+
+    if name != _NEW:
+        return lissom.load(name, "float32")
+    folder = output / "tokenizer"
+    if not folder.exists():
+        from lissom.files import atomic_path
+
+        tokenizer = new_tokenizer((part for file in text_files(text) for part in documents(file)), vocabulary)
+        with atomic_path(folder) as temporary:
+            tokenizer.save_pretrained(temporary)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return new_model(len(tokenizer), **shape), tokenizer
+
+
+def _line(entry: dict[str, float]) -> str:
+    """An entry of the log."""
+    words = {"loss": "loss", "eval_loss": "held-out", "learning_rate": "rate"}
+    skipped = ("step", "epoch", "grad_norm", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+    parts = [f"{words.get(name, name)} {value:.4g}" for name, value in entry.items() if name not in skipped]
+    return f"step {entry['step']}: " + ", ".join(parts)

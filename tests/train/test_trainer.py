@@ -1,0 +1,196 @@
+"""Runs of a few steps on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_model
+from transformers import AutoModelForCausalLM
+
+from lissom.errors import UserError
+from lissom.train import Distillation, TokenWindows, TrainConfig, new_model, train
+from lissom.train.run import CHECKPOINTS, last_checkpoint
+from lissom.weights.sparse_bitnet import SparseBitNetConfig
+from lissom.weights.sparse_bitnet.apply import layers_of
+
+VOCABULARY = 60
+CONFIG = TrainConfig(
+    steps=12, context=16, batch_size=4, learning_rate=3e-3, warmup=2, log_every=1, evaluate_every=6, save_every=4
+)
+
+
+def windows(count: int = 80) -> TokenWindows:
+    """Text with something to learn: each token is followed by the next number, mostly."""
+    random = np.random.default_rng(0)
+    steps = np.where(random.random(count * 16) < 0.9, 1, 7)
+    return TokenWindows((np.cumsum(steps) % VOCABULARY).astype(np.uint16), 16)
+
+
+def fresh():
+    return new_model(VOCABULARY, hidden=48, layers=2, heads=3, intermediate=96, context=16, seed=1)
+
+
+def run(output: Path, config: TrainConfig = CONFIG, settings: SparseBitNetConfig | None = None, model=None, **changes):
+    model = model or fresh()
+    trainings = []
+    if settings is not None:
+        settings.convert(model)
+        trainings = [settings.training(model)]
+    kept, held = windows().split(0.1)
+    return train(config, model, None, kept, held, output, trainings, **changes), model
+
+
+def losses(history) -> list[float]:
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def test_it_learns_and_leaves_a_model(tmp_path):
+    history, model = run(tmp_path, TrainConfig(**{**vars(CONFIG), "steps": 60, "log_every": 20}))
+    assert losses(history)[-1] < losses(history)[0] - 0.5
+    assert [entry["step"] for entry in history if "eval_loss" in entry] == [*range(6, 61, 6)]
+    loaded, ids = AutoModelForCausalLM.from_pretrained(tmp_path), windows()[0]["input_ids"][None]
+    assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
+
+
+@pytest.mark.parametrize("settings", [None, SparseBitNetConfig(), SparseBitNetConfig(sparse_share=0.5)])
+def test_a_run_that_was_killed_goes_on_as_if_nothing_had_happened(settings, tmp_path):
+    whole, model = run(tmp_path / "whole", settings=settings)
+
+    class Killed(Exception):
+        pass
+
+    def kill(done: int, total: int) -> None:
+        if done == 7:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(tmp_path / "parts", settings=settings, progress=kill)
+    assert Path(last_checkpoint(tmp_path / "parts" / CHECKPOINTS)).name == "checkpoint-4"
+    again, other = run(tmp_path / "parts", settings=settings)
+    assert losses(again) == losses(whole)
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_a_half_written_checkpoint_is_passed_over(tmp_path):
+    run(tmp_path, TrainConfig(**{**vars(CONFIG), "steps": 8}))
+    state = tmp_path / CHECKPOINTS / "checkpoint-8" / "trainer_state.json"
+    state.unlink()
+    assert Path(last_checkpoint(tmp_path / CHECKPOINTS)).name == "checkpoint-4"
+    assert last_checkpoint(tmp_path / "nothing") is None
+
+
+def test_methods_are_told_of_steps_and_measured(tmp_path):
+    history, model = run(tmp_path, settings=SparseBitNetConfig(sparse_share=0.25))
+    logged = [entry for entry in history if "loss" in entry]
+    assert all(layer.sparse for layer in layers_of(model).values())
+    pruned = [entry["pruned"] for entry in logged]
+    assert pruned[:9] == [0] * 9 and min(pruned[9:]) > 0.1  # 12 steps, sparse from the 10th on
+    assert "mask_flips" not in logged[9] and 0 <= logged[-1]["mask_flips"] < 0.2
+
+
+def test_weight_decay_follows_its_schedule_and_spares_norms(tmp_path, monkeypatch):
+    from lissom.train.trainer import CausalTrainer
+
+    seen = []
+    begin = CausalTrainer.begin_step
+
+    def watched(self, step):
+        begin(self, step)
+        seen.append([group["weight_decay"] for group in self.optimizer.param_groups])
+
+    monkeypatch.setattr(CausalTrainer, "begin_step", watched)
+    run(tmp_path, TrainConfig(**{**vars(CONFIG), "weight_decay_until": 0.5}))
+    assert seen[0] == [0.1, 0.0] and seen[6:] == [[0.0, 0.0]] * 6
+    assert 0.1 > seen[1][0] > seen[3][0] > 0
+
+
+def test_accumulation_gives_the_same_steps(tmp_path):
+    whole, model = run(tmp_path / "one")
+    parts, other = run(tmp_path / "two", TrainConfig(**{**vars(CONFIG), "batch_size": 2, "accumulate": 2}))
+    np.testing.assert_allclose(losses(parts), losses(whole), rtol=1e-4)
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
+
+
+def test_a_student_comes_nearer_to_its_teacher(tmp_path):
+    _, teacher = run(tmp_path / "teacher", TrainConfig(**{**vars(CONFIG), "steps": 60}))
+    student = fresh()
+    student.load_state_dict(teacher.state_dict())
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    config = TrainConfig(**{**vars(CONFIG), "steps": 60, "log_every": 5})
+    history, _ = run(tmp_path / "student", config, SparseBitNetConfig(), student, teacher=teacher)
+    logged = [entry for entry in history if "loss" in entry]
+    assert logged[-1]["divergence"] < 0.8 * logged[0]["divergence"]
+    assert logged[-1]["hidden"] < 0.8 * logged[0]["hidden"]
+    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+
+
+def test_teachers_that_do_not_fit_are_refused(tmp_path):
+    with pytest.raises(UserError, match="tokens, the model"):
+        run(tmp_path, teacher=tiny_model("llama"))
+    other = new_model(VOCABULARY, hidden=96, layers=2, heads=3)
+    with pytest.raises(UserError, match="distill logits only"):
+        run(tmp_path, teacher=other)
+    run(tmp_path, teacher=other, distillation=Distillation(hidden=0.0))
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
+    model = fresh()
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    with pytest.raises(UserError, match="loss is nan at step 1"):
+        run(tmp_path, model=model)
+
+
+_SCRIPT = """
+import sys
+sys.path[:0] = [{tests!r}, {here!r}]
+from pathlib import Path
+from dataclasses import replace
+import json, torch
+from test_trainer import CONFIG, fresh, windows
+from lissom.train import CausalTrainer
+from lissom.train.trainer import arguments_of
+from lissom.weights.sparse_bitnet import SparseBitNetConfig
+config = replace(CONFIG, batch_size=2, steps=6)
+arguments = arguments_of(config, sys.argv[1], False)
+{changes}
+model = SparseBitNetConfig().convert(fresh())
+kept, held = windows().split(0.1)
+trainer = CausalTrainer(model, config, arguments, kept, held, [SparseBitNetConfig().training(model)])
+trainer.train()
+if trainer.is_world_process_zero():
+    Path(sys.argv[2]).write_text(json.dumps(trainer.state.log_history))
+"""
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+def test_two_processes_give_the_losses_of_one(mode, tmp_path):
+    from dataclasses import replace
+
+    one, _ = run(tmp_path / "one", replace(CONFIG, steps=6), SparseBitNetConfig())
+    changes = ""
+    if mode == "fsdp2":
+        changes = "arguments.fsdp_config = {'version': 2}"
+    here = Path(__file__).parent
+    script = tmp_path / "script.py"
+    script.write_text(_SCRIPT.format(tests=str(here.parent), here=str(here), changes=changes))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LISSOM_ISA": os.environ.get("LISSOM_ISA", "")}
+    if mode == "fsdp2":
+        environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    done = subprocess.run(
+        [*command, str(script), str(tmp_path / "two"), str(tmp_path / "log.json")],
+        env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = json.loads((tmp_path / "log.json").read_text())
+    np.testing.assert_allclose(losses(two), losses(one), rtol=2e-3)
