@@ -15,7 +15,7 @@ import torch
 from gguf_files import ARCHITECTURES, Kind
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE, WordLevel
-from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedTokenizerFast
 
 import lissom
 from lissom.errors import UserError
@@ -24,6 +24,7 @@ from lissom.export.gguf_tokenizer import tokenizer_metadata
 from lissom.kernels.packed import pack_codes
 from lissom.kernels.packed_layers import PackedLinear
 from lissom.models.gguf import GgufFile, load_packed
+from lissom.weights.sparse_bitnet import pack
 
 OTHER_PYTHON = os.environ.get("LISSOM_LLAMA_CPP_PYTHON")
 needs_llama_cpp = pytest.mark.skipif(
@@ -306,3 +307,49 @@ def test_the_command(lissom_cli, tmp_path):
     assert gguf.GGUFReader(tmp_path / "out.gguf").get_field("general.architecture").contents() == "llama"
     done = lissom_cli("export", "gguf", tmp_path / "in.gguf", "-o", tmp_path / "x.gguf", "--type", "q2")
     assert done.returncode == 2 and "expected one of auto, f16" in done.stderr
+
+
+def ternary_model(pattern=(2, 4), hidden: int = 256):
+    """Of shapes that llama.cpp's ternary blocks fit."""
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=64, vocab_size=len(gguf_files.TOKENS), max_position_embeddings=512, initializer_range=0.1,
+        bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return lissom.SparseBitNetConfig(*pattern).convert(AutoModelForCausalLM.from_config(config))
+
+
+@pytest.mark.parametrize("type", ["auto", "tq2_0", "tq1_0"])
+@pytest.mark.parametrize("pattern", [(2, 4), (6, 8)])
+def test_ternary_matrices_lose_nothing_but_bits_of_their_scale(type, pattern, tmp_path):
+    model = pack(ternary_model(pattern))
+    kind = "TQ1_0" if type == "tq1_0" else "TQ2_0"
+    assert export_gguf(model, tokenizer_of(), tmp_path / "m.gguf", type) == {kind: 14, "F32": 2}
+    tensors = GgufFile(tmp_path / "m.gguf").tensors
+    for stored, name in (("ffn_down", "mlp.down_proj"), ("attn_v", "self_attn.v_proj")):
+        whole, scales = model.get_submodule(f"model.layers.1.{name}").packed.whole()
+        found = tensors[f"blk.1.{stored}.weight"]
+        got = gguf.dequantize(np.asarray(found.data).reshape(whole.shape[0], -1), Kind[kind])
+        np.testing.assert_array_equal(got, whole.numpy() * scales.half().float().numpy()[:, None])
+
+
+def test_ternary_rows_that_do_not_fill_blocks_are_refused_by_name(tmp_path):
+    model = pack(ternary_model(hidden=192))
+    with pytest.raises(
+        UserError, match=r"model.layers.0.self_attn.q_proj has 192 inputs: TQ2_0 needs a multiple of 256"
+    ):
+        export_gguf(model, tokenizer_of(), tmp_path / "m.gguf")
+    assert not (tmp_path / "m.gguf").exists()
+    assert export_gguf(model, tokenizer_of(), tmp_path / "m.gguf", "f16")["F16"] == 16
+
+
+@needs_llama_cpp
+def test_llama_cpp_computes_the_same_of_ternary_weights(tmp_path):
+    model, ids = pack(ternary_model()), torch.randint(0, 200, (1, 24))
+    export_gguf(model, tokenizer_of(), tmp_path / "m.gguf")
+    found = llama_cpp(tmp_path / "m.gguf", ids=ids[0].tolist(), text=PROBE)
+    with torch.no_grad():
+        wanted = model(ids).logits[0].numpy()
+    # llama.cpp rounds activations in blocks of 256, not by token.
+    assert np.linalg.norm(found["logits"] - wanted) < 0.05 * np.linalg.norm(wanted)

@@ -8,7 +8,10 @@ import typer
 
 from lissom.cli.common import JSON, MODEL
 
-_TYPE = "Of weights that are not packed: auto (their own dtype), f16, bf16, q8_0, q4_0, q4_1."
+_TYPE = (
+    "Of weights that are not packed: auto (their own dtype), f16, bf16, q8_0, q4_0, q4_1; "
+    "of ternary ones: tq2_0 (auto), tq1_0."
+)
 
 app = typer.Typer(help="Write a model for another runtime.", no_args_is_help=True)
 

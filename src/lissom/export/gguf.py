@@ -18,8 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lissom.errors import UserError
 from lissom.export.gguf_tokenizer import tokenizer_metadata
 from lissom.files import atomic_path
-from lissom.kernels.packed import check_finite
+from lissom.kernels.packed import Packed, check_finite
 from lissom.kernels.packed_layers import PackedEmbedding, PackedLinear
+from lissom.kernels.ternary import PER_CODE
 from lissom.models.gguf import blocks
 from lissom.models.gguf.architecture import (
     Architecture,
@@ -31,12 +32,13 @@ from lissom.models.gguf.architecture import (
     pair_rows,
 )
 
-TYPES = ("auto", "f16", "bf16", "q8_0", "q4_0", "q4_1")
+TYPES = ("auto", "f16", "bf16", "q8_0", "q4_0", "q4_1", "tq2_0", "tq1_0")
 _OF_DTYPE = {torch.float32: Kind.F32, torch.float16: Kind.F16, torch.bfloat16: Kind.BF16}
 _FILE_TYPES = {
     Kind.F32: LlamaFileType.ALL_F32, Kind.F16: LlamaFileType.MOSTLY_F16, Kind.BF16: LlamaFileType.MOSTLY_BF16,
     Kind.Q8_0: LlamaFileType.MOSTLY_Q8_0, Kind.Q4_0: LlamaFileType.MOSTLY_Q4_0, Kind.Q4_1: LlamaFileType.MOSTLY_Q4_1,
     Kind.Q4_K: LlamaFileType.MOSTLY_Q4_K_M, Kind.Q6_K: LlamaFileType.MOSTLY_Q6_K,
+    Kind.TQ1_0: LlamaFileType.MOSTLY_TQ1_0, Kind.TQ2_0: LlamaFileType.MOSTLY_TQ2_0,
 }  # fmt: skip
 _VOCABULARY = ("token_embd", "output")
 
@@ -63,9 +65,13 @@ def export_gguf(
 
     Packed layers keep their own type and lose nothing. Norms and biases are F32.
 
+    Ternary matrices are TQ2_0, or TQ1_0 where that is asked for, which have blocks of 256 inputs and lose nothing but
+    that scales are rounded to fp16; llama.cpp does not make use of 2:4. With any other type they are written as such.
+
     Args:
-        type: of weights that are not packed: one of `TYPES`. `auto` is their own dtype, which loses nothing. With
-            `q4_0` and `q4_1` the embedding and the head are Q8_0, and matrices that do not fill blocks of 32 are F16.
+        type: of weights that are not packed: one of `TYPES`. `auto` is their own dtype, which loses nothing, and so is
+            it with `tq2_0` and `tq1_0`. With `q4_0` and `q4_1` the embedding and the head are Q8_0, and matrices that
+            do not fill blocks of 32 are F16.
 
     Returns:
         How many matrices were written in each type.
@@ -124,7 +130,9 @@ def _of_module(
     def order(rows: torch.Tensor) -> torch.Tensor:
         return rows[pair_rows(len(rows), heads)] if heads else rows
 
-    if isinstance(module, PackedLinear | PackedEmbedding):
+    if isinstance(module, PackedLinear | PackedEmbedding) and module.format in PER_CODE:
+        found = [_ternary(name, stored, module.packed, type, order)]
+    elif isinstance(module, PackedLinear | PackedEmbedding):
         packed = module.packed
         kind, shape = blocks.kind_of(packed), (packed.rows, packed.columns)
         found = [_Entry(f"{stored}.weight", shape, kind, lambda: order(blocks.unpack(packed)))]
@@ -146,8 +154,25 @@ def _of_module(
     return found if bias is None else [*found, _vector(f"{stored}.bias", order(bias.detach().float()))]
 
 
+def _ternary(
+    name: str, stored: str, packed: Packed, type: str, order: Callable[[torch.Tensor], torch.Tensor]
+) -> _Entry:
+    shape, place = (packed.rows, packed.columns), f"{stored}.weight"
+    if type not in ("auto", "tq2_0", "tq1_0"):
+        kind = _asked(type, packed.quants, stored)
+        return _Entry(place, shape, kind, lambda: order(_matrix(name, packed.unpack(), kind)))
+    kind = Kind.TQ1_0 if type == "tq1_0" else Kind.TQ2_0
+    per_block = GGML_QUANT_SIZES[kind][0]
+    if packed.columns % per_block:
+        raise UserError(
+            f"{name} has {packed.columns} inputs: {kind.name} needs a multiple of {per_block}. "
+            "llama.cpp has no other ternary type; --type f16 writes the weights dense."
+        )
+    return _Entry(place, shape, kind, lambda: order(blocks.ternary_rows(packed, kind)))
+
+
 def _asked(type: str, weight: torch.Tensor, stored: str) -> Kind:
-    if type == "auto":
+    if type in ("auto", "tq2_0", "tq1_0"):
         return _OF_DTYPE.get(weight.dtype, Kind.F32)
     kind = Kind[type.upper()]
     if kind in (Kind.Q4_0, Kind.Q4_1) and stored in _VOCABULARY:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from gguf import GGML_QUANT_SIZES, dequantize
+from gguf import GGML_QUANT_SIZES, dequantize, quantize
 from gguf import GGMLQuantizationType as Kind
 
 from lissom.errors import UserError
@@ -158,6 +158,11 @@ def kind_of(packed: Packed) -> Kind:
     """The type that holds `packed` without loss: F32 where its columns do not fill blocks."""
     kind = _KINDS[packed.format]
     return Kind.F32 if packed.columns % GGML_QUANT_SIZES[kind][0] else kind
+
+
+def ternary_rows(packed: Packed, kind: Kind) -> torch.Tensor:
+    """A ternary matrix in blocks of TQ1_0 or TQ2_0, uint8 `[rows, bytes of a row]`: its scale is rounded to fp16."""
+    return torch.from_numpy(quantize(packed.unpack().numpy(), kind))
 
 
 def unpack(packed: Packed) -> torch.Tensor:
