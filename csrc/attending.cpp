@@ -3,6 +3,8 @@
 // afterwards. Nothing of it depends on the number of threads, so nor does the result.
 #include "native.h"
 
+#include <cfloat>
+
 namespace {
 
 constexpr int64_t kVectors = 128;  // queries of a tile
@@ -183,7 +185,7 @@ void Attending::select(Unit& unit, float* scratch) {
     isa_.energies(a_, queries, means, blocks, s.scoring, energies, scratch);
     float top = -INFINITY;
     for (int64_t j = 0; j < blocks; ++j) top = std::max(top, energies[j]);
-    least = top + std::log(alpha);
+    least = std::max(top + std::log(alpha), -FLT_MAX);  // a block without energy is never chosen
   }
   for (int64_t j = 0; j < blocks; ++j) {
     bool met = dense || j < s.sink || j > place / s.size - std::max<int64_t>(1, s.window);

@@ -14,7 +14,7 @@ from tiny import ARCHITECTURES, DECODERS, ByteTokenizer, close, random_ids, tiny
 from transformers import AutoModel, BertConfig, DynamicCache
 
 from lissom import AttentionMatching, Eviction, FlashPrefill, KVBudget, NativeDecode, compact, sparse_prefill
-from lissom.attention.flash_prefill import apply, controls
+from lissom.attention.flash_prefill import apply, controls, crossover
 from lissom.attention.flash_prefill.apply import Running
 from lissom.attention.flash_prefill.calibrate import GRID, Measuring, chosen
 from lissom.attention.flash_prefill.report import LayerReport
@@ -265,6 +265,53 @@ def test_why_nothing_was_sparse_is_told():
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_reports_name_layers_and_calls_that_are_dense():
+    model, ids = tiny_model("llama"), random_ids(400)
+    with FlashPrefill(**SPARSE, dense_layers=1)(model) as report:
+        cache = DynamicCache(config=model.config)
+        model(ids[:, :300], past_key_values=cache)
+        model(ids[:, 300:340], past_key_values=cache)
+        model(ids[:, 340:341], past_key_values=cache)
+    assert list(report.dense) == [
+        "in the first 1 layers, as `dense_layers` says",
+        "calls of fewer than 128 tokens behind others",
+    ]
+
+
+def test_the_crossover_is_measured_once_on_a_machine(tmp_path, monkeypatch):
+    measured = []
+    monkeypatch.setenv("LISSOM_CACHE", str(tmp_path))
+    monkeypatch.setattr(crossover, "_measured", lambda *facts: measured.append(facts) or 2304)
+    facts = (3, 1, 64), torch.float32, "cpu", FlashPrefill().rules(), 0.1, "bf16", False
+    for _ in range(2):
+        crossover.crossover.cache_clear()  # as another process
+        assert crossover.crossover(*facts) == 2304
+    assert len(measured) == 1
+    (tmp_path / "crossover").rename(tmp_path / "moved")
+    (tmp_path / "crossover").write_text("no folder")
+    crossover.crossover.cache_clear()
+    assert crossover.crossover(*facts) == 2304 and len(measured) == 2
+    crossover.crossover.cache_clear()
+
+
+def test_a_hopeless_crossover_is_not_looked_for_to_the_end(monkeypatch):
+    clock, tried = [0.0], []
+
+    def seconds(work, like):
+        tried.append(like.shape[2])
+        sparse = work.func is not torch.nn.functional.scaled_dot_product_attention
+        clock[0] += 5.0 if sparse else 0.5
+        return 5.0 if sparse else 0.5
+
+    monkeypatch.setattr(crossover, "_seconds", seconds)
+    monkeypatch.setattr(crossover.time, "perf_counter", lambda: clock[0])
+    rules = FlashPrefill().rules()
+    found = crossover._measured((3, 1, 64), torch.float32, "cpu", rules, 0.1, "bf16", False)
+    assert set(tried) == {crossover.first_sparse(rules)}
+    assert found == 16 * crossover.first_sparse(rules)  # ten times as slow: four doublings
+
+
 def test_what_is_not_causal_is_dense_and_says_so():
     shape = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
     model = AutoModel.from_config(BertConfig(**shape, vocab_size=300)).eval()

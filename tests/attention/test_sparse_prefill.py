@@ -409,3 +409,15 @@ def test_alpha_zero_is_sdpa_on_a_gpu(tokens, group):
     wanted = F.scaled_dot_product_attention(*(part.double() for part in parts), is_causal=True, enable_gqa=True)
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
         assert error(sparse_prefill(*(part.to("cuda", dtype) for part in parts), alpha=0.0).output, wanted) < tolerance
+
+
+@pytest.mark.parametrize("native_kernel", [True, False])
+def test_a_tile_without_any_energy_meets_what_is_forced_alone(native_kernel, monkeypatch):
+    if not native_kernel:
+        monkeypatch.setattr(native, "library", lambda: None)
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 1, 200, 64) for _ in range(3))
+    key[:, :, 0] = float("nan")  # of the only block that the second tile could choose
+    found = sparse_prefill(query, key, value, alpha=2.0, rules=Rules(sink=0, window=1, last=0))
+    assert found.selected[0, 0].tolist() == [[True, False], [False, True]]
+    assert bool(found.output[0, 0, 128:].isfinite().all())

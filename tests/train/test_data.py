@@ -69,7 +69,7 @@ def test_windows_are_split_without_overlap():
 
 def test_what_is_no_text_is_a_sentence(tokenizer, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no folder with"):
+    with pytest.raises(UserError, match="a folder without"):
         text_files(tmp_path / "empty")
     (tmp_path / "short.txt").write_text("the cat")
     with pytest.raises(UserError, match="less than a window of 512"):

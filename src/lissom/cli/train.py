@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from lissom.cli.common import JSON, MODEL, bars
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_NEW, _RECORD = "new", "train.json"
+_NEW, _RECORD, _TOKENIZER = "new", "train.json", "tokenizer"
 _HELD_OUT = 0.01  # of the text
 
 
@@ -86,15 +87,23 @@ def train(
         raise UserError(f"{method} is not trained: it is used in a recipe.")
     if packed is not None and not hasattr(chosen, "pack"):
         raise UserError("--packed needs a --method that has a packed form, as sparse-bitnet.")
-    facts = {"model": model, "text": str(text), "method": str(chosen), "teacher": teacher, "config": asdict(config)}
+    shape: dict[str, Any] = {"hidden": hidden, "layers": layers, "heads": heads, "context": context, "seed": seed}
+    facts: dict[str, Any] = {
+        "model": model,
+        "text": str(text),
+        "method": str(chosen),
+        "teacher": teacher,
+        "config": asdict(config),
+    }
     if teacher is not None:
         facts["distillation"] = asdict(distillation)
+    if model == _NEW:
+        facts["new model"] = {**shape, "vocabulary": vocabulary}
     _check_folder(output, facts)
     require_writable(output / _RECORD)
     write_json(facts, str(output / _RECORD))
     console = Console(stderr=True)
     with console.status(f"loading {model}"):
-        shape: dict[str, Any] = {"hidden": hidden, "layers": layers, "heads": heads, "context": context, "seed": seed}
         network, tokenizer = _load(model, text, output, vocabulary, shape)
         mentor = None if teacher is None else _load(teacher, text, output, vocabulary, shape)[0]
     with bars(console) as progress:
@@ -148,6 +157,7 @@ def _values(settings: list[str]) -> dict[str, Any]:
 def _check_folder(output: Path, facts: dict[str, Any]) -> None:
     """A folder may be new, empty, or hold the same run."""
     from lissom.errors import UserError
+    from lissom.train.run import CHECKPOINTS
 
     record = output / _RECORD
     if not record.exists():
@@ -160,11 +170,11 @@ def _check_folder(output: Path, facts: dict[str, Any]) -> None:
         raise UserError(f"{record} is damaged: remove {output}, or give another folder.") from error
     if "history" in known:
         raise UserError(f"{output} holds a run that has ended; give another folder.")
-    for name, value in facts.items():
-        if known.get(name) != value:
-            raise UserError(
-                f"{output} holds a run of another {name}: give another folder, or the settings of {record}."
-            )
+    different = [name for name in facts if known.get(name) != facts[name]]
+    if different and (output / CHECKPOINTS).exists():
+        raise UserError(f"{output} holds a run of another {different[0]}: give another folder, or as in {record}.")
+    if different:  # which has not begun to train
+        shutil.rmtree(output / _TOKENIZER, ignore_errors=True)
 
 
 def _load(
@@ -176,7 +186,7 @@ def _load(
 
     if name != _NEW:
         return lissom.load(name, "float32")
-    folder = output / "tokenizer"
+    folder = output / _TOKENIZER
     if not folder.exists():
         from lissom.files import atomic_path
 

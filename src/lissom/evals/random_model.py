@@ -9,8 +9,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from lissom.export.gguf import export_gguf
-from lissom.kernels.packed import GROUP, Packed, pack_codes
+from lissom.kernels.packed import GROUP, Packed, pack_codes, pack_ternary
 from lissom.kernels.packed_layers import PackedEmbedding, PackedLinear
+from lissom.kernels.ternary import PER_CODE, TERNARY
 from lissom.models import assets
 from lissom.models.gguf import GgufFile
 from lissom.models.gguf.load import load_tokenizer
@@ -19,7 +20,16 @@ _SPREAD = 0.02  # standard deviation of weights, as models are initialised
 
 
 def random_matrix(rows: int, columns: int, format: str, random: torch.Generator) -> Packed:
-    """A packed matrix, `q4` or `q8`, of codes drawn evenly."""
+    """A packed matrix: `q4` or `q8` of codes drawn evenly, or ternary with as many zeros as normal weights give."""
+    if format in PER_CODE:
+        # 31 % round to zero; of two that a 2:4 mask leaves of four, 5 %.
+        whole = torch.randint(0, 2, (rows, columns), dtype=torch.int8, generator=random).mul_(2).sub_(1)
+        dense = format == TERNARY
+        whole *= torch.rand(rows, columns, generator=random) > (0.31 if dense else 0.05)
+        if not dense:
+            order = torch.rand(rows, columns // 4, 4, generator=random).argsort(-1)
+            whole.view(rows, -1, 4).scatter_(2, order[..., :2], 0)
+        return pack_ternary(whole, torch.tensor(_SPREAD), format)
     top = {"q4": 16, "q8": 256}[format]
     codes = torch.randint(0, top, (rows, columns), dtype=torch.uint8, generator=random)
     # Even draws below n have a standard deviation of n / sqrt(12).
@@ -27,9 +37,9 @@ def random_matrix(rows: int, columns: int, format: str, random: torch.Generator)
     return pack_codes(codes, scales, None, format)
 
 
-def random_packed(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
-    """A model with linears of 4 bits, and an embedding of 8 bits that is its head, too. It can be exported, not run:
-    what is computed and not stored is left out."""
+def random_packed(config: PreTrainedConfig, format: str = "q4", seed: int = 0) -> PreTrainedModel:
+    """A model with linears of `format`, and an embedding of 8 bits that is its head, too. It can be exported and saved,
+    not run: what is computed and not stored is left out."""
     random = torch.Generator().manual_seed(seed)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -39,7 +49,7 @@ def random_packed(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
             model.set_submodule(name, PackedLinear.of(embedding))
         elif isinstance(module, nn.Linear):
             model.set_submodule(
-                name, PackedLinear.of(random_matrix(module.out_features, module.in_features, "q4", random))
+                name, PackedLinear.of(random_matrix(module.out_features, module.in_features, format, random))
             )
         elif isinstance(module, nn.Embedding):
             model.set_submodule(name, PackedEmbedding.of(embedding))

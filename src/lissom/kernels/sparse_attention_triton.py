@@ -133,7 +133,9 @@ def _lists(
             j = first + tl.arange(0, COLUMNS)
             energy = tl.load(energies + cell * blocks + j, mask=j < visible, other=float("-inf"))
             least = tl.maximum(least, tl.max(energy, 0))
-        least = least + tl.load(thresholds + item)
+        threshold = tl.load(thresholds + item)
+        # A block without energy is never chosen, unless all are.
+        least = tl.where(threshold > float("-inf"), tl.maximum(least + threshold, -1e30), float("-inf"))
     count = 0
     plain = 0
     for first in range(0, visible, COLUMNS):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -65,9 +66,11 @@ def text_files(path: Path) -> list[Path]:
     """
     if path.is_file():
         return [path]
+    if not path.is_dir():
+        raise UserError(f"{path} is no file, and no folder.")
     found = sorted(file for file in path.rglob("*") if file.suffix in _ENDINGS and file.is_file())
     if not found:
-        raise UserError(f"{path} is no file, and no folder with {', '.join(_ENDINGS)} files.")
+        raise UserError(f"{path} is a folder without {', '.join(_ENDINGS)} files.")
     return found
 
 
@@ -77,8 +80,6 @@ def documents(file: Path) -> Iterator[str]:
     Raises:
         UserError: it is no text, or a line has none.
     """
-    import json
-
     try:
         with file.open(encoding="utf-8") as lines:
             if file.suffix != ".jsonl":

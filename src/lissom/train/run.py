@@ -58,6 +58,8 @@ def train(
     if tokenizer is not None and trainer.is_world_process_zero():
         tokenizer.save_pretrained(output)
     trainer.save_model(str(output))
+    if trainer.is_world_process_zero():
+        (output / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody needs
     return history
 
 

@@ -105,6 +105,8 @@ class Running:
     ) -> bool:
         settings = self.settings
         if tokens < min(TILE, entries):  # behind a prompt: there is little to save, and drafts are verified so
+            if tokens > 1:
+                self.stays_dense(f"calls of fewer than {TILE} tokens behind others")
             return False
         rules, shape = settings.rules(), (heads, kv_heads, head_dim)
         if settings.min_tokens != "auto":
@@ -165,5 +167,7 @@ class NativeStretches:
 def applied(settings: FlashPrefill, model: PreTrainedModel) -> Iterator[Report]:
     """`settings` in `model` for the length of a block."""
     running = Running(settings, describe_decoder(model))
+    if settings.dense_layers:
+        running.stays_dense(f"in the first {settings.dense_layers} layers, as `dense_layers` says")
     with prompt_attention(model, running):
         yield running.report

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
 from functools import cache, partial
 from typing import Any
 
@@ -11,9 +16,15 @@ import torch
 import torch.nn.functional as F
 
 from lissom.attention.flash_prefill.prefill import Precision, sparse_prefill
+from lissom.devices.machine import describe
+from lissom.errors import UserError
+from lissom.files import atomic_path
+from lissom.kernels import native
 from lissom.kernels.blocks import TILE, Rules
+from lissom.models.assets import cache_dir
 
 _LONGEST_TRIED = 16384  # tokens for which dense attention is compared
+_PATIENCE = 1.0  # seconds after which no longer prompt is tried
 
 
 @cache
@@ -34,12 +45,39 @@ def crossover(
     natively: bool,
 ) -> int:
     """Tokens of the shortest prompt for which sparse attention is faster here than dense attention, that is SDPA or
-    `natively` the same kernel with all blocks: measured once, on `planted` queries and keys.
+    `natively` the same kernel with all blocks: measured on `planted` queries and keys, once on a machine, so that the
+    same prompt is not read sparsely by one process and densely by the next.
 
     Args:
         shape: query heads, KV heads and head_dim.
     """
-    tokens = first_sparse(rules)
+    machine = describe()
+    here = [machine["machine"]["cpu"], torch.get_num_threads(), machine["versions"], native.status().isa, device]
+    facts = [*here, shape, str(dtype), asdict(rules), alpha, precision, natively]
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    known = cache_dir() / "crossover" / key
+    try:
+        return int(known.read_text())
+    except (OSError, ValueError):
+        tokens = _measured(shape, dtype, device, rules, alpha, precision, natively)
+    with (
+        suppress(UserError),
+        atomic_path(known) as temporary,
+    ):  # a folder that cannot be written to is no reason to stop
+        temporary.write_text(str(tokens))
+    return tokens
+
+
+def _measured(
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    device: str,
+    rules: Rules,
+    alpha: float,
+    precision: Precision,
+    natively: bool,
+) -> int:
+    tokens, begun = first_sparse(rules), time.perf_counter()
     while tokens < _LONGEST_TRIED:
         query, key, value = (part.to(device, dtype) for part in planted(tokens, *shape))
         ours = partial(sparse_prefill, query, key, value, rules=rules, precision=precision)
@@ -47,8 +85,12 @@ def crossover(
         dense: Callable[[], Any] = partial(ours, alpha=0.0)
         if not natively:
             dense = partial(F.scaled_dot_product_attention, query, key, value, is_causal=True, enable_gqa=True)
-        if min(_seconds(sparse, query) for _ in range(3)) < min(_seconds(dense, query) for _ in range(3)):
+        one, other = (min(_seconds(work, query) for _ in range(3)) for work in (sparse, dense))
+        if one < other:
             return tokens
+        if time.perf_counter() - begun > _PATIENCE:
+            # Of twice the tokens sparse attention takes at least twice the time, dense attention four times.
+            return tokens * 2 ** math.ceil(math.log2(one / other))
         tokens *= 2
     return tokens
 

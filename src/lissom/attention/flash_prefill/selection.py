@@ -60,6 +60,7 @@ def above(energy: torch.Tensor, alpha: torch.Tensor | float) -> torch.Tensor:
     threshold. No block is scored in the first tiles, where that is none."""
     alpha = torch.as_tensor(alpha, dtype=energy.dtype, device=energy.device)
     least = energy.amax(-1, keepdim=True) + alpha.log().view(-1, 1, 1)
+    least = least.clamp(min=torch.finfo(energy.dtype).min)  # a block without energy is never chosen
     return (energy >= least) | (alpha.view(-1, 1, 1) <= 0)
 
 

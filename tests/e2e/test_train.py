@@ -1,0 +1,95 @@
+"""`lissom train` as a user calls it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+TEXT = "The cat sat on the mat, and the dog ran after the cat. " * 400
+SMALL = ("--steps", 6, "--context", 16, "--batch-size", 2, "--warmup", 1, "--log-every", 2, "--save-every", 3)
+NEW = ("--layers", 1, "--hidden", 48, "--heads", 3, "--vocabulary", 300)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "a.txt").write_text(TEXT)
+    (folder / "b.md").write_text(TEXT.upper())
+    return folder
+
+
+def test_a_new_ternary_model_is_trained_packed_and_used(lissom_cli, text, tmp_path):
+    command = (
+        "train",
+        "new",
+        "--text",
+        text,
+        *SMALL,
+        *NEW,
+        "--method",
+        "sparse-bitnet",
+        "--set",
+        "n=2",
+        "--set",
+        "m=4",
+    )
+    done = lissom_cli(*command, "-o", tmp_path / "run", "--packed", tmp_path / "small", "--json", tmp_path / "log.json")
+    assert done.returncode == 0, done.stderr
+    assert "NLL of held-out text" in done.stdout and "zeros" in done.stderr
+    history = json.loads((tmp_path / "log.json").read_text())["history"]
+    assert [entry["step"] for entry in history if "loss" in entry] == [2, 4, 6]
+    assert not list((tmp_path / "run").glob("*.bin"))  # no pickle is left behind
+    used = lissom_cli("generate", tmp_path / "small", "The cat", "--max-new-tokens", 4)
+    assert used.returncode == 0, used.stderr
+    again = lissom_cli(*command, "-o", tmp_path / "run")
+    assert again.returncode == 2 and "has ended" in again.stderr
+
+
+def test_a_model_is_trained_on_with_itself_as_the_teacher(lissom_cli, tiny_folder, text, tmp_path):
+    done = lissom_cli(
+        "train", tiny_folder, "--teacher", tiny_folder, "--text", text, "-o", tmp_path / "run", *SMALL,
+        "--method", "sparse-bitnet",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "divergence" in done.stderr and "hidden" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "options,words",
+    [
+        (("--set", "n=2"), "--method"),
+        (("--method", "sparse-bitnet", "--set", "n"), "NAME=VALUE"),
+        (("--method", "sparse-bitnet", "--set", "k=3"), "no setting 'k'"),
+        (("--method", "sparse-bitnet", "--set", "n=9"), "n of m"),
+        (("--method", "sparse-bitnet", "--set", "m=7"), "multiple of 7 inputs"),
+        (("--method", "flash-prefill"), "is not trained"),
+        (("--packed", "x"), "--packed"),
+        (("--context", 100000), "less than a window"),
+        (("--schedule", "steps"), "schedule"),
+        (("--held-out", "missing.txt"), "missing.txt"),
+    ],
+)
+def test_mistakes_are_one_sentence(lissom_cli, text, tmp_path, options, words):
+    done = lissom_cli("train", "new", "--text", text, "-o", tmp_path / "run", *SMALL, *NEW, *options)
+    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_folder_of_something_else_is_left_alone(lissom_cli, text, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    done = lissom_cli("train", "new", "--text", text, "-o", tmp_path, *SMALL, *NEW)
+    assert done.returncode == 2 and "no run of `lissom train`" in done.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
+    missing = lissom_cli("train", "new", "--text", tmp_path / "none", "-o", tmp_path / "run", *SMALL, *NEW)
+    assert missing.returncode == 2 and "no file, and no folder" in missing.stderr
+
+
+def test_what_could_not_begin_may_be_asked_for_otherwise(lissom_cli, text, tmp_path):
+    command = ("train", "new", "--text", text, "-o", tmp_path / "run", *SMALL, *NEW, "--method", "sparse-bitnet")
+    assert lissom_cli(*command, "--set", "m=7").returncode == 2
+    assert lissom_cli(*command, "--vocabulary", 280).returncode == 0
+    record = json.loads((tmp_path / "run" / "train.json").read_text())
+    record.pop("history")
+    (tmp_path / "run" / "train.json").write_text(json.dumps(record))  # as if it had been stopped
+    other = lissom_cli(*command)
+    assert other.returncode == 2 and "run of another new model" in other.stderr
