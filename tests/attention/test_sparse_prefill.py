@@ -421,3 +421,35 @@ def test_a_tile_without_any_energy_meets_what_is_forced_alone(native_kernel, mon
     found = sparse_prefill(query, key, value, alpha=2.0, rules=Rules(sink=0, window=1, last=0))
     assert found.selected[0, 0].tolist() == [[True, False], [False, True]]
     assert bool(found.output[0, 0, 128:].isfinite().all())
+
+
+@pytest.mark.skipif(native.library() is None, reason="no native kernels")
+@pytest.mark.parametrize(
+    "rules",
+    [
+        Rules(sink=0, window=0, last=0),
+        Rules(sink=1, window=1, last=2, following=300),
+        Rules(sink=1, window=1, last=0, corrected=True),
+        Rules("row-normalised", sink=0, window=1, last=1, shared=True, corrected=True),
+    ],
+    ids=["no window", "following", "corrected", "shared"],
+)
+def test_native_and_reference_agree_in_lists_and_in_what_they_leave_out(rules):
+    query, key, value = inputs(700, 1000, 4, 2, 64, rows=1)
+    alphas = torch.tensor([0.0, 2.0, 0.9, 0.6])
+    got = sparse_prefill(query, key, value, alpha=alphas, rules=rules, estimate=True, precision="exact")
+    wanted = _plain(query, key, value, rules, alphas, 0.125, [0], None, True)
+    assert torch.equal(got.selected, wanted.selected)
+    torch.testing.assert_close(got.output, wanted.output, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(got.lse, wanted.lse, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(got.dropped, wanted.dropped, atol=1e-4, rtol=1e-3)
+    assert 0 < float(got.dropped.max()) <= 1
+
+
+@pytest.mark.parametrize("native_kernel", [True, False])
+def test_energies_that_are_equal_to_the_threshold_are_met(native_kernel, monkeypatch):
+    if not native_kernel:
+        monkeypatch.setattr(native, "library", lambda: None)
+    query, key, value = inputs(512, 512, 1, 1, 64, rows=1)
+    found = sparse_prefill(query, torch.zeros_like(key), value, alpha=1.0, rules=Rules(sink=0, window=1, last=0))
+    assert torch.equal(found.selected[0, 0], torch.ones(4, 4).tril().bool())
