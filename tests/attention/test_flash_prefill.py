@@ -279,6 +279,25 @@ def test_reports_name_layers_and_calls_that_are_dense():
     ]
 
 
+def test_stretches_end_between_tiles_that_are_no_power_of_two():
+    """Three heads that share a list have tiles of 42 positions."""
+    running = Running(FlashPrefill(shared=True))
+    stretches = apply.NativeStretches(running, torch.full((2, 3), 0.1), 1, [0], [True, True])
+    assert stretches.edges(400, 400, 100) == [0, 84, 168, 252, 336, 400]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [127, 128])
+def test_calls_of_a_whole_tile_are_sparse(tokens):
+    model, ids = tiny_model("llama"), random_ids(300 + tokens)
+    with FlashPrefill(**SPARSE)(model) as report:
+        cache = DynamicCache(config=model.config)
+        model(ids[:, :300], past_key_values=cache)
+        before = report.layers[0].causal
+        model(ids[:, 300:], past_key_values=cache)
+    assert (report.layers[0].causal > before) == (tokens == 128)
+
+
 def test_the_crossover_is_measured_once_on_a_machine(tmp_path, monkeypatch):
     measured = []
     monkeypatch.setenv("LISSOM_CACHE", str(tmp_path))

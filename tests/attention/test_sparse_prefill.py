@@ -31,6 +31,14 @@ SHAPES = [  # tokens, entries, query heads, KV heads, head_dim, block, shared, s
 ]
 
 
+SMALL = SHAPES[3:5]  # in which there is nothing to leave out
+
+
+def thresholds(heads):
+    """One for each head, of which some leave out all that may be left out, and some nothing."""
+    return torch.tensor([0.9, 2.0, 0.0, 0.6]).repeat(heads)[:heads]
+
+
 @pytest.fixture(params=[isa for isa in ISAS])
 def isa(request):
     before = native.status().isa
@@ -156,11 +164,11 @@ def test_random_blocks_are_as_many():
 def test_native_is_the_reference(shape, isa):
     tokens, entries, heads, kv_heads, size, block, shared, scoring, corrected, padding = shape
     parts = inputs(tokens, entries, heads, kv_heads, size)
-    rules = Rules(scoring, block, 1, 1, 1, shared, corrected)
-    got = sparse_prefill(*parts, alpha=0.6, rules=rules, padding=padding, estimate=True)
-    alphas = torch.full((heads,), 0.6)
+    rules, alphas = Rules(scoring, block, 1, 1, 0, shared, corrected), thresholds(heads)
+    got = sparse_prefill(*parts, alpha=alphas, rules=rules, padding=padding, estimate=True)
     wanted = _plain(*parts, rules, alphas, size**-0.5, list(padding), None, True)
     assert torch.equal(got.selected, wanted.selected)
+    assert bool((wanted.dropped > 0).any()) == (shape not in SMALL)
     for one, other in zip(got[:4], wanted[:4], strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
@@ -382,9 +390,8 @@ def error(got, wanted):
 def test_gpu_is_the_reference(shape, dtype, tolerance):
     tokens, entries, heads, kv_heads, size, block, shared, scoring, corrected, padding = shape
     parts = [part.to(dtype) for part in inputs(tokens, entries, heads, kv_heads, size)]
-    rules = Rules(scoring, block, 1, 1, 1, shared, corrected)
-    got = sparse_prefill(*(part.cuda() for part in parts), alpha=0.6, rules=rules, padding=padding, estimate=True)
-    alphas = torch.full((heads,), 0.6)
+    rules, alphas = Rules(scoring, block, 1, 1, 0, shared, corrected), thresholds(heads)
+    got = sparse_prefill(*(part.cuda() for part in parts), alpha=alphas, rules=rules, padding=padding, estimate=True)
     wanted = _plain(*parts, rules, alphas, size**-0.5, list(padding), None, True)
     same = (got.selected.cpu() == wanted.selected).float().mean()
     assert same == 1 if dtype == torch.float32 else same > 0.98
@@ -424,26 +431,35 @@ def test_a_tile_without_any_energy_meets_what_is_forced_alone(native_kernel, mon
 
 
 @pytest.mark.skipif(native.library() is None, reason="no native kernels")
-@pytest.mark.parametrize(
-    "rules",
-    [
-        Rules(sink=0, window=0, last=0),
-        Rules(sink=1, window=1, last=2, following=300),
-        Rules(sink=1, window=1, last=0, corrected=True),
-        Rules("row-normalised", sink=0, window=1, last=1, shared=True, corrected=True),
-    ],
-    ids=["no window", "following", "corrected", "shared"],
-)
-def test_native_and_reference_agree_in_lists_and_in_what_they_leave_out(rules):
+@pytest.mark.parametrize("rules", [Rules(sink=0, window=0, last=0), Rules(sink=1, window=1, last=2, following=300)])
+def test_no_window_and_tokens_that_follow(rules):
     query, key, value = inputs(700, 1000, 4, 2, 64, rows=1)
-    alphas = torch.tensor([0.0, 2.0, 0.9, 0.6])
-    got = sparse_prefill(query, key, value, alpha=alphas, rules=rules, estimate=True, precision="exact")
-    wanted = _plain(query, key, value, rules, alphas, 0.125, [0], None, True)
+    got = sparse_prefill(query, key, value, alpha=thresholds(4), rules=rules)
+    wanted = _plain(query, key, value, rules, thresholds(4), 0.125, [0], None, False)
     assert torch.equal(got.selected, wanted.selected)
-    torch.testing.assert_close(got.output, wanted.output, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(got.lse, wanted.lse, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(got.dropped, wanted.dropped, atol=1e-4, rtol=1e-3)
-    assert 0 < float(got.dropped.max()) <= 1
+    torch.testing.assert_close(got.output, wanted.output, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif("avx512_bf16" not in ISAS, reason="no processor that multiplies bf16")
+def test_precision_is_what_is_asked_for():
+    parts = inputs(400, 400, 2, 1, 64, rows=1)
+    exact, rounded = (sparse_prefill(*parts, alpha=0.0, precision=how) for how in ("exact", "bf16"))
+    assert not torch.equal(exact.lse, rounded.lse)
+    torch.testing.assert_close(exact.lse, rounded.lse, atol=0.05, rtol=0.05)
+    halves = [part.bfloat16() for part in parts]
+    whole = sparse_prefill(*(part.float() for part in halves), alpha=0.0, precision="exact")
+    assert torch.equal(sparse_prefill(*halves, alpha=0.0, precision="exact").lse, whole.lse)
+
+
+@pytest.mark.skipif(native.library() is None, reason="no native kernels")
+def test_choosing_costs_nothing_where_lists_are_given():
+    parts = inputs(2048, 2048, 4, 1, 64, rows=1)
+
+    def select(query, key, layout, scale):
+        return layout.causal().expand(4, -1, -1)
+
+    choosing, attending = sparse_prefill(*parts, select=select).seconds.tolist()
+    assert 0 <= choosing < attending
 
 
 @pytest.mark.parametrize("native_kernel", [True, False])
