@@ -44,6 +44,13 @@ def test_a_new_ternary_model_is_trained_packed_and_used(lissom_cli, text, tmp_pa
     assert used.returncode == 0, used.stderr
     again = lissom_cli(*command, "-o", tmp_path / "run")
     assert again.returncode == 2 and "has ended" in again.stderr
+    on = ("train", tmp_path / "run", "--text", text, *SMALL)
+    further = lissom_cli(*on, "-o", tmp_path / "further", "--packed", tmp_path / "smaller")
+    assert further.returncode == 0 and "mask_flips" in further.stderr, further.stderr
+    other = lissom_cli(*on, "-o", tmp_path / "other", "--method", "sparse-bitnet", "--set", "n=1")
+    assert other.returncode == 2 and "in training with sparse-bitnet 2:4" in other.stderr
+    packed = lissom_cli("train", tmp_path / "small", "--text", text, *SMALL, "-o", tmp_path / "more")
+    assert packed.returncode == 2 and "packed weights" in packed.stderr
 
 
 def test_a_model_is_trained_on_with_itself_as_the_teacher(lissom_cli, tiny_folder, text, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -85,8 +86,6 @@ def train(
         raise UserError("--set is of a method: name it with --method.")
     if chosen is not None and not hasattr(chosen, "training"):
         raise UserError(f"{method} is not trained: it is used in a recipe.")
-    if packed is not None and not hasattr(chosen, "pack"):
-        raise UserError("--packed needs a --method that has a packed form, as sparse-bitnet.")
     shape: dict[str, Any] = {"hidden": hidden, "layers": layers, "heads": heads, "context": context, "seed": seed}
     facts: dict[str, Any] = {
         "model": model,
@@ -102,7 +101,8 @@ def train(
     _check_folder(output, facts)
     require_writable(output / _RECORD)
     write_json(facts, str(output / _RECORD))
-    console = Console(stderr=True)
+    first = os.environ.get("RANK", "0") == "0"  # of several processes
+    console = Console(stderr=True, quiet=not first)
     with console.status(f"loading {model}"):
         network, tokenizer = _load(model, text, output, vocabulary, shape)
         mentor = None if teacher is None else _load(teacher, text, output, vocabulary, shape)[0]
@@ -114,8 +114,14 @@ def train(
         measured = token_windows(held_out, tokenizer, context) if held_out else None
     if measured is None:
         windows, measured = windows.split(_HELD_OUT)
-    if chosen is not None:
+    known = _in_training(network, model)
+    if known is not None and chosen not in (None, known):
+        raise UserError(f"{model} is in training with {known}: leave out --method, or give the same.")
+    if chosen is not None and known is None:
         chosen.convert(network)
+    chosen = chosen or known
+    if packed is not None and not hasattr(chosen, "pack"):
+        raise UserError("--packed needs a --method that has a packed form, as sparse-bitnet.")
     trainings = [] if chosen is None else [chosen.training(network)]
     with bars(console) as progress:
         task = progress.add_task("steps", total=steps)
@@ -124,6 +130,8 @@ def train(
             lambda done, total: progress.update(task, completed=done, total=total),
             lambda entry: console.print(_line(entry), highlight=False, soft_wrap=True),
         )  # fmt: skip
+    if not first:
+        return
     if packed is not None:
         from transformers import AutoModelForCausalLM
 
@@ -137,6 +145,23 @@ def train(
         last = [entry["eval_loss"] for entry in history if "eval_loss" in entry][-1]
         typer.echo(f"{output}: NLL of held-out text {last:.4f} nats per token after {steps} steps. Use it:")
         typer.echo(f'  lissom generate {packed or output} "your question"')
+
+
+def _in_training(network: PreTrainedModel, name: str) -> Any:
+    """The method that a checkpoint was saved in the middle of, if any.
+
+    Raises:
+        UserError: the weights are packed, and cannot be trained.
+    """
+    from lissom.errors import UserError
+    from lissom.weights.plugin import TrainingConfig
+
+    config = getattr(network.config, "quantization_config", None)
+    if isinstance(config, TrainingConfig):
+        return config.method()
+    if getattr(network, "is_quantized", False):
+        raise UserError(f"{name} has packed weights, which cannot be trained: start from its original weights.")
+    return None
 
 
 def _values(settings: list[str]) -> dict[str, Any]:
