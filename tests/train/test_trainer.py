@@ -81,6 +81,13 @@ def test_a_run_that_was_killed_goes_on_as_if_nothing_had_happened(settings, tmp_
         assert torch.equal(one, two)
 
 
+@pytest.mark.parametrize("every", [4, 5, 100])
+def test_the_last_step_is_measured_once(every, tmp_path):
+    history, _ = run(tmp_path, replace(CONFIG, steps=8, evaluate_every=every))
+    measured = [entry["step"] for entry in history if "eval_loss" in entry]
+    assert measured == sorted({*range(every, 9, every), 8})
+
+
 def test_a_half_written_checkpoint_is_passed_over(tmp_path):
     run(tmp_path, replace(CONFIG, steps=8))
     state = tmp_path / CHECKPOINTS / "checkpoint-8" / "trainer_state.json"

@@ -52,7 +52,8 @@ def train(
         model, config, arguments, windows, held_out, trainings, teacher, distillation, [_Watch(progress, say)]
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
-    if held_out is not None and config.steps % config.evaluate_every:
+    measured = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    if held_out is not None and config.steps not in measured:
         trainer.evaluate()
     history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
     if tokenizer is not None and trainer.is_world_process_zero():
