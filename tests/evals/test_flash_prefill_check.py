@@ -143,7 +143,7 @@ def made_up(attention: float, whole: float, nll: float, right: int) -> study.Run
 def test_verdicts():
     good = {claim.claim: claim.verdict for claim in report.result(made_up(1.0, 4.0, 0.02, 49)).claims}
     (words,) = (words for words, verdict in good.items() if verdict != "holds")
-    assert len(good) == 10 and words.startswith(f"needle, {PAPER}{STRICT}:") and "-60.0%" in words
+    assert len(good) == 13 and words.startswith(f"needle, {PAPER}{STRICT}:") and "-60.0%" in words
     bad = report.result(made_up(1.5, 7.0, 0.04, 48)).claims
     failed = [claim.claim.split(":")[0] for claim in bad if claim.verdict == "does not hold"]
     assert len(failed) == 6 and failed[0].startswith("8192 tokens, float32") and "needle, flashprefill" in failed
