@@ -46,6 +46,13 @@ def quantise_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (values * inverse).round_(), inverse
 
 
+def whole_product(
+    quants: torch.Tensor, inverse: torch.Tensor, whole: torch.Tensor, scales: torch.Tensor
+) -> torch.Tensor:
+    """The product of what `quantise_tokens` returns with `whole` and `scales` as in `product`, fp32 `[..., rows]`."""
+    return F.linear(quants, whole).float() * (scales / inverse)
+
+
 def product(x: torch.Tensor, whole: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """The product of `x` `[..., columns]`, as whole numbers, with `whole` `[rows, columns]`, in plain PyTorch.
 
@@ -56,8 +63,7 @@ def product(x: torch.Tensor, whole: torch.Tensor, scales: torch.Tensor, bias: to
     Returns:
         `[..., rows]` in the dtype of `x`.
     """
-    quants, inverse = quantise_tokens(x)
-    out = F.linear(quants, whole).float() * (scales / inverse)
+    out = whole_product(*quantise_tokens(x), whole, scales)
     return (out if bias is None else out + bias.float()).to(x.dtype)
 
 

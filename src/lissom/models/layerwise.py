@@ -34,6 +34,12 @@ def weight_of(module: nn.Module) -> torch.Tensor:
     return weight if isinstance(module, nn.Linear | nn.Embedding) else weight.T
 
 
+def require_original(model: PreTrainedModel) -> None:
+    """Raise a `UserError` where the weights of `model` are quantised."""
+    if getattr(model, "is_quantized", False) or any(isinstance(m, PackedLinear) for m in model.modules()):
+        raise UserError("The model is quantised already: start from its original weights.")
+
+
 def linear_layers(model: PreTrainedModel) -> list[dict[str, nn.Module]]:
     """The linear layers of each decoder layer, by their names in the model.
 

@@ -9,13 +9,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lissom.errors import UserError
 from lissom.kernels.packed import check_finite
 from lissom.kernels.packed_layers import PackedEmbedding, PackedLinear, replace, skeleton
 from lissom.kernels.rounding import GRIDS, Coded, Grid, rtn
 from lissom.models import describe_decoder
 from lissom.models.calibration import calibration_windows, tokenizer_of
-from lissom.models.layerwise import LayerRunner, linear_layers, observing, weight_of
+from lissom.models.layerwise import LayerRunner, linear_layers, observing, require_original, weight_of
 from lissom.plugin import attach
 from lissom.weights.quant.config import FINE, Quantize
 from lissom.weights.quant.gptq import gptq
@@ -69,8 +68,7 @@ def quantize(
     model: PreTrainedModel, settings: Quantize, tokenizer: PreTrainedTokenizerBase | None, progress: Progress
 ) -> PreTrainedModel:
     """See `Quantize.convert`."""
-    if getattr(model, "is_quantized", False) or any(isinstance(m, PackedLinear) for m in model.modules()):
-        raise UserError("The model is quantised already: start from its original weights.")
+    require_original(model)
     layers = linear_layers(model)
     for name, parameter in model.named_parameters():
         check_finite(parameter, name)

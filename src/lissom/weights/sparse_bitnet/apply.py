@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 
 from lissom.errors import UserError
 from lissom.kernels.packed import Packed, check_finite, pack_ternary
-from lissom.kernels.packed_layers import PackedLinear, replace
+from lissom.kernels.packed_layers import replace
 from lissom.kernels.ternary import TERNARY, TERNARY_2_4
 from lissom.models import describe_decoder
-from lissom.models.layerwise import linear_layers, weight_of
+from lissom.models.layerwise import linear_layers, require_original, weight_of
 from lissom.plugin import attach
 from lissom.weights.plugin import mark
 from lissom.weights.sparse_bitnet.config import SparseBitNetConfig
@@ -28,8 +28,7 @@ def convert(model: PreTrainedModel, settings: SparseBitNetConfig) -> PreTrainedM
     """See `SparseBitNetConfig.convert`."""
     if layers_of(model):
         raise UserError("The model has sparse ternary layers already.")
-    if getattr(model, "is_quantized", False) or any(isinstance(m, PackedLinear) for m in model.modules()):
-        raise UserError("The model is quantised already: start from its original weights.")
+    require_original(model)
     place(model, settings)
     mark(model, settings)
     return model
@@ -90,7 +89,7 @@ def pack(model: PreTrainedModel) -> PreTrainedModel:
     `save_pretrained` then writes packed weights, and `from_pretrained` reads them.
 
     Raises:
-        UserError: the model has no such layers, they are the floating point control, or masks are not on yet.
+        UserError: the model has no such layers, they are the floating point control, or weights are not finite.
     """
     layers = layers_of(model)
     if not layers:

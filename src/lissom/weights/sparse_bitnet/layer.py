@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lissom.kernels.ternary import quantise_tokens
+from lissom.kernels.ternary import quantise_tokens, whole_product
 from lissom.weights.sparse_bitnet.config import SparseBitNetConfig
 from lissom.weights.sparse_bitnet.ternary import nm_mask, sparse_ternary
 
@@ -30,8 +30,7 @@ class _Product(torch.autograd.Function):
         quants, inverse = quantise_tokens(x)
         ctx.save_for_backward(quants.to(torch.int8), inverse, whole.to(torch.int8), scales, kept)
         ctx.dtypes = x.dtype, weight.dtype
-        # As `kernels.ternary.product`: packed layers give the very same numbers.
-        return F.linear(quants, whole).float() * (scales / inverse)
+        return whole_product(quants, inverse, whole, scales)  # what packed layers give, bit for bit
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
