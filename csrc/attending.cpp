@@ -111,19 +111,22 @@ void Attending::prepare_sparse() {
     const int64_t entries = a_.store->lengths[row * a_.kv_heads] - origin(row);
     means_each_ = std::max(means_each_, (entries + s.size - 1) / s.size);
   }
-  for (int64_t block = 0; block < blocks(); ++block) {
-    const int64_t row = block / a_.kv_heads, length = a_.store->lengths[block], begin = origin(row);
+  // Heads within tiles: the queries of a token lie together, those of a head a page apart.
+  for (int64_t row = 0; row < a_.rows; ++row) {
+    const int64_t length = a_.store->lengths[row * a_.kv_heads], begin = origin(row);
     const int64_t place = length - a_.tokens - begin;  // of the first token
-    for (int64_t head = 0; head < group(); head += heads)
-      for (int64_t token = 0; token < a_.tokens;) {
-        // Tiles begin at multiples of their length, so that reading a prompt in stretches gives the same ones.
-        const int64_t here = place + token;
-        const int64_t most = here < 0 ? std::min(wide, -here) : wide - here % wide;
-        const int64_t tokens = std::min(most, a_.tokens - token), end = length - (a_.tokens - token - tokens);
-        units_.push_back({block, token, tokens, head, heads, std::min(begin, end), end, static_cast<int64_t>(units_.size()),
-                          here < 0 ? -1 : here / wide - std::max<int64_t>(0, place) / wide, 0});
-        token += tokens;
-      }
+    for (int64_t token = 0; token < a_.tokens;) {
+      // Tiles begin at multiples of their length, so that reading a prompt in stretches gives the same ones.
+      const int64_t here = place + token;
+      const int64_t most = here < 0 ? std::min(wide, -here) : wide - here % wide;
+      const int64_t tokens = std::min(most, a_.tokens - token), end = length - (a_.tokens - token - tokens);
+      const int64_t tile = here < 0 ? -1 : here / wide - std::max<int64_t>(0, place) / wide;
+      for (int64_t block = row * a_.kv_heads; block < (row + 1) * a_.kv_heads; ++block)
+        for (int64_t head = 0; head < group(); head += heads)
+          units_.push_back({block, token, tokens, head, heads, std::min(begin, end), end,
+                            static_cast<int64_t>(units_.size()), tile, 0});
+      token += tokens;
+    }
   }
   means_.resize(blocks() * 2 * means_each_ * a_.head_dim);
   lists_.resize(units_.size() * means_each_);

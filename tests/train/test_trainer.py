@@ -179,12 +179,14 @@ trainer = CausalTrainer(model, config, arguments, kept, held, [SparseBitNetConfi
 trainer.train()
 if trainer.is_world_process_zero():
     Path(sys.argv[2]).write_text(json.dumps(trainer.state.log_history))
+torch.distributed.destroy_process_group()
 """
 _SHARDED = """
 torch.distributed.init_process_group("gloo")
 found = sharded_losses(torch.distributed.get_rank(), 2)
 if torch.distributed.get_rank() == 0:
     Path(sys.argv[2]).write_text(json.dumps(found))
+torch.distributed.destroy_process_group()
 """
 
 

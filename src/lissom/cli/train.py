@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,7 +125,7 @@ def train(
     if packed is not None and not hasattr(chosen, "pack"):
         raise UserError("--packed needs a --method that has a packed form, as sparse-bitnet.")
     trainings = [] if chosen is None else [chosen.training(network)]
-    with bars(console) as progress:
+    with bars(console) as progress, _processes():
         task = progress.add_task("steps", total=steps)
         history = run(
             config, network, tokenizer, windows, measured, output, trainings, mentor, distillation,
@@ -145,6 +147,18 @@ def train(
         last = [entry["eval_loss"] for entry in history if "eval_loss" in entry][-1]
         typer.echo(f"{output}: NLL of held-out text {last:.4f} nats per token after {steps} steps. Use it:")
         typer.echo(f'  lissom generate {packed or output} "your question"')
+
+
+@contextmanager
+def _processes() -> Iterator[None]:
+    """Ends the group of processes that the trainer makes: its threads must not outlive the interpreter."""
+    try:
+        yield
+    finally:
+        from torch import distributed
+
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 def _in_training(network: PreTrainedModel, name: str) -> Any:
