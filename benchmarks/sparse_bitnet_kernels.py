@@ -1,6 +1,6 @@
 """Ternary products and decoding of 2:4 weights, beside dense ternary ones, 4 bits, and PyTorch's own products.
 
-A product is of one vector, or of 256 as in a prompt, with a matrix that fits into the caches or does not. Decoding is
+A product is of one vector, or of 256 as in a prompt, with a matrix that fits into a cache or does not. Decoding is
 of models with random weights, for no kernel's time depends on them: about 100 million parameters, and a billion.
 """
 
@@ -27,7 +27,7 @@ from lissom.kernels.packed import GROUP, Packed
 from lissom.kernels.ternary import TERNARY, TERNARY_2_4
 from lissom.report.rows import Result, Row
 
-SHAPES = {"in cache": (1536, 2304), "in L3": (4096, 4608), "in memory": (11008, 4608)}
+SHAPES = {"in L2": (1536, 2304), "in L3": (4096, 4608), "in memory": (65536, 4608)}
 OURS = {"2:4": TERNARY_2_4, "ternary": TERNARY, "int4": "q4"}
 BASE = "ternary"  # what ratios are against
 TORCH = {"torch fp32": torch.float32, "torch bf16": torch.bfloat16}

@@ -40,7 +40,7 @@ struct Matrix {
   const void* scales;             // [blocks][columns / group][16]; fp16, or bytes in the K formats; ternary: fp32 [blocks]
   const void* mins;               // the same
   const void* supers;             // fp16 [blocks][columns / 256][2 (scale, min) or 1][16]
-  const int32_t* spills;          // kTernary24: [blocks / 2][group], 32 * code + row of it, or -1
+  const int32_t* spills;          // kTernary24: [blocks / 2][group], 32 * code + row in its tile, or -1
   const float* bias;              // [rows rounded up to 16], or null
 };
 

@@ -96,9 +96,7 @@ class Weights {
       const int64_t tiles = (blocks + 1) / 2, words = words_of(format, columns);
       quants_.resize(tiles * words * 32 * 2);
       for (int64_t i = 0; i < tiles * words * 32; ++i) {
-        int64_t word = random.below(1 << 16);  // of kTernary24 every word is one
-        if (format == kTernary) word = random.below(27) | random.below(27) << 5 | random.below(27) << 10;
-        write<uint16_t>(quants_, i, static_cast<uint16_t>(word));
+        write<uint16_t>(quants_, i, static_cast<uint16_t>(format == kTernary ? random_triples(random) : random_quads(random)));
       }
       scales_.resize(blocks * 4);
       for (int64_t i = 0; i < blocks; ++i) write<float>(scales_, i, static_cast<float>(size * random.between(1, 9) / 9));
@@ -154,25 +152,37 @@ class Weights {
   double largest = 0.0;
 
  private:
-  // Of kTernary24: makes the spills of a tile what they may be, codes that are zeros in its words, each once.
+  static int64_t random_triples(Random& random) { return random.below(27) | random.below(27) << 5 | random.below(27) << 10; }
+  // With bit 0 clear exactly one code is 0, or the word is 64. Codes that may spill, 2 and 8, are frequent.
+  static int64_t random_quads(Random& random) {
+    const bool whole = random.chance();
+    if (!whole && random.below(8) == 0) return 64;
+    const int64_t zeros = random.below(3);
+    int64_t word = whole;
+    for (int field = 0; field < 3; ++field) {
+      const int64_t code = random.chance() ? random.one_of<int64_t>({2, 8}) : whole ? random.below(32) : random.between(1, 31);
+      word |= (!whole && field == zeros ? 0 : code) << (5 * field + 1);
+    }
+    return word;
+  }
+  // Of kTernary24: makes the spills of a tile what they may be, codes 2 and 8, each once.
   void spill(int64_t tile, int64_t group) {
     const auto begin = spills_.begin() + tile * group, end = begin + group;
     std::sort(begin, end, std::greater<int32_t>());
-    int32_t before = -1;
-    for (auto at = begin; at != end; ++at) {
-      const int64_t code = *at / 32, row = *at % 32;
-      if (*at >= 0 && (*at == before || !zeros(tile, code, row))) *at = before;
-      before = *at;
-    }
-    const auto last = std::unique(begin, end);
-    std::fill(last, end, -1);
-    if (group && !zeros(tile, std::max(0, *begin) / 32, std::max(0, *begin) % 32)) std::fill(begin, end, -1);
+    auto kept = std::unique(begin, end);
+    kept = std::remove_if(begin, kept, [&](int32_t at) { return at < 0 || !may_spill(tile, at / 32, at % 32); });
+    std::fill(kept, end, -1);
+  }
+  bool may_spill(int64_t tile, int64_t code, int64_t row) const {
+    const uint32_t number = word_of(tile, code, row) >> (5 * (code % 3) + 1) & 31;
+    return word_of(tile, code, row) != 64 && (number == 2 || number == 8);
   }
   uint32_t word_of(int64_t tile, int64_t code, int64_t row) const {
     return read<uint16_t>(quants_, (tile * words_of(format_, columns_) + code / 3) * 32 + row);
   }
   bool zeros(int64_t tile, int64_t code, int64_t row) const {
-    return (word_of(tile, code, row) & (1u | 31u << (5 * (code % 3) + 1))) == 0;
+    const uint32_t word = word_of(tile, code, row);
+    return word == 64 || (word & (1u | 31u << (5 * (code % 3) + 1))) == 0;
   }
   double ternary(int64_t row, int64_t k) const {
     const double scale = read<float>(scales_, row / 16);
@@ -180,10 +190,9 @@ class Weights {
     const int64_t number = word_of(tile, code, row % 32) >> (5 * (code % 3) + (format_ == kTernary24)) & 31;
     const int64_t place = k - code * (format_ == kTernary ? 3 : 4);
     if (format_ == kTernary) return scale * (number / (place == 0 ? 1 : place == 1 ? 3 : 9) % 3 - 1);
-    if (zeros(tile, code, row % 32)) {
-      const auto begin = spills_.begin() + tile * matrix.group, end = begin + matrix.group;
-      return place == 0 && std::find(begin, end, code * 32 + row % 32) != end ? scale : 0.0;
-    }
+    const auto begin = spills_.begin() + tile * matrix.group, end = begin + matrix.group;
+    const bool spilt = place == 1 && std::find(begin, end, code * 32 + row % 32) != end;
+    if (spilt || zeros(tile, code, row % 32)) return 0.0;
     if (number < 8) return number / 2 != place ? 0.0 : number % 2 ? -scale : scale;
     static const int pairs[6][2] = {{0, 1}, {0, 2}, {0, 3}, {1, 2}, {1, 3}, {2, 3}};
     const int* pair = pairs[(number - 8) / 4];

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -92,13 +94,31 @@ def test_size_is_what_the_format_says(format):
     assert bits == pytest.approx(formats.FORMATS[format].bits, rel=0.02)
 
 
-def test_words_with_both_zeros_and_the_code_of_zeros_spill():
-    """`+1 0 0 0` beside `0 0 0 0` in a word of three codes cannot be told apart in it."""
+def test_words_with_two_codes_that_would_be_zero_spill():
     one, none = [1, 0, 0, 0], [0, 0, 0, 0]
-    rows = [one + none + one, none + none + none, one + one + one, none + one + [0, -1, 0, 1]]
+    rows = [
+        one + none + one,
+        none + none + none,
+        one + one + one,
+        none + one + [0, -1, 0, 1],
+        [*none, -1, 0, 0, 0, *none],
+    ]
     packed = formats.pack_ternary(torch.tensor(rows), torch.tensor(1.0), TERNARY_2_4)
-    assert sorted(packed.spills[0].tolist()) == [0 * 32 + 0, 1 * 32 + 3, 2 * 32 + 0]
+    assert sorted(packed.spills[0].tolist()) == [0 * 32 + 0, 1 * 32 + 3, 2 * 32 + 0, 2 * 32 + 4]
     assert packed.whole()[0].tolist() == rows
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_word_of_2_4(isa):
+    """All 33 ** 3 values that twelve weights have."""
+    four = np.array([v for v in itertools.product((-1, 0, 1), repeat=4) if np.count_nonzero(v) <= 2])
+    assert len(four) == 33
+    whole = four[np.array(list(itertools.product(range(33), repeat=3)))].reshape(-1, 12)
+    x = torch.from_numpy(np.random.default_rng(0).standard_normal((1, 12)).astype(np.float32))
+    packed = formats.pack_ternary(torch.from_numpy(whole), torch.tensor(0.5), TERNARY_2_4)
+    got = on(isa, lambda: formats.multiply(x, packed))
+    np.testing.assert_array_equal(got.numpy(), exact(x, whole, np.full(len(whole), 0.5)))
+    np.testing.assert_array_equal(on(isa, lambda: formats.unpack(packed)).numpy(), whole * 0.5)
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -6,9 +6,10 @@ order, as long as a row has less than 132 000 inputs: every way to compute it gi
 Both formats keep three codes of 5 bits in a word of 16, and interleave the words of 32 rows:
 
 - `ternary`: a code is three weights, 27 values. 16 / 9 = 1.78 bits per weight.
-- `ternary_2_4`: a code is four weights, at most two of which are not zero. There are 32 such values besides all zeros,
-  and the word's lowest bit tells whether code 0 means `+1 0 0 0` (1) or all zeros (0). In the few words that hold both,
-  `+1 0 0 0` is written as zeros, and named in `spills`. 16 / 12 = 1.33 bits per weight, and what spills.
+- `ternary_2_4`: a code is four weights, at most two of which are not zero. There are 32 such values besides all zeros.
+  Where the word's lowest bit is 1, code 0 means `+1 0 0 0`. Where it is 0, exactly one of the codes is 0 and means all
+  zeros; a word of codes 0, 1, 0 is twelve zeros. Of the few words with two codes that would be 0, the later one is
+  written with a second weight of 1, and named in `spills`. 16 / 12 = 1.33 bits per weight, and what spills.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ PER_CODE = {TERNARY: 3, TERNARY_2_4: 4}  # weights
 LEAST = 1e-5  # of the largest activation of a token
 LARGEST = 127.0  # of a quantised activation
 _ZERO = 32  # stands for the code of all zeros, which has no number of its own
+_VOID = 1 << 6  # the word of twelve zeros
+_ONE, _OTHER, _BOTH = 0, 2, 8  # codes of `+1 0 0 0`, `0 +1 0 0` and `+1 +1 0 0`
+_ELSE = 1  # code of what is looked at by nobody
 _NONE = -1  # of a place for a spill that is not used
 
 
@@ -131,25 +135,40 @@ def pack(whole: torch.Tensor, scales: torch.Tensor, format: str) -> dict[str, to
         codes = _states()[1].to(codes.device)[codes.long()]
         if bool((codes < 0).any()):
             raise UserError("Of four weights that follow each other more than two are not zero: they are not 2:4.")
+        codes[rows:] = codes[:, -(-columns // per_code) :] = _ELSE
         in_words = codes.unflatten(1, (-1, 3))
         zeros = in_words == _ZERO
-        some = zeros.any(-1, keepdim=True)
-        tensors["spills"] = _spills((some & (in_words == 0)).flatten(1))
-        fields = in_words.masked_fill(zeros, 0).unbind(-1)
-        words = ~some[..., 0] | fields[0] << 1 | fields[1] << 6 | fields[2] << 11
+        some, empty = zeros.any(-1, keepdim=True), zeros.all(-1)
+        later = zeros & (zeros.cumsum(-1) > 1)
+        one = some & (in_words == _ONE)
+        tensors["spills"] = _spills(((later | one) & ~empty[..., None]).flatten(1))
+        coded = in_words.masked_fill(zeros, 0).masked_fill(later, _OTHER).masked_fill(one, _BOTH)
+        fields = coded.unbind(-1)
+        words = (~some[..., 0] | fields[0] << 1 | fields[1] << 6 | fields[2] << 11).masked_fill(empty, _VOID)
     tiles = words.unflatten(0, (-1, ROWS)).transpose(1, 2)
     quants = torch.stack([tiles & 255, tiles >> 8], -1).to(torch.uint8).contiguous()
     return {"quants": quants, **tensors}
 
 
 def _spills(hit: torch.Tensor) -> torch.Tensor:
-    """Of bool `[rows, codes]`, 32 * code + row of each True, int32 `[tiles, most of a tile]`."""
+    """Of bool `[rows, codes]`, 32 * code + row in its tile of each True, int32 `[tiles, most of a tile]`."""
     tile, code, row = hit.unflatten(0, (-1, ROWS)).transpose(1, 2).nonzero(as_tuple=True)
     counts = torch.bincount(tile, minlength=len(hit) // ROWS)
     place = torch.arange(len(tile), device=hit.device) - (counts.cumsum(0) - counts)[tile]
     spills = torch.full((len(counts), int(counts.max())), _NONE, dtype=torch.int32, device=hit.device)
     spills[tile, place] = (ROWS * code + row).int()
     return spills
+
+
+def check_spills(spills: torch.Tensor, columns: int) -> None:
+    """That each names a code of its tile: kernels take their word for it.
+
+    Raises:
+        UserError: one does not.
+    """
+    codes = ROWS * 3 * words_of(TERNARY_2_4, columns)
+    if spills.numel() and not (int(spills.min()) >= _NONE and int(spills.max()) < codes):
+        raise UserError("The checkpoint is damaged: spills are outside their matrix.")
 
 
 def whole_of(format: str, quants: torch.Tensor, spills: torch.Tensor | None) -> torch.Tensor:
@@ -162,8 +181,9 @@ def whole_of(format: str, quants: torch.Tensor, spills: torch.Tensor | None) -> 
         return (digits - 1).to(torch.int8).flatten(1)
     assert spills is not None
     codes = torch.stack([words >> shift & 31 for shift in (1, 6, 11)], -1)
-    codes = codes.masked_fill((codes == 0) & (words[..., None] & 1 == 0), _ZERO).flatten(1)
+    zeros = (codes == 0) & (words[..., None] & 1 == 0) | (words == _VOID)[..., None]
+    whole = _states()[0].to(codes.device)[codes.masked_fill(zeros, _ZERO).flatten(1).long()]
     tile, place = (spills != _NONE).nonzero(as_tuple=True)
     spilt = spills[tile, place].long()
-    codes[tile * ROWS + spilt % ROWS, spilt // ROWS] = 0
-    return _states()[0].to(codes.device)[codes.long()].flatten(1)
+    whole[tile * ROWS + spilt % ROWS, spilt // ROWS, 1] = 0
+    return whole.flatten(1)

@@ -7,6 +7,8 @@ import logging
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny import ALL_ARCHITECTURES, DECODERS, tiny_model
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -158,3 +160,17 @@ def test_recipes_name_the_method():
     from lissom.recipes.registry import build
 
     assert build("sparse-bitnet", {"n": 6, "m": 8}) == SparseBitNetConfig(6, 8)
+
+
+@pytest.mark.parametrize("bad", [-2, 10**6])
+def test_spills_outside_their_matrix_are_refused(tmp_path, bad):
+    pack(SparseBitNetConfig().convert(tiny_model("llama"))).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    with safe_open(file, "pt") as saved:
+        metadata = saved.metadata()
+    tensors = load_file(file)
+    name = next(name for name, tensor in tensors.items() if name.endswith("spills") and tensor.numel())
+    tensors[name][-1, -1] = bad
+    save_file(tensors, file, metadata)
+    with pytest.raises(UserError, match="damaged"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
