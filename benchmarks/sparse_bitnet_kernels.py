@@ -1,7 +1,9 @@
-"""Ternary products and decoding of 2:4 weights, beside dense ternary ones, 4 bits, and PyTorch's own products.
+"""Products and decoding of 2:4 ternary weights, beside dense ternary ones, 4 bits, PyTorch's own products and llama.cpp.
 
-A product is of one vector, or of 256 as in a prompt, with a matrix that fits into a cache or does not. Decoding is
-of models with random weights, for no kernel's time depends on them: about 100 million parameters, and a billion.
+A product is of one vector, or of 256 as in a prompt, with a matrix that fits into a cache or does not. Decoding is of
+models with random weights, for no kernel's time depends on them: about 100 million parameters, and a billion; each in a
+process of its own. llama.cpp is found where LISSOM_LLAMA_CPP_PYTHON names a Python that has llama-cpp-python; without it
+its arms are left out.
 """
 
 from __future__ import annotations
@@ -9,23 +11,32 @@ from __future__ import annotations
 import argparse
 import ctypes
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
 import lissom
 from lissom.devices.machine import describe
 from lissom.devices.meters import interleaved, threads
+from lissom.evals.peers.process import Failed, Worker
 from lissom.evals.random_model import random_matrix, random_packed
 from lissom.evals.stats import median_interval, ratio_interval
+from lissom.export.gguf import export_gguf
 from lissom.kernels import native
 from lissom.kernels.packed import GROUP, Packed
 from lissom.kernels.ternary import TERNARY, TERNARY_2_4
+from lissom.plugin import attach
+from lissom.recipes import Recipe
 from lissom.report.rows import Result, Row
+from lissom.train import new_tokenizer
 
 SHAPES = {"in L2": (1536, 2304), "in L3": (4096, 4608), "in memory": (65536, 4608)}
 OURS = {"2:4": TERNARY_2_4, "ternary": TERNARY, "int4": "q4"}
@@ -41,6 +52,11 @@ MODELS = {
         head_dim=64, vocab_size=32000, max_position_embeddings=2048, tie_word_embeddings=True,
     ),
 }  # fmt: skip
+LLAMA_CPP = {"tq2_0": "llama.cpp TQ2_0", "tq1_0": "llama.cpp TQ1_0"}
+ROUNDS = 15
+STEPS = 16  # tokens that are decoded in a round
+PROMPT = list(range(3, 67))
+CAPACITY = len(PROMPT) + (ROUNDS + 2) * (STEPS + 1) + 8
 _LEAST = 0.005  # seconds that are timed at a time
 
 
@@ -55,13 +71,12 @@ def seconds_of(work: Callable[[], object]) -> float:
     return (time.perf_counter() - begun) / count
 
 
-def rounds_of(arms: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def rounds_of(arms: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each arm in each round, after one that does not count."""
     found: dict[str, list[float]] = {name: [] for name in arms}
-    for _ in interleaved({name: partial(seconds_of, work) for name, work in arms.items()}, 1):
-        pass
-    for name, seconds in interleaved({name: partial(seconds_of, work) for name, work in arms.items()}, rounds):
-        found[name].append(seconds)
+    for number, (name, seconds) in enumerate(interleaved(arms, rounds + 1)):
+        if number >= len(arms):
+            found[name].append(seconds)
     return found
 
 
@@ -89,21 +104,44 @@ def products(rows: int, columns: int, vectors: int) -> dict[str, Callable[[], ob
     return arms
 
 
-def decoding(config: LlamaConfig, format: str, context: int = 64) -> Callable[[], object]:
-    """A step of a model with random weights of `format`, behind a prompt."""
-    model = random_packed(config, format)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
-    assert isinstance(model, LlamaForCausalLM)
-    block = lissom.NativeDecode()(model.eval())
-    block.__enter__()  # for the rest of the process
-    cache, token = DynamicCache(config=config), torch.tensor([[5]])
-    model(torch.arange(context)[None], past_key_values=cache)
+@contextmanager
+def decoding(config: LlamaConfig, count: int) -> Iterator[dict[str, Callable[[], float]]]:
+    """Models of one size, each in a process of its own; a call decodes some tokens and returns the seconds of one.
 
-    def step() -> None:
-        model(token, past_key_values=cache)
-        cache.crop(context)
+    Vocabularies are padded: what a tokenizer learns from a few words is enough to write a GGUF file.
+    """
+    tokenizer = new_tokenizer(["speed does not depend on words"], 300)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        workers: dict[str, Worker] = {}
 
-    return step
+        def opened(name: str, runtime: str, **settings: Any) -> None:
+            worker = stack.enter_context(Worker(runtime, count))
+            try:
+                worker.open({"threads": count, **settings})
+            except Failed as error:
+                print(f"{name} is left out: {error}", file=sys.stderr)
+                return
+            worker.ask("read", ids=PROMPT, capacity=CAPACITY)
+            workers[name] = worker
+
+        for name, format in OURS.items():
+            target, model = Path(folder) / format, random_packed(config, format)
+            attach(model)
+            model.save_pretrained(target)
+            tokenizer.save_pretrained(target)
+            if format == TERNARY:
+                for type in LLAMA_CPP:
+                    export_gguf(model, tokenizer, Path(folder) / f"{type}.gguf", type)
+            opened(name, "lissom", recipe=Recipe.of(lissom.NativeDecode(), model="", dtype="float32").model_dump(),
+                   model=str(target), through="loop")  # fmt: skip
+        for type, shown in LLAMA_CPP.items():
+            opened(shown, "llama_cpp", gguf=str(Path(folder) / f"{type}.gguf"), flash=True)
+
+        def step(worker: Worker) -> float:
+            seconds = worker.ask("step", count=STEPS + 1)["seconds"]
+            return sum(seconds[1:]) / STEPS  # the first one pays for the pause before it
+
+        yield {name: partial(step, worker) for name, worker in workers.items()}
 
 
 def rows_of(where: str, found: dict[str, list[float]]) -> Iterator[Row]:
@@ -121,20 +159,19 @@ def main() -> None:
     given = parser.parse_args()
     if native.library() is None:
         sys.exit("This installation has no native kernels: there is nothing to measure.")
-    rounds, counts = (5, [1]) if given.quick else (15, sorted({1, torch.get_num_threads()}))
+    rounds, counts = (5, [1]) if given.quick else (ROUNDS, sorted({1, torch.get_num_threads()}))
     rows: list[Row] = []
     for where, (outputs, inputs) in list(SHAPES.items())[: 1 if given.quick else None]:
         for vectors in (1, 256):
-            arms = products(outputs, inputs, vectors)
+            arms = {name: partial(seconds_of, work) for name, work in products(outputs, inputs, vectors).items()}
             for count in counts:
                 with threads(count):
                     name = f"product/{outputs}x{inputs} {where}/{vectors}/{count} threads"
                     rows += rows_of(name, rounds_of(arms, rounds if vectors == 1 else 5))
     for size, config in {} if given.quick else MODELS.items():
-        arms = {name: decoding(config, format) for name, format in OURS.items()}
         for count in counts:
-            with threads(count):
-                rows += rows_of(f"decode/{size}/{count} threads", rounds_of(arms, rounds))
+            with decoding(config, count) as steps:
+                rows += rows_of(f"decode/{size}/{count} threads", rounds_of(steps, rounds))
     result = Result("sparse-bitnet-kernels", rows, facts=describe())
     if given.json:
         result.write(given.json)

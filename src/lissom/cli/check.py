@@ -21,7 +21,7 @@ def register(app: typer.Typer) -> None:
 
 def check(
     method: str = typer.Argument(
-        ..., help="Key of the method: attention-matching, flash-prefill, native-decode or quantize."
+        ..., help="Key of the method: attention-matching, flash-prefill, native-decode, quantize or sparse-bitnet."
     ),
     model: str = typer.Option("smollm2-135m", help=MODEL),
     small: bool = typer.Option(False, "--small", help="At most 20 minutes on two cores. [default: up to two hours]"),

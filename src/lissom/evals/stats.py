@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import t as student
 
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its bootstrap interval."""
+    """An estimate with its interval."""
 
     estimate: float
     low: float
@@ -30,6 +31,16 @@ def paired_bootstrap(
     draws = np.random.default_rng(seed).integers(0, len(values), (samples, len(values)))
     low, high = np.quantile(values[draws].mean(1), [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(values.mean()), float(low), float(high))
+
+
+def mean_interval(values: np.ndarray, level: float = 0.95) -> Interval:
+    """Mean with Student's interval: of a few units, such as seeds, a bootstrap would say too little."""
+    known = np.asarray(values, dtype=float)
+    if known.ndim != 1 or len(known) < 2:
+        raise ValueError(f"Expected at least two units, got an array of shape {known.shape}.")
+    half = float(student.ppf((1 + level) / 2, len(known) - 1) * known.std(ddof=1) / len(known) ** 0.5)
+    mean = float(known.mean())
+    return Interval(mean, mean - half, mean + half)
 
 
 def median_interval(values: Sequence[float], samples: int = 4000, level: float = 0.95, seed: int = 0) -> Interval:

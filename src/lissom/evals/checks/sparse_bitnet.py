@@ -1,0 +1,297 @@
+"""What 2:4 sparsity costs a ternary model, and what it costs a floating point one: trained from scratch, paired.
+
+The paper's claim is relative: a mask raises the perplexity of a ternary model by a smaller share than that of a
+floating point model. Here both are trained with masks and without, from the same random weights and on the same windows
+in the same order, for several seeds; and so is every ablation of the method. Then the given model is made ternary, with
+itself as the teacher, for as long as an hour allows.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lissom.evals.journal import Journal, scope
+from lissom.evals.stats import Interval, mean_interval, paired_bootstrap, verdict
+from lissom.models import assets
+from lissom.train import TokenWindows, TrainConfig, new_model, new_tokenizer, token_windows, train
+from lissom.weights.sparse_bitnet import SparseBitNetConfig
+
+STAGES = ("training", "conversion")
+TEXT = "sotu"
+FLOAT, FLOAT_SPARSE, TERNARY, SPARSE = "float dense", "float 2:4", "ternary dense", "ternary 2:4"
+MASK, GRADIENT, MASKED_SCALE, SURVIVORS = (
+    "mask from ternary", "masked gradient", "scale with masked zeros", "scale of survivors",
+)  # fmt: skip
+SHARES = {0.25: "sparse in the last 25 %", 0.5: "sparse in the last 50 %", 0.75: "sparse in the last 75 %"}
+ARMS: dict[str, SparseBitNetConfig | None] = {
+    FLOAT: None,
+    FLOAT_SPARSE: SparseBitNetConfig(quantise=False),
+    TERNARY: SparseBitNetConfig(n=4),
+    SPARSE: SparseBitNetConfig(),
+    MASK: SparseBitNetConfig(mask_from="ternary"),
+    GRADIENT: SparseBitNetConfig(gradient="masked"),
+    MASKED_SCALE: SparseBitNetConfig(scale_from="masked"),
+    SURVIVORS: SparseBitNetConfig(scale_from="survivors"),
+    **{name: SparseBitNetConfig(sparse_share=share) for share, name in SHARES.items()},
+}
+MAIN = (FLOAT, FLOAT_SPARSE, TERNARY, SPARSE)
+BEFORE, ONE_SHOT, AFTER = "before", "one-shot, not the method", "after"
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """How the given model is made ternary.
+
+    Attributes:
+        settings: of the method.
+        config: of the training; the teacher is the model itself.
+        windows: of held-out text that are measured.
+    """
+
+    settings: SparseBitNetConfig
+    config: TrainConfig
+    windows: int = 64
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is measured.
+
+    Attributes:
+        arms: of `ARMS`.
+        seeds: of the random weights and of the order of the windows: the units of all intervals.
+        config: of the training; its seed and learning rate are the arm's.
+        rates: learning rates of floating point and of ternary models, tuned once on the dense arms.
+        model: keywords of `new_model`.
+        vocabulary: of the tokenizer, which is learned from the text.
+        held_out: share of the text.
+        conversion: None leaves it out.
+    """
+
+    arms: Sequence[str]
+    seeds: Sequence[int]
+    config: TrainConfig
+    rates: Mapping[str, float] = field(default_factory=lambda: {"float": 4e-3, "ternary": 4e-3})
+    model: Mapping[str, Any] = field(default_factory=lambda: {"hidden": 128, "layers": 4, "heads": 4})
+    vocabulary: int = 1024
+    held_out: float = 0.01
+    conversion: Conversion | None = None
+
+
+def _config(steps: int, context: int = 128, batch_size: int = 8) -> TrainConfig:
+    return TrainConfig(
+        steps=steps, context=context, batch_size=batch_size, warmup=max(1, steps // 20), log_every=max(1, steps // 20),
+        evaluate_every=steps, save_every=steps,
+    )  # fmt: skip
+
+
+QUICK = Size(MAIN, (0, 1), _config(4, 32, 2), model={"hidden": 48, "layers": 1, "heads": 3}, vocabulary=300)
+SMALL = Size(MAIN, (0, 1, 2), _config(300))
+DEFAULT = Size(tuple(ARMS), (0, 1, 2), _config(1000))
+PAPER = Size(tuple(ARMS), (0, 1, 2), _config(100_000, 2048, 512), model={"hidden": 896, "layers": 24, "heads": 14})
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a check measured.
+
+    Attributes:
+        trained: by arm, one record per seed: `nll` (nats per token of held-out text) and `history` (`step`, `loss` and
+            what `SparseTraining` measures).
+        converted: nats per token, one number per held-out window, by `BEFORE`, `ONE_SHOT` and `AFTER`; and `history`.
+    """
+
+    size: Size
+    trained: dict[str, list[dict[str, Any]]]
+    converted: dict[str, Any]
+
+    def nll(self, arm: str) -> np.ndarray:
+        """Nats per token, one number per seed."""
+        return np.array([record["nll"] for record in self.trained[arm]])
+
+    def increase(self, sparse: str, dense: str) -> np.ndarray:
+        """By what share the mask raises the perplexity, one number per seed."""
+        return np.exp(self.nll(sparse) - self.nll(dense)) - 1
+
+    def above(self, arm: str, base: str = SPARSE) -> Interval:
+        """NLL of an arm minus that of another, paired by seed."""
+        return mean_interval(self.nll(arm) - self.nll(base))
+
+    @property
+    def ratio(self) -> Interval | None:
+        """Increase of the floating point model over that of the ternary one (geometric mean over seeds); None where one
+        of them is no increase."""
+        increases = self.increase(FLOAT_SPARSE, FLOAT), self.increase(SPARSE, TERNARY)
+        if min(values.min() for values in increases) <= 0:
+            return None
+        found = mean_interval(np.log(increases[0] / increases[1]))
+        return Interval(*(float(np.exp(value)) for value in (found.estimate, found.low, found.high)))
+
+    def measured(self, arm: str, what: str) -> list[tuple[int, float]]:
+        """(step, mean over seeds) of what is logged while an arm is trained."""
+        histories = [record["history"] for record in self.trained[arm]]
+        steps = [entry["step"] for entry in histories[0] if what in entry]
+        values = [[entry[what] for entry in history if what in entry] for history in histories]
+        return list(zip(steps, np.mean(values, 0).tolist(), strict=True))
+
+    def conversion_above(self, one: str, other: str) -> Interval:
+        """NLL of one state of the converted model minus that of another, paired by window."""
+        return paired_bootstrap(np.array(self.converted[one]), np.array(self.converted[other]))
+
+
+def run(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    size: Size,
+    journal: Path,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> Run:
+    """The whole check; a run that was stopped goes on behind the last arm and seed in `journal`, and the conversion at
+    its last checkpoint, which lies beside it.
+
+    Args:
+        model: fp32 with dense weights, which is converted; it stays as it is.
+        progress: called with (stage, done, total); the stages are `STAGES`.
+
+    Raises:
+        UserError: the model cannot be converted, or there is too little text.
+    """
+    known = Journal(journal)
+    trained = train_arms(model, size, known, partial(progress, STAGES[0]))
+    converted = {}
+    if size.conversion is not None:
+        converted = convert(model, tokenizer, size.conversion, size.held_out, known, partial(progress, STAGES[1]))
+    return Run(size, trained, converted)
+
+
+def train_arms(
+    model: PreTrainedModel, size: Size, known: Journal, progress: Callable[[int, int], None]
+) -> dict[str, list[dict[str, Any]]]:
+    """Every arm and seed, seed by seed, so that a run that is cut short has whole pairs.
+
+    Args:
+        model: whatever `scope` shall know measurements by; the arms are new models.
+    """
+    text = assets.path(TEXT)
+    tokenizer = new_tokenizer((text for _, text in assets.corpus(TEXT)), size.vocabulary)
+    windows, held_out = token_windows(text, tokenizer, size.config.context).split(size.held_out)
+    shape = size.vocabulary, sorted(size.model.items()), size.held_out
+    trained: dict[str, list[dict[str, Any]]] = {arm: [] for arm in size.arms}
+    plan = [(seed, arm) for seed in size.seeds for arm in size.arms]
+    for number, (seed, arm) in enumerate(plan):
+        progress(number, len(plan))
+        config = config_of(arm, seed, size)
+        identity = f"{arm}/{seed}/{scope(model, shape, asdict(config), ARMS[arm])}"
+        if identity not in known:
+            known.add(
+                identity, {"arm": arm, "seed": seed, **_trained(arm, config, size, len(tokenizer), windows, held_out)}
+            )
+        trained[arm].append(known[identity])
+    progress(len(plan), len(plan))
+    return trained
+
+
+def config_of(arm: str, seed: int, size: Size) -> TrainConfig:
+    """The paper's recipe: weight decay of ternary models falls to nothing in half of the training."""
+    settings = ARMS[arm]
+    ternary = settings is not None and settings.quantise
+    rate = size.rates["ternary" if ternary else "float"]
+    return TrainConfig(
+        **asdict(size.config)
+        | {
+            "seed": seed,
+            "learning_rate": rate,
+            "least_rate": rate / 30,
+            "weight_decay_until": 0.5 if ternary else None,
+        }
+    )
+
+
+def _trained(
+    arm: str, config: TrainConfig, size: Size, vocabulary: int, windows: TokenWindows, held_out: TokenWindows
+) -> dict[str, Any]:
+    model = new_model(vocabulary, **size.model, context=config.context, seed=config.seed)
+    settings, trainings = ARMS[arm], []
+    if settings is not None:
+        settings.convert(model)
+        trainings = [settings.training(model)]
+    with tempfile.TemporaryDirectory() as folder:
+        history = train(config, model, None, windows, held_out, Path(folder), trainings)
+    return {"nll": history[-1]["eval_loss"], "history": [entry for entry in history if "loss" in entry]}
+
+
+def convert(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conversion: Conversion,
+    held_out: float,
+    known: Journal,
+    progress: Callable[[int, int], None],
+) -> dict[str, Any]:
+    """The model's NLL as it is, with its weights rounded and nothing else done, and after training."""
+    windows, held = token_windows(assets.path(TEXT), tokenizer, conversion.config.context).split(held_out)
+    measured = [held[i]["input_ids"] for i in range(min(conversion.windows, len(held)))]
+    identity = f"conversion/{scope(model, asdict(conversion.config), conversion.settings, len(measured), held_out)}"
+    if identity not in known:
+        student = conversion.settings.convert(copy.deepcopy(model))
+        found: dict[str, Any] = {BEFORE: window_losses(model, measured), ONE_SHOT: window_losses(student, measured)}
+        folder = known.path.parent / identity.replace("/", "-")
+        found["history"] = train(
+            conversion.config, student, None, windows, None, folder, [conversion.settings.training(student)], model,
+            progress=progress,
+        )  # fmt: skip
+        found[AFTER] = window_losses(student.eval(), measured)
+        known.add(identity, found)
+    progress(conversion.config.steps, conversion.config.steps)
+    return known[identity]
+
+
+@torch.no_grad()
+def window_losses(model: PreTrainedModel, windows: Sequence[torch.Tensor]) -> list[float]:
+    """Nats per token of each window."""
+    losses = []
+    for ids in windows:
+        logits = model(ids[None]).logits[0, :-1].float()
+        losses.append(float(torch.nn.functional.cross_entropy(logits, ids[1:])))
+    return losses
+
+
+def verdicts(run: Run) -> list[tuple[str, str]]:
+    """What the paper claims, in words, and what it comes to here."""
+    found = []
+    if set(MAIN) <= set(run.trained):
+        more = run.increase(SPARSE, TERNARY) - run.increase(FLOAT_SPARSE, FLOAT)
+        words = "2:4 raises the perplexity of ternary models by a smaller share than that of floating point models"
+        ratio = run.ratio
+        if ratio is not None:
+            words += f": {ratio.estimate:.2f} [{ratio.low:.2f}, {ratio.high:.2f}] times smaller"
+        found.append((words, verdict([mean_interval(more)], strict=True)))
+    worse = {
+        MASK: "masks from the master weights are better than from the ternary ones",
+        GRADIENT: "the gradient of all weights is at least as good as that of those that are left",
+        MASKED_SCALE: "the scale of all weights is better than one with the masked as zeros",
+        SURVIVORS: "the scale of all weights is better than that of the survivors",
+    }
+    for arm, words in worse.items():
+        if {arm, SPARSE} <= set(run.trained):
+            found.append((words, verdict([run.above(SPARSE, arm)], strict=arm != GRADIENT)))
+    order = [name for name in (*SHARES.values(), SPARSE) if name in run.trained]
+    if len(order) > 1:
+        steps = [run.above(after, before) for before, after in pairwise(order)]
+        found.append(("the larger the share of the steps with masks, the better", verdict(steps)))
+    if TERNARY in run.trained:
+        first, last = (np.array([record["history"][i]["zeros"] for record in run.trained[TERNARY]]) for i in (0, -1))
+        words = f"zeros of dense ternary models become more: {first.mean():.1%} to {last.mean():.1%}"
+        found.append((words, verdict([mean_interval(first - last)], strict=True)))
+    return found
