@@ -28,19 +28,21 @@ from lissom.devices.machine import describe
 from lissom.devices.meters import interleaved, threads
 from lissom.evals.peers.process import Failed, Worker
 from lissom.evals.random_model import random_matrix, random_packed
-from lissom.evals.stats import median_interval, ratio_interval
+from lissom.evals.stats import Interval, median_interval, ratio_interval, verdict
 from lissom.export.gguf import export_gguf
 from lissom.kernels import native
 from lissom.kernels.packed import GROUP, Packed
 from lissom.kernels.ternary import TERNARY, TERNARY_2_4
 from lissom.plugin import attach
 from lissom.recipes import Recipe
-from lissom.report.rows import Result, Row
+from lissom.report.rows import Claim, Result, Row
 from lissom.train import new_tokenizer
 
 SHAPES = {"in L2": (1536, 2304), "in L3": (4096, 4608), "in memory": (65536, 4608)}
 OURS = {"2:4": TERNARY_2_4, "ternary": TERNARY, "int4": "q4"}
-BASE = "ternary"  # what ratios are against
+BASE, FASTEST = "ternary", "2:4"  # what ratios are against, and what is claimed of
+SOURCE = "lissom"
+AGAINST_LLAMA_CPP = {"94M": 2.0, "1.2B": 1.25}
 TORCH = {"torch fp32": torch.float32, "torch bf16": torch.bfloat16}
 MODELS = {
     "94M": LlamaConfig(
@@ -58,6 +60,10 @@ STEPS = 16  # tokens that are decoded in a round
 PROMPT = list(range(3, 67))
 CAPACITY = len(PROMPT) + (ROUNDS + 2) * (STEPS + 1) + 8
 _LEAST = 0.005  # seconds that are timed at a time
+
+
+def counted(count: int) -> str:
+    return f"{count} thread{'s' * (count > 1)}"
 
 
 def seconds_of(work: Callable[[], object]) -> float:
@@ -144,6 +150,14 @@ def decoding(config: LlamaConfig, count: int) -> Iterator[dict[str, Callable[[],
         yield {name: partial(step, worker) for name, worker in workers.items()}
 
 
+def at_least(factor: float, found: dict[str, list[float]], other: str, where: str) -> Claim:
+    """Whether 2:4 is so many times as fast as another arm."""
+    ratio = ratio_interval(found[other], found[FASTEST])
+    words = f"{where}: 2:4 is at least {factor}x as fast as {other}"
+    words += f": {ratio.estimate:.2f}x [{ratio.low:.2f}, {ratio.high:.2f}]"
+    return Claim(words, SOURCE, verdict([Interval(-ratio.estimate, -ratio.high, -ratio.low)], -factor))
+
+
 def rows_of(where: str, found: dict[str, list[float]]) -> Iterator[Row]:
     for name, seconds in found.items():
         own, ratio = median_interval(seconds), ratio_interval(found[BASE], seconds)
@@ -161,23 +175,33 @@ def main() -> None:
         sys.exit("This installation has no native kernels: there is nothing to measure.")
     rounds, counts = (5, [1]) if given.quick else (ROUNDS, sorted({1, torch.get_num_threads()}))
     rows: list[Row] = []
+    claims: list[Claim] = []
     for where, (outputs, inputs) in list(SHAPES.items())[: 1 if given.quick else None]:
         for vectors in (1, 256):
             arms = {name: partial(seconds_of, work) for name, work in products(outputs, inputs, vectors).items()}
             for count in counts:
                 with threads(count):
-                    name = f"product/{outputs}x{inputs} {where}/{vectors}/{count} threads"
-                    rows += rows_of(name, rounds_of(arms, rounds if vectors == 1 else 5))
+                    name = f"{outputs}x{inputs} {where}/{vectors}/{count} threads"
+                    found = rounds_of(arms, rounds if vectors == 1 else 5)
+                    rows += rows_of(f"product/{name}", found)
+                    if vectors == 1:
+                        claims.append(at_least(1.25, found, BASE, f"{outputs}x{inputs}, {where}, {counted(count)}"))
     for size, config in {} if given.quick else MODELS.items():
         for count in counts:
             with decoding(config, count) as steps:
-                rows += rows_of(f"decode/{size}/{count} threads", rounds_of(steps, rounds))
-    result = Result("sparse-bitnet-kernels", rows, facts=describe())
+                found = rounds_of(steps, rounds)
+            rows += rows_of(f"decode/{size}/{count} threads", found)
+            wanted = {BASE: 1.0, "int4": 1.0, LLAMA_CPP["tq2_0"]: AGAINST_LLAMA_CPP[size]}
+            where = f"decoding {size} parameters, {counted(count)}"
+            claims += [at_least(factor, found, other, where) for other, factor in wanted.items() if other in found]
+    result = Result("sparse-bitnet-kernels", rows, claims, describe())
     if given.json:
         result.write(given.json)
     if given.json != "-":
         for row in rows:
             print(f"{row.name:58} {row.value * 1e6:10.1f} us {row.ratio:6.2f}x [{row.low:.2f}, {row.high:.2f}]")
+        for claim in claims:
+            print(f"{claim.verdict}: {claim.claim}")
 
 
 if __name__ == "__main__":

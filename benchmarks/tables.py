@@ -422,6 +422,86 @@ def _prompt(rows: Rows, entries: int) -> list[float]:
     return [rest * entries + layers * seconds for seconds in attention]
 
 
+def _short(seconds: float) -> str:
+    return f"{seconds * 1e6:.1f} µs" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
+
+
+def _speed(rows: Rows, part: str) -> str:
+    """Every arm, a line each, and a column for each place that it was measured in."""
+    names = _of(rows, part)
+    places = list(dict.fromkeys("/".join(name[:-1]) for name in names))
+    lines = []
+    for arm in dict.fromkeys(name[-1] for name in names):
+        cells = [rows.get(f"{place}/{arm}") for place in places]
+        values = ("" if row is None else f"{_short(row['value'])} ({row['ratio']:.2f}x)" for row in cells)
+        lines.append([f"**{arm}**" if arm == "2:4" else arm, *values])
+    shown = [f"{place.split('/')[1]}, {counted(int(place.split('/')[-1].split()[0]))}" for place in places]
+    return markdown(["(x times as fast as dense ternary)", *shown], lines)
+
+
+def sparse_bitnet_kernels() -> str:
+    """Products of a vector, products of many, and decoding."""
+    facts, rows = load("sparse-bitnet-kernels")
+    parts = [verdicts(facts)]
+    for vectors in ("1", "256"):
+        kept = {name: row for name, row in rows.items() if name.split("/")[2] == vectors or name.startswith("decode")}
+        parts += [f"**Products of {vectors} vector{'s' * (vectors != '1')}**", _speed(kept, "product")]
+    return "\n\n".join([*parts, "**Decoding**", _speed(rows, "decode"), stamp(facts)])
+
+
+def sparse_bitnet_training() -> str:
+    """Every arm from scratch, and the verdicts."""
+    facts, rows = load("sparse-bitnet")
+    lines = []
+    for arm in arms_of(rows, "training"):
+        if f"training/{arm}/perplexity" not in rows:
+            continue
+        gaps = [rows.get(f"training/{arm}/NLL above {base}") for base in ("dense", "2:4")]
+        lines.append(
+            [
+                arm,
+                number(rows[f"training/{arm}/perplexity"], 2),
+                *("" if gap is None else interval(gap) for gap in gaps),
+            ]
+        )
+    table = markdown(["arm", "perplexity", "NLL above dense [95 %]", "NLL above ternary 2:4 [95 %]"], lines)
+    words = (
+        f"{facts['tokens'] / 1e6:.2f} million tokens in {facts['steps']} steps, {_seeds(rows)} seeds. {stamp(facts)}"
+    )
+    return "\n\n".join([verdicts(facts), table, words])
+
+
+def _seeds(rows: Rows) -> int:
+    return int(next(row["n"] for name, row in rows.items() if name.startswith("training/") and row["n"]))
+
+
+def sparse_bitnet_over_time() -> str:
+    """Zeros, and places of masks that changed since the step before."""
+    _, rows = load("sparse-bitnet")
+    names = _of(rows, "over time")
+    parts = []
+    for what, title in (("zeros", "Zeros"), ("mask_flips", "Mask places that changed since the last line")):
+        steps = list(dict.fromkeys(int(name[3]) for name in names if name[2] == what))
+        shown = steps[:: max(1, len(steps) // 5)]
+        lines = []
+        for arm in dict.fromkeys(name[1] for name in names if name[2] == what):
+            cells = [rows.get(f"over time/{arm}/{what}/{step}") for step in shown]
+            lines.append([arm, *("" if cell is None else f"{cell['value']:.1%}" for cell in cells)])
+        parts.append(markdown([f"{title}, after steps", *map(str, shown)], lines))
+    return "\n\n".join(parts)
+
+
+def sparse_bitnet_conversion() -> str:
+    """The embedded model before, with its weights rounded, and after training."""
+    facts, rows = load("sparse-bitnet")
+    lines = []
+    for state in arms_of(rows, "conversion"):
+        gap = rows.get(f"conversion/{state}/NLL above before")
+        lines.append([state, number(rows[f"conversion/{state}/perplexity"], 1), "" if gap is None else interval(gap)])
+    table = markdown(["", "perplexity", "NLL above before [95 %]"], lines)
+    return f"{table}\n\n{facts['conversion tokens'] / 1e3:.0f} thousand tokens. {stamp(facts)}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "attention-matching": attention_matching,
     "attention-matching-options": attention_matching_options,
@@ -438,6 +518,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "native-decode-first": native_decode_first,
     "native-decode-billion": native_decode_billion,
     "quantize": quantize,
+    "sparse-bitnet-conversion": sparse_bitnet_conversion,
+    "sparse-bitnet-kernels": sparse_bitnet_kernels,
+    "sparse-bitnet-over-time": sparse_bitnet_over_time,
+    "sparse-bitnet-training": sparse_bitnet_training,
     "quantize-load": quantize_load,
 }
 
