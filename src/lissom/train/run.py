@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 
 from lissom.models.method import Training
 from lissom.train.config import Distillation, TrainConfig
@@ -51,9 +53,16 @@ def train(
     trainer = CausalTrainer(
         model, config, arguments, windows, held_out, trainings, teacher, distillation, [_Watch(progress, say)]
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    with _no_other_bars():
+        return _run(trainer, config, tokenizer, held_out is not None, output)
+
+
+def _run(
+    trainer: CausalTrainer, config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None, measures: bool, output: Path
+) -> list[dict[str, float]]:
+    trainer.train(resume_from_checkpoint=last_checkpoint(output / CHECKPOINTS))
     measured = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    if held_out is not None and config.steps not in measured:
+    if measures and config.steps not in measured:
         trainer.evaluate()
     history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
     if tokenizer is not None and trainer.is_world_process_zero():
@@ -71,6 +80,18 @@ def last_checkpoint(folder: Path) -> str | None:
             return found
         os.rename(found, f"{found.replace('checkpoint-', 'damaged-')}")
     return None
+
+
+@contextmanager
+def _no_other_bars() -> Iterator[None]:
+    """Without transformers' bars for each file that is written: they would fall into the caller's."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 class _Watch(TrainerCallback):

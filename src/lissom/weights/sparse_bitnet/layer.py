@@ -16,7 +16,8 @@ from lissom.weights.sparse_bitnet.ternary import nm_mask, sparse_ternary
 
 class _Product(torch.autograd.Function):
     """Whole numbers times whole numbers; both gradients go straight through the rounding and the mask (the dual
-    straight-through estimator). The backward pass keeps a byte for each weight and activation."""
+    straight-through estimator). The backward pass keeps a byte for each weight and activation; under autocast its
+    products are of 16 bits, as the forward pass's are, which hold whole numbers up to 127 exactly."""
 
     @staticmethod
     def forward(
@@ -29,19 +30,22 @@ class _Product(torch.autograd.Function):
     ) -> torch.Tensor:
         quants, inverse = quantise_tokens(x)
         ctx.save_for_backward(quants.to(torch.int8), inverse, whole.to(torch.int8), scales, kept)
-        ctx.dtypes = x.dtype, weight.dtype
+        device = x.device.type
+        narrow = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        ctx.dtypes = x.dtype, weight.dtype, narrow
         return whole_product(quants, inverse, whole, scales)  # what packed layers give, bit for bit
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         quants, inverse, whole, scales, kept = ctx.saved_tensors
-        gradient, (x_dtype, dtype) = gradients[0], ctx.dtypes
+        gradient, (x_dtype, dtype, narrow) = gradients[0], ctx.dtypes
+        in_product = narrow or gradient.dtype
         of_x = of_weight = None
         if ctx.needs_input_grad[0]:
-            of_x = ((gradient * scales) @ whole.to(gradient.dtype)).to(x_dtype)
+            of_x = ((gradient * scales).to(in_product) @ whole.to(in_product)).to(x_dtype)
         if ctx.needs_input_grad[1]:
-            rows = (gradient / inverse).flatten(0, -2)
-            of_weight = (rows.T @ quants.to(gradient.dtype).flatten(0, -2)).to(dtype)
+            rows = (gradient / inverse).to(in_product).flatten(0, -2)
+            of_weight = (rows.T @ quants.to(in_product).flatten(0, -2)).to(dtype)
             of_weight = of_weight if kept is None else of_weight * kept
         return of_x, of_weight, None, None, None
 
