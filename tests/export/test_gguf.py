@@ -23,6 +23,7 @@ from lissom.export.gguf import export_gguf
 from lissom.export.gguf_tokenizer import tokenizer_metadata
 from lissom.kernels.packed import pack_codes
 from lissom.kernels.packed_layers import PackedLinear
+from lissom.models import assets
 from lissom.models.gguf import GgufFile, load_packed
 from lissom.weights.sparse_bitnet import pack
 
@@ -187,7 +188,7 @@ def test_llama_cpp_reads_text_as_sentencepiece_does(prefix, tmp_path):
 
 @needs_llama_cpp
 def test_the_embedded_model_in_llama_cpp(tmp_path):
-    original = lissom.models.assets.path("smollm2-135m-gguf") / lissom.models.assets.GGUF_NAME
+    original = assets.path("smollm2-135m-gguf") / assets.GGUF_NAME
     (tmp_path / "original.gguf").symlink_to(original)
     model, tokenizer = lissom.load(weights="packed")
     export_gguf(model, tokenizer, tmp_path / "ours.gguf")
@@ -353,3 +354,19 @@ def test_llama_cpp_computes_the_same_of_ternary_weights(tmp_path):
         wanted = model(ids).logits[0].numpy()
     # llama.cpp rounds activations in blocks of 256, not by token.
     assert np.linalg.norm(found["logits"] - wanted) < 0.05 * np.linalg.norm(wanted)
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("type", ["tq2_0", "tq1_0"])
+def test_llama_cpp_goes_on_as_a_trained_ternary_model_does(type, tmp_path):
+    model = ternary_model()
+    text = torch.randint(0, 200, (1, 40), generator=torch.Generator().manual_seed(0))
+    optimiser = torch.optim.AdamW(model.parameters(), 3e-3)
+    for _ in range(40):  # until it knows the text by heart
+        optimiser.zero_grad()
+        torch.nn.functional.cross_entropy(model(text).logits[0, :-1], text[0, 1:]).backward()
+        optimiser.step()
+    export_gguf(pack(model.eval()), tokenizer_of(), tmp_path / "m.gguf", type)
+    found = llama_cpp(tmp_path / "m.gguf", ids=text[0, :8].tolist(), new=24)
+    ours = model.generate(text[:, :8], max_new_tokens=24, do_sample=False)[0, 8:]
+    assert found["greedy"].tolist() == ours.tolist() == text[0, 8:32].tolist()
