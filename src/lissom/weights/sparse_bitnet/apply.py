@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ from lissom.weights.sparse_bitnet.config import SparseBitNetConfig
 from lissom.weights.sparse_bitnet.layer import SparseTernary, plain, trainable
 from lissom.weights.sparse_bitnet.ternary import check_pattern, sparse_ternary
 
+Frozen = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 logger = logging.getLogger(__name__)
 
 
@@ -123,17 +125,20 @@ class Census:
 
 
 @torch.no_grad()
-def census(model: nn.Module) -> Census:
+def census(model: nn.Module, frozen: Mapping[str, Frozen] | None = None) -> Census:
     """Over all sparse ternary layers.
+
+    Args:
+        frozen: what `SparseTernary.frozen` returns of each layer, where it is known.
 
     Raises:
         UserError: the model has none.
     """
     weights = zeros = pruned = groups = empty = 0
-    for layer in layers_of(model).values():
+    for name, layer in layers_of(model).items():
         parts = layer.masters().split(layer.parts)
         before = torch.cat([sparse_ternary(part, 1, 1)[0] for part in parts])
-        whole = layer.frozen()[0]
+        whole = (layer.frozen() if frozen is None else frozen[name])[0]
         weights += whole.numel()
         zeros += int((whole == 0).sum())
         pruned += int(before.count_nonzero() - whole.count_nonzero())

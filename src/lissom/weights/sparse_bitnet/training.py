@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import torch
 from torch import nn
 
@@ -23,9 +25,10 @@ class SparseTraining:
     def measures(self) -> dict[str, float]:
         """`zeros`, `pruned` and `empty` of the `Census`; and `mask_flips`, the share of places that masks have changed
         in since the last time."""
-        found = census(self.model) if self.settings.quantise else None
-        values = {} if found is None else {"zeros": found.zeros, "pruned": found.pruned, "empty": found.empty}
-        masks = {name: layer.frozen()[1] for name, layer in layers_of(self.model).items() if layer.sparse}
+        layers = layers_of(self.model)
+        frozen = {name: layer.frozen() for name, layer in layers.items()}
+        values = asdict(census(self.model, frozen)) if self.settings.quantise else {}
+        masks = {name: frozen[name][1] for name, layer in layers.items() if layer.sparse}
         if masks and masks.keys() == self._masks.keys():
             flipped = sum(int((mask != self._masks[name]).sum()) for name, mask in masks.items())
             values["mask_flips"] = flipped / sum(mask.numel() for mask in masks.values())
