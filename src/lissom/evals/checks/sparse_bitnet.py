@@ -9,11 +9,14 @@ itself as the teacher, for as long as an hour allows.
 from __future__ import annotations
 
 import copy
+import signal
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import pairwise
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -83,13 +86,13 @@ class Size:
     seeds: Sequence[int]
     config: TrainConfig
     rates: Mapping[str, float] = field(default_factory=lambda: {"float": 4e-3, "ternary": 4e-3})
-    model: Mapping[str, Any] = field(default_factory=lambda: {"hidden": 128, "layers": 4, "heads": 4})
-    vocabulary: int = 1024
+    model: Mapping[str, Any] = field(default_factory=lambda: {"hidden": 64, "layers": 3, "heads": 2})
+    vocabulary: int = 512
     held_out: float = 0.01
     conversion: Conversion | None = None
 
 
-def _config(steps: int, context: int = 128, batch_size: int = 8) -> TrainConfig:
+def _config(steps: int, context: int = 128, batch_size: int = 16) -> TrainConfig:
     return TrainConfig(
         steps=steps, context=context, batch_size=batch_size, warmup=max(1, steps // 20), log_every=max(1, steps // 20),
         evaluate_every=steps, save_every=steps,
@@ -98,7 +101,7 @@ def _config(steps: int, context: int = 128, batch_size: int = 8) -> TrainConfig:
 
 QUICK = Size(MAIN, (0, 1), _config(4, 32, 2), model={"hidden": 48, "layers": 1, "heads": 3}, vocabulary=300)
 SMALL = Size(MAIN, (0, 1, 2), _config(300))
-DEFAULT = Size(tuple(ARMS), (0, 1, 2), _config(1000))
+DEFAULT = Size(tuple(ARMS), (0, 1, 2), _config(2500))
 PAPER = Size(tuple(ARMS), (0, 1, 2), _config(100_000, 2048, 512), model={"hidden": 896, "layers": 24, "heads": 14})
 
 
@@ -178,7 +181,8 @@ def run(
 def train_arms(
     model: PreTrainedModel, size: Size, known: Journal, progress: Callable[[int, int], None]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Every arm and seed, seed by seed, so that a run that is cut short has whole pairs.
+    """Every arm and seed, as many at a time as there are threads; one seed after the other, for the sake of whole pairs
+    where a run is cut short.
 
     Args:
         model: whatever `scope` shall know measurements by; the arms are new models.
@@ -187,19 +191,36 @@ def train_arms(
     tokenizer = new_tokenizer((text for _, text in assets.corpus(TEXT)), size.vocabulary)
     windows, held_out = token_windows(text, tokenizer, size.config.context).split(size.held_out)
     shape = size.vocabulary, sorted(size.model.items()), size.held_out
-    trained: dict[str, list[dict[str, Any]]] = {arm: [] for arm in size.arms}
-    plan = [(seed, arm) for seed in size.seeds for arm in size.arms]
-    for number, (seed, arm) in enumerate(plan):
-        progress(number, len(plan))
-        config = config_of(arm, seed, size)
-        identity = f"{arm}/{seed}/{scope(model, shape, asdict(config), ARMS[arm])}"
-        if identity not in known:
-            known.add(
-                identity, {"arm": arm, "seed": seed, **_trained(arm, config, size, len(tokenizer), windows, held_out)}
-            )
-        trained[arm].append(known[identity])
-    progress(len(plan), len(plan))
-    return trained
+    plan = {
+        f"{arm}/{seed}/{scope(model, shape, asdict(config_of(arm, seed, size)), ARMS[arm])}": (arm, seed)
+        for seed in size.seeds
+        for arm in size.arms
+    }
+    missing = {identity: what for identity, what in plan.items() if identity not in known}
+    progress(len(plan) - len(missing), len(plan))
+    pool = _pool()
+    try:
+        futures = {
+            pool.submit(_trained, arm, config_of(arm, seed, size), size, len(tokenizer), windows, held_out): identity
+            for identity, (arm, seed) in missing.items()
+        }
+        for number, future in enumerate(as_completed(futures), 1):
+            known.add(futures[future], future.result())
+            progress(len(plan) - len(missing) + number, len(plan))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return {arm: [known[identity] for identity, (own, _) in plan.items() if own == arm] for arm in size.arms}
+
+
+def _pool() -> ProcessPoolExecutor:
+    """Processes of one thread each, which such small models make better use of than one with all; on a GPU one."""
+    workers = 1 if torch.accelerator.is_available() else torch.get_num_threads()
+    return ProcessPoolExecutor(workers, get_context("spawn"), _begin)
+
+
+def _begin() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word: the main process has the last
+    torch.set_num_threads(1)
 
 
 def config_of(arm: str, seed: int, size: Size) -> TrainConfig:
@@ -228,7 +249,8 @@ def _trained(
         trainings = [settings.training(model)]
     with tempfile.TemporaryDirectory() as folder:
         history = train(config, model, None, windows, held_out, Path(folder), trainings)
-    return {"nll": history[-1]["eval_loss"], "history": [entry for entry in history if "loss" in entry]}
+    logged = [entry for entry in history if "loss" in entry]
+    return {"arm": arm, "seed": config.seed, "nll": history[-1]["eval_loss"], "history": logged}
 
 
 def convert(
