@@ -85,7 +85,7 @@ class Size:
     arms: Sequence[str]
     seeds: Sequence[int]
     config: TrainConfig
-    rates: Mapping[str, float] = field(default_factory=lambda: {"float": 4e-3, "ternary": 4e-3})
+    rates: Mapping[str, float] = field(default_factory=lambda: {"float": 8e-3, "ternary": 8e-3})
     model: Mapping[str, Any] = field(default_factory=lambda: {"hidden": 64, "layers": 3, "heads": 2})
     vocabulary: int = 512
     held_out: float = 0.01
@@ -101,7 +101,7 @@ def _config(steps: int, context: int = 128, batch_size: int = 16) -> TrainConfig
 
 QUICK = Size(MAIN, (0, 1), _config(4, 32, 2), model={"hidden": 48, "layers": 1, "heads": 3}, vocabulary=300)
 SMALL = Size(MAIN, (0, 1, 2), _config(300))
-DEFAULT = Size(tuple(ARMS), (0, 1, 2), _config(2500))
+DEFAULT = Size(tuple(ARMS), (0, 1, 2), _config(2000))
 PAPER = Size(tuple(ARMS), (0, 1, 2), _config(100_000, 2048, 512), model={"hidden": 896, "layers": 24, "heads": 14})
 
 
