@@ -15,6 +15,7 @@ FLOORS = (
     ("plugin",),
     ("hook",),
     ("models",),
+    ("training_plugin",),
     ("attention", "kv", "weights"),
     ("decode", "train"),  # decode runs over the storage of kv
     ("recipes", "export"),

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from safetensors import SafetensorError
 
 from lissom.errors import UserError
@@ -30,6 +31,25 @@ def require_writable(path: str | Path) -> None:
             except OSError as error:
                 raise UserError(f"Cannot write to {folder}: {error.strerror or error}.") from error
             return
+
+
+@contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    """One process at a time holds the file `lock`; others wait.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        held = FileLock(lock)
+        held.acquire()
+    except OSError as error:
+        raise UserError(f"Cannot write to {lock.parent}: {error.strerror or error}.") from error
+    try:
+        yield
+    finally:
+        held.release()
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from types import ModuleType
 
 # Where transformers keeps its registries, and the modules that register themselves there when they are imported.
 _AFTER = {
-    "transformers.quantizers.auto": ("lissom.plugin", "lissom.weights.plugin"),
+    "transformers.quantizers.auto": ("lissom.plugin", "lissom.training_plugin"),
     "transformers.modeling_utils": ("lissom.attention.plugin",),
 }
 

@@ -128,11 +128,16 @@ class PackedQuantizer(HfQuantizer):
 
 def attach(model: nn.Module) -> None:
     """Let transformers know that `model` has packed layers: `save_pretrained` then writes them as they are."""
-    model.config.quantization_config = _described(model)
-    model.hf_quantizer = PackedQuantizer(model.config.quantization_config)
-    model.is_quantized, model.quantization_method = True, NAME
-    _assign_is_quantized(model)
+    adopt(model, PackedQuantizer(_described(model)))
     _untie(model)
+
+
+def adopt(model: nn.Module, quantizer: HfQuantizer) -> None:
+    """Let transformers think that it has loaded `model` with `quantizer`, whose config it then saves."""
+    model.config.quantization_config = quantizer.quantization_config
+    model.hf_quantizer = quantizer
+    model.is_quantized, model.quantization_method = True, quantizer.quantization_config.quant_method
+    _assign_is_quantized(model)
 
 
 def _described(model: nn.Module) -> PackedConfig:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
 TEXT = "The cat sat on the mat, and the dog ran after the cat. " * 400
 SMALL = ("--steps", 6, "--context", 16, "--batch-size", 2, "--warmup", 1, "--log-every", 2, "--save-every", 3)
-NEW = ("--layers", 1, "--hidden", 48, "--heads", 3, "--vocabulary", 300)
+NEW = ("--layers", 1, "--hidden-size", 48, "--heads", 3, "--vocabulary", 300)
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +65,18 @@ def test_a_model_is_trained_on_with_itself_as_the_teacher(lissom_cli, tiny_folde
     assert "divergence" in done.stderr and "hidden" in done.stderr
 
 
+def test_two_processes_train_one_model(text, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lissom"]
+    options = ("train", "new", "--text", text, *SMALL, *NEW, "--method", "sparse-bitnet", "-o", tmp_path / "run")
+    done = subprocess.run(
+        [*command, *map(str, options), "--packed", str(tmp_path / "small")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("NLL of held-out text") == 1
+    assert (tmp_path / "small" / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize(
     "options,words",
     [
@@ -72,6 +87,8 @@ def test_a_model_is_trained_on_with_itself_as_the_teacher(lissom_cli, tiny_folde
         (("--method", "sparse-bitnet", "--set", "m=7"), "multiple of 7 inputs"),
         (("--method", "flash-prefill"), "is not trained"),
         (("--packed", "x"), "--packed"),
+        (("--packed", "x", "--method", "sparse-bitnet", "--set", "quantise=false"), "nothing to pack"),
+        (("--teacher", "new"), "new"),
         (("--context", 100000), "less than a window"),
         (("--schedule", "steps"), "schedule"),
         (("--held-out", "missing.txt"), "missing.txt"),

@@ -10,8 +10,9 @@ from tiny import random_ids, tiny_model
 from lissom import AttentionMatching, Eviction, KVBudget
 from lissom.cli.apply import apply
 from lissom.errors import UserError
+from lissom.models import registry
 from lissom.models.method import SearchContext
-from lissom.recipes import Recipe, method_class, method_names, registry
+from lissom.recipes import Recipe, method_class, method_names
 
 
 def written(tmp_path, text):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,7 +16,9 @@ from lissom.cli.common import JSON, MODEL, bars
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_NEW, _RECORD, _TOKENIZER = "new", "train.json", "tokenizer"
+    from lissom.train import RunFolder
+
+_NEW = "new"
 _HELD_OUT = 0.01  # of the text
 
 
@@ -45,7 +45,7 @@ def train(
     accumulate: int = typer.Option(1, help="Of those in a step."),
     learning_rate: float = typer.Option(3e-4, "--lr", help="Highest learning rate."),
     least_rate: float = typer.Option(1e-5, help="Last learning rate."),
-    warmup: int = typer.Option(100, help="Steps in which it rises."),
+    warmup: int = typer.Option(None, help="Steps in which it rises. [default: 100, or half of a shorter run]"),
     schedule: str = typer.Option("cosine", help="cosine, or wsd: constant, then falling over the last steps."),
     decay_share: float = typer.Option(0.2, help="Share of the steps that wsd falls in."),
     weight_decay: float = typer.Option(0.1, help="Of matrices."),
@@ -58,7 +58,7 @@ def train(
     log_every: int = typer.Option(20, help="Steps between lines of the log."),
     tracking: str = typer.Option("none", help="none, tensorboard or trackio."),
     layers: int = typer.Option(6, help="Of a new model."),
-    hidden: int = typer.Option(384, help="Hidden size of a new model."),
+    hidden_size: int = typer.Option(384, help="Of a new model."),
     heads: int = typer.Option(6, help="Attention heads of a new model."),
     vocabulary: int = typer.Option(4096, help="Tokens of a new model, whose tokenizer is learned from the text."),
     json_file: str = JSON,
@@ -69,15 +69,19 @@ def train(
     """
     from rich.console import Console
 
+    import lissom
     from lissom.errors import UserError
-    from lissom.files import atomic_path, require_writable, write_json
-    from lissom.recipes.registry import build
-    from lissom.train import Distillation, TrainConfig, token_windows
+    from lissom.files import require_writable, write_json
+    from lissom.models.method import Trainable
+    from lissom.models.registry import build
+    from lissom.train import Distillation, RunFolder, TrainConfig, token_windows
     from lissom.train import train as run
+    from lissom.training_plugin import method_in_training
 
+    warmup = min(100, steps // 2) if warmup is None else warmup
     config = TrainConfig(
         steps=steps, context=context, batch_size=batch_size, accumulate=accumulate, learning_rate=learning_rate,
-        least_rate=least_rate, warmup=min(warmup, steps // 2), schedule=schedule, decay_share=decay_share,  # type: ignore[arg-type]
+        least_rate=least_rate, warmup=warmup, schedule=schedule, decay_share=decay_share,  # type: ignore[arg-type]
         weight_decay=weight_decay, weight_decay_until=weight_decay_until, precision=precision,  # type: ignore[arg-type]
         checkpointing=checkpointing, seed=seed, evaluate_every=evaluate_every, save_every=save_every,
         log_every=log_every, tracking=tracking,  # type: ignore[arg-type]
@@ -86,9 +90,11 @@ def train(
     chosen = None if method is None else build(method, _values(settings))
     if settings and chosen is None:
         raise UserError("--set is of a method: name it with --method.")
-    if chosen is not None and not hasattr(chosen, "training"):
+    if chosen is not None and not isinstance(chosen, Trainable):
         raise UserError(f"{method} is not trained: it is used in a recipe.")
-    shape: dict[str, Any] = {"hidden": hidden, "layers": layers, "heads": heads, "context": context, "seed": seed}
+    if packed is not None:
+        require_writable(packed)
+    shape: dict[str, Any] = {"hidden": hidden_size, "layers": layers, "heads": heads, "context": context, "seed": seed}
     facts: dict[str, Any] = {
         "model": model,
         "text": str(text),
@@ -100,14 +106,12 @@ def train(
         facts["distillation"] = asdict(distillation)
     if model == _NEW:
         facts["new model"] = {**shape, "vocabulary": vocabulary}
-    _check_folder(output, facts)
-    require_writable(output / _RECORD)
-    write_json(facts, str(output / _RECORD))
+    folder = RunFolder.open(output, facts)
     first = os.environ.get("RANK", "0") == "0"  # of several processes
     console = Console(stderr=True, quiet=not first)
     with console.status(f"loading {model}"):
-        network, tokenizer = _load(model, text, output, vocabulary, shape)
-        mentor = None if teacher is None else _load(teacher, text, output, vocabulary, shape)[0]
+        network, tokenizer = _load(model, folder, text, vocabulary, shape)
+        mentor = None if teacher is None else lissom.load(teacher, "float32")[0]
     with bars(console) as progress:
         reading = progress.add_task("reading text", total=None)
         windows = token_windows(
@@ -116,14 +120,18 @@ def train(
         measured = token_windows(held_out, tokenizer, context) if held_out else None
     if measured is None:
         windows, measured = windows.split(_HELD_OUT)
-    known = _in_training(network, model)
+    known = method_in_training(network)
+    if known is None and getattr(network, "is_quantized", False):
+        raise UserError(f"{model} has packed weights, which cannot be trained: start from its original weights.")
     if known is not None and chosen not in (None, known):
         raise UserError(f"{model} is in training with {known}: leave out --method, or give the same.")
     if chosen is not None and known is None:
         chosen.convert(network)
     chosen = chosen or known
-    if packed is not None and not hasattr(chosen, "pack"):
-        raise UserError("--packed needs a --method that has a packed form, as sparse-bitnet.")
+    if packed is not None:
+        if chosen is None:
+            raise UserError("--packed needs a --method that has a packed form, as sparse-bitnet.")
+        chosen.check_packable(network)
     trainings = [] if chosen is None else [chosen.training(network)]
     with bars(console) as progress, _processes():
         task = progress.add_task("steps", total=steps)
@@ -134,19 +142,39 @@ def train(
         )  # fmt: skip
     if not first:
         return
+    folder.end(history)
     if packed is not None:
-        from transformers import AutoModelForCausalLM
-
-        with console.status(f"packing into {packed}"), atomic_path(packed) as temporary:
-            chosen.pack(AutoModelForCausalLM.from_pretrained(output)).save_pretrained(temporary)  # type: ignore[union-attr]
-            tokenizer.save_pretrained(temporary)
-    write_json({**facts, "history": history}, str(output / _RECORD))
+        with console.status(f"packing into {packed}"):
+            _pack(chosen, output, packed, tokenizer)
     if json_file:
         write_json({**facts, "history": history}, json_file)
     if json_file != "-":
         last = [entry["eval_loss"] for entry in history if "eval_loss" in entry][-1]
         typer.echo(f"{output}: NLL of held-out text {last:.4f} nats per token after {steps} steps. Use it:")
         typer.echo(f'  lissom generate {packed or output} "your question"')
+
+
+def _load(
+    name: str, folder: RunFolder, text: Path, vocabulary: int, shape: dict[str, Any]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    import lissom
+    from lissom.train import new_model
+
+    if name != _NEW:
+        return lissom.load(name, "float32")
+    tokenizer = folder.tokenizer(text, vocabulary)
+    return new_model(len(tokenizer), **shape), tokenizer
+
+
+def _pack(method: Any, trained: Path, target: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """From the folder: in training with several processes no one of them may hold the whole model."""
+    from transformers import AutoModelForCausalLM
+
+    from lissom.files import atomic_path
+
+    with atomic_path(target) as temporary:
+        method.pack(AutoModelForCausalLM.from_pretrained(trained)).save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
 
 
 @contextmanager
@@ -159,23 +187,6 @@ def _processes() -> Iterator[None]:
 
         if distributed.is_available() and distributed.is_initialized():
             distributed.destroy_process_group()
-
-
-def _in_training(network: PreTrainedModel, name: str) -> Any:
-    """The method that a checkpoint was saved in the middle of, if any.
-
-    Raises:
-        UserError: the weights are packed, and cannot be trained.
-    """
-    from lissom.errors import UserError
-    from lissom.weights.plugin import TrainingConfig
-
-    config = getattr(network.config, "quantization_config", None)
-    if isinstance(config, TrainingConfig):
-        return config.method()
-    if getattr(network, "is_quantized", False):
-        raise UserError(f"{name} has packed weights, which cannot be trained: start from its original weights.")
-    return None
 
 
 def _values(settings: list[str]) -> dict[str, Any]:
@@ -191,51 +202,6 @@ def _values(settings: list[str]) -> dict[str, Any]:
             raise UserError(f"--set {setting}: expected NAME=VALUE.")
         values[name] = yaml.safe_load(value)
     return values
-
-
-def _check_folder(output: Path, facts: dict[str, Any]) -> None:
-    """A folder may be new, empty, or hold the same run."""
-    from lissom.errors import UserError
-    from lissom.train.run import CHECKPOINTS
-
-    record = output / _RECORD
-    if not record.exists():
-        if output.exists() and any(output.iterdir()):
-            raise UserError(f"{output} holds something that is no run of `lissom train`; give another folder.")
-        return
-    try:
-        known = json.loads(record.read_text())
-    except ValueError as error:
-        raise UserError(f"{record} is damaged: remove {output}, or give another folder.") from error
-    if "history" in known:
-        raise UserError(f"{output} holds a run that has ended; give another folder.")
-    different = [name for name in facts if known.get(name) != facts[name]]
-    if different and (output / CHECKPOINTS).exists():
-        raise UserError(f"{output} holds a run of another {different[0]}: give another folder, or as in {record}.")
-    if different:  # which has not begun to train
-        shutil.rmtree(output / _TOKENIZER, ignore_errors=True)
-
-
-def _load(
-    name: str, text: Path, output: Path, vocabulary: int, shape: dict[str, Any]
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    import lissom
-    from lissom.train import new_model, new_tokenizer
-    from lissom.train.data import documents, text_files
-
-    if name != _NEW:
-        return lissom.load(name, "float32")
-    folder = output / _TOKENIZER
-    if not folder.exists():
-        from lissom.files import atomic_path
-
-        tokenizer = new_tokenizer((part for file in text_files(text) for part in documents(file)), vocabulary)
-        with atomic_path(folder) as temporary:
-            tokenizer.save_pretrained(temporary)
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    return new_model(len(tokenizer), **shape), tokenizer
 
 
 def _line(entry: dict[str, float]) -> str:

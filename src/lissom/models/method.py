@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
-from typing import Any, ClassVar, Protocol, Self, get_type_hints
+from typing import Any, ClassVar, Protocol, Self, get_type_hints, runtime_checkable
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -87,6 +87,36 @@ class Method(Protocol):
     @classmethod
     def candidates(cls, context: SearchContext) -> Sequence[Self]:
         """Settings worth measuring for a job, the mildest first."""
+        ...
+
+
+@runtime_checkable
+class Trainable(Protocol):
+    """A method that a model is trained for, by `lissom train`. Recipes name the model that comes of it, not the method.
+
+    `convert` as in `Method` puts layers in that are to be trained.
+    """
+
+    name: ClassVar[str]
+
+    def convert(self, model: Any, tokenizer: Any = None) -> Any:
+        """See `Method`."""
+        ...
+
+    def place(self, model: Any) -> None:
+        """The same for a model whose weights are still to be loaded."""
+        ...
+
+    def training(self, model: Any) -> Training:
+        """What is done and logged while a converted model is trained."""
+        ...
+
+    def check_packable(self, model: Any) -> None:
+        """Raise a `UserError` where `pack` will not be possible, before long work."""
+        ...
+
+    def pack(self, model: Any) -> Any:
+        """Turn what was trained into its packed form, in place."""
         ...
 
 

@@ -16,8 +16,8 @@ from lissom.devices.meters import threads
 from lissom.errors import UserError
 from lissom.files import atomic_path
 from lissom.models.load import DEFAULT_MODEL
-from lissom.models.method import changed
-from lissom.recipes.registry import build, explained
+from lissom.models.method import Trainable, changed
+from lissom.models.registry import build, explained
 
 FILE_NAME = "recipe.yaml"
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -59,6 +59,8 @@ class Recipe(BaseModel):
                 if not isinstance(settings, dict):
                     raise ValueError(f"the settings of {key} are written as {{name: value}}")
                 method = build(key, settings)
+                if isinstance(method, Trainable):  # without training it ruins a model
+                    raise ValueError(f"{key} is trained: use `lissom train --method {key}`, and name its model here")
                 if key in running:  # the later one alone would count
                     raise ValueError(f"{key} is named twice")
                 if not hasattr(method, "convert"):

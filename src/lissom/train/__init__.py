@@ -8,6 +8,7 @@ told of every step.
 
 from lissom.train.config import Distillation, TrainConfig
 from lissom.train.data import TokenWindows, token_windows
+from lissom.train.folder import RunFolder
 from lissom.train.run import train
 from lissom.train.scratch import new_model, new_tokenizer
 from lissom.train.trainer import CausalTrainer
@@ -15,6 +16,7 @@ from lissom.train.trainer import CausalTrainer
 __all__ = [
     "CausalTrainer",
     "Distillation",
+    "RunFolder",
     "TokenWindows",
     "TrainConfig",
     "new_model",

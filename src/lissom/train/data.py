@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lissom.errors import UserError
-from lissom.files import atomic_path
+from lissom.files import alone, atomic_path
 from lissom.models.assets import cache_dir
 
 Progress = Callable[[str, int, int], None]
@@ -116,6 +117,21 @@ def token_windows(
     dtype = np.dtype(np.uint32 if wide else np.uint16)
     target = cache_dir() / "tokens" / f"{_identity(files, tokenizer)}.bin"
     if not target.exists():
+        _tokenise(files, tokenizer, dtype, target, progress)
+    if target.stat().st_size < context * dtype.itemsize:
+        raise UserError(
+            f"{path} has {target.stat().st_size // dtype.itemsize} tokens: less than a window of {context}."
+        )
+    return TokenWindows(np.memmap(target, dtype, "r"), context)
+
+
+def _tokenise(
+    files: list[Path], tokenizer: PreTrainedTokenizerBase, dtype: np.dtype[Any], target: Path, progress: Progress
+) -> None:
+    """Write the tokens of all files; of several processes one does."""
+    with alone(target.with_suffix(".lock")):
+        if target.exists():
+            return
         with atomic_path(target) as temporary, temporary.open("wb") as out:
             for number, file in enumerate(files):
                 progress("tokens", number, len(files))
@@ -126,11 +142,6 @@ def token_windows(
                     if tokenizer.eos_token_id is not None:
                         out.write(np.asarray([tokenizer.eos_token_id], dtype).tobytes())
         progress("tokens", len(files), len(files))
-    if target.stat().st_size < context * dtype.itemsize:
-        raise UserError(
-            f"{path} has {target.stat().st_size // dtype.itemsize} tokens: less than a window of {context}."
-        )
-    return TokenWindows(np.memmap(target, dtype, "r"), context)
 
 
 def _pieces(text: str) -> Iterator[str]:

@@ -67,6 +67,8 @@ def _run(
     history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
     if tokenizer is not None and trainer.is_world_process_zero():
         tokenizer.save_pretrained(output)
+    if trainer.is_fsdp_enabled:  # by itself accelerate would write shards
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(output))
     if trainer.is_world_process_zero():
         (output / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody needs

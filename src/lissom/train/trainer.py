@@ -176,4 +176,6 @@ def _check_teacher(model: PreTrainedModel, teacher: PreTrainedModel, settings: D
         )
     sizes = [(config.num_hidden_layers, config.hidden_size) for config in (ours, theirs)]
     if settings is not None and settings.hidden and sizes[0] != sizes[1]:
-        raise UserError("The teacher has other layers than the model: distill logits only (hidden=0).")
+        raise UserError(
+            "The teacher has other layers than the model: distill logits only, with hidden=0 (--teacher-hidden 0)."
+        )

@@ -16,8 +16,10 @@ import lissom
 from lissom.errors import UserError
 from lissom.kernels import native
 from lissom.kernels.packed_layers import PackedLinear
+from lissom.models.registry import build
+from lissom.recipes import Recipe
 from lissom.weights.sparse_bitnet import SparseBitNetConfig, census, pack
-from lissom.weights.sparse_bitnet.apply import layers_of, set_sparse
+from lissom.weights.sparse_bitnet.apply import check_packable, layers_of, set_sparse
 
 IDS = torch.randint(3, 120, (2, 11), generator=torch.Generator().manual_seed(0))
 
@@ -147,7 +149,8 @@ def test_a_foreign_or_damaged_config_is_refused(tmp_path):
 
 
 def test_the_census_counts_what_masks_take_away():
-    model = SparseBitNetConfig(sparse_share=0.5).convert(tiny_model("llama"))
+    model = SparseBitNetConfig().convert(tiny_model("llama"))
+    set_sparse(model, False)
     before = census(model)
     set_sparse(model, True)
     after = census(model)
@@ -156,10 +159,31 @@ def test_the_census_counts_what_masks_take_away():
     assert after.pruned == pytest.approx(0.215, abs=0.01)
 
 
-def test_recipes_name_the_method():
-    from lissom.recipes.registry import build
-
+def test_it_is_found_by_its_name_and_is_not_for_recipes():
     assert build("sparse-bitnet", {"n": 6, "m": 8}) == SparseBitNetConfig(6, 8)
+    with pytest.raises(UserError, match="lissom train --method sparse-bitnet"):
+        Recipe.of(SparseBitNetConfig())
+
+
+def test_dense_to_sparse_models_are_sparse_when_they_are_loaded_and_packed(tmp_path):
+    """Only the trainer turns masks off."""
+    model = SparseBitNetConfig(sparse_share=0.25).convert(tiny_model("llama"))
+    trained = logits(model)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(again), trained)
+    assert {module.format for module in pack(again).modules() if isinstance(module, PackedLinear)} == {"ternary_2_4"}
+    assert torch.equal(logits(again), trained)
+
+
+def test_what_cannot_be_packed_is_known_before_it_is_trained():
+    fused = SparseBitNetConfig().convert(tiny_model("phi3", head_dim=12, num_attention_heads=2, num_key_value_heads=1))
+    control = SparseBitNetConfig(quantise=False).convert(tiny_model("llama"))
+    for model, words in ((fused, "multiple of 16"), (control, "floating point"), (tiny_model("llama"), "no sparse")):
+        with pytest.raises(UserError, match=words):
+            check_packable(model)
+        with pytest.raises(UserError, match=words):
+            pack(model)
 
 
 @pytest.mark.parametrize("bad", [-2, 10**6])

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from lissom.weights.sparse_bitnet import SparseBitNetConfig
 from lissom.weights.sparse_bitnet.layer import SparseTernary, plain, trainable
 from lissom.weights.sparse_bitnet.ternary import nm_mask
+from lissom.weights.sparse_bitnet.training import SparseTraining
 
 
 def layer_of(settings: SparseBitNetConfig, parts=(12,), bias=True, kind="linear") -> SparseTernary:
@@ -83,9 +84,11 @@ def test_fused_matrices_have_scales_of_their_own():
 
 def test_masks_are_off_before_the_sparse_share_of_training():
     layer = layer_of(SparseBitNetConfig(sparse_share=0.25))
-    assert not layer.sparse and layer.frozen()[1].all()
-    layer.sparse = True
-    assert layer.frozen()[1].sum() == 12 * 8
+    assert layer.sparse and layer.frozen()[1].sum() == 12 * 8
+    training = SparseTraining(nn.ModuleList([layer]), layer.settings)
+    for done, masked in ((0.0, False), (0.74, False), (0.75, True), (1.0, True)):
+        training.begin_step(done)
+        assert layer.sparse is masked and layer.frozen()[1].all() is not masked
 
 
 def test_the_layer_of_gpt2_is_the_transposed_one():

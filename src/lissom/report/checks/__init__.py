@@ -12,7 +12,7 @@ from rich.table import Table
 
 import lissom
 from lissom.evals.stats import Interval
-from lissom.recipes.registry import registered
+from lissom.models.registry import registered
 from lissom.report.rows import Result
 
 GROUP = "lissom.checks"

@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 from lissom.errors import UserError
 from lissom.kernels.packed import Packed, check_finite, pack_ternary
 from lissom.kernels.packed_layers import replace
-from lissom.kernels.ternary import TERNARY, TERNARY_2_4
+from lissom.kernels.ternary import BLOCK, TERNARY, TERNARY_2_4
 from lissom.models import describe_decoder
 from lissom.models.layerwise import linear_layers, require_original, weight_of
 from lissom.plugin import attach
-from lissom.weights.plugin import mark
+from lissom.training_plugin import mark
 from lissom.weights.sparse_bitnet.config import SparseBitNetConfig
 from lissom.weights.sparse_bitnet.layer import SparseTernary, plain, trainable
 from lissom.weights.sparse_bitnet.ternary import check_pattern, sparse_ternary
@@ -85,20 +85,29 @@ def packed_of(layer: SparseTernary) -> Packed:
     return pack_ternary(whole, scales, TERNARY_2_4 if two_of_four else TERNARY)
 
 
+def check_packable(model: PreTrainedModel) -> None:
+    """Raise a `UserError` where the model cannot be packed, whatever its weights are: it has no sparse ternary layers,
+    they are the floating point control, or parts of fused ones begin within rows that are stored together."""
+    layers = layers_of(model)
+    if not layers:
+        raise UserError("The model has no sparse ternary layers: `SparseBitNetConfig(...).convert(model)` makes them.")
+    for name, layer in layers.items():
+        if not layer.settings.quantise:
+            raise UserError("The model is the floating point control (quantise=False): there is nothing to pack.")
+        if any(rows % BLOCK for rows in layer.parts[:-1]):
+            raise UserError(f"{name} has parts of {layer.parts} rows: all but the last must be a multiple of {BLOCK}.")
+
+
 def pack(model: PreTrainedModel) -> PreTrainedModel:
     """Replace trained sparse ternary layers by packed ones, in place. Logits stay the same, bit for bit, in fp32.
 
     `save_pretrained` then writes packed weights, and `from_pretrained` reads them.
 
     Raises:
-        UserError: the model has no such layers, they are the floating point control, or weights are not finite.
+        UserError: see `check_packable`; or weights are not finite.
     """
-    layers = layers_of(model)
-    if not layers:
-        raise UserError("The model has no sparse ternary layers: `SparseBitNetConfig(...).convert(model)` makes them.")
-    if not all(layer.settings.quantise for layer in layers.values()):
-        raise UserError("The model is the floating point control (quantise=False): there is nothing to pack.")
-    packed = {}
+    check_packable(model)
+    layers, packed = layers_of(model), {}
     for name, layer in layers.items():
         check_finite(layer.masters(), name)
         packed[name] = packed_of(layer)

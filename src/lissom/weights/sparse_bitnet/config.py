@@ -71,6 +71,18 @@ class SparseBitNetConfig:
 
         return convert(model, self)
 
+    def place(self, model: PreTrainedModel) -> None:
+        """Exchange the layers of a model whose weights are still to be loaded."""
+        from lissom.weights.sparse_bitnet.apply import place
+
+        place(model, self)
+
+    def check_packable(self, model: PreTrainedModel) -> None:
+        """See `lissom.weights.sparse_bitnet.apply.check_packable`."""
+        from lissom.weights.sparse_bitnet.apply import check_packable
+
+        check_packable(model)
+
     def pack(self, model: PreTrainedModel) -> PreTrainedModel:
         """See `lissom.weights.sparse_bitnet.pack`."""
         from lissom.weights.sparse_bitnet.apply import pack

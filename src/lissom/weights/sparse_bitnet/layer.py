@@ -71,7 +71,7 @@ class SparseTernary(nn.Module):
     Attributes:
         settings: the method's.
         parts: rows of each logical matrix, which has a scale of its own: a fused layer has several.
-        sparse: whether the mask is on. Dense-to-sparse training turns it on for its last share of steps.
+        sparse: whether the mask is on. Dense-to-sparse training turns it off for its first steps.
     """
 
     settings: SparseBitNetConfig
@@ -140,7 +140,7 @@ def trainable(module: nn.Module, settings: SparseBitNetConfig, parts: tuple[int,
     """The layer that takes the place of a plain linear layer. It has the same parameters and hooks."""
     layer = _PLAIN[type(module)].__new__(_PLAIN[type(module)])
     layer.__dict__.update(module.__dict__)
-    layer.settings, layer.parts, layer.sparse = settings, parts, settings.sparse_share == 1
+    layer.settings, layer.parts, layer.sparse = settings, parts, True
     return layer
 
 

@@ -1,7 +1,7 @@
-"""Checkpoints of models in training with Sparse-BitNet: plain weights, and in config.json what they are trained for.
+"""Checkpoints of models in training: plain weights, and in config.json which method they are trained for.
 
-`mark(model, settings)` is all that is needed by whatever has put the layers in. The module is imported while
-transformers itself is being imported, so it takes the rest of lissom only where it is called.
+`mark(model, method)` is all that is needed by a method that has put layers of its own into a model. The module is
+imported while transformers itself is being imported, so it takes the rest of lissom only where it is called.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 if TYPE_CHECKING:
-    from lissom.weights.sparse_bitnet.config import SparseBitNetConfig
+    from lissom.models.method import Trainable
 
-NAME = "sparse_bitnet"
+NAME = "lissom_training"
 _VERSION = 1
 logger = logging.getLogger(__name__)
 
@@ -27,31 +27,38 @@ class TrainingConfig(QuantizationConfigMixin):
     """`quantization_config` of config.json.
 
     Attributes:
-        settings: of `SparseBitNetConfig`.
+        method: key of the method.
+        settings: of it.
         version: of what they mean.
 
     Raises:
         UserError: it was written by another version of lissom, or it is damaged.
     """
 
-    def __init__(self, settings: dict[str, Any] | None = None, version: int = _VERSION, **unknown: Any) -> None:
+    def __init__(
+        self, method: str = "", settings: dict[str, Any] | None = None, version: int = _VERSION, **unknown: Any
+    ) -> None:
         from lissom.errors import UserError
 
         self.quant_method = NAME
-        self.settings, self.version = dict(settings or {}), version
+        self.method, self.settings, self.version = method, dict(settings or {}), version
         if version != _VERSION:
-            raise UserError(f"The checkpoint is of Sparse-BitNet version {version}; this lissom reads {_VERSION}.")
-        self.method()
+            raise UserError(f"The checkpoint is in training by version {version}; this lissom reads {_VERSION}.")
+        self.build()
 
-    def method(self) -> SparseBitNetConfig:
-        """The settings as they are used."""
+    def build(self) -> Trainable:
+        """The method with its settings."""
         from lissom.errors import UserError
-        from lissom.weights.sparse_bitnet.config import SparseBitNetConfig
+        from lissom.models.method import Trainable
+        from lissom.models.registry import build
 
         try:
-            return SparseBitNetConfig(**self.settings)
-        except TypeError as error:
-            raise UserError(f"config.json is damaged: {self.settings} are no settings of Sparse-BitNet.") from error
+            method = build(self.method, self.settings)
+        except UserError as error:
+            raise UserError(f"config.json is damaged, or of another lissom: {error}") from error
+        if not isinstance(method, Trainable):
+            raise UserError(f"config.json is damaged: {self.method} is not trained.")
+        return method
 
 
 class TrainingQuantizer(HfQuantizer):
@@ -66,9 +73,7 @@ class TrainingQuantizer(HfQuantizer):
         return torch.float32
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        from lissom.weights.sparse_bitnet.apply import place
-
-        place(model, self.quantization_config.method())
+        self.quantization_config.build().place(model)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         pass
@@ -88,11 +93,17 @@ class TrainingQuantizer(HfQuantizer):
         return True
 
 
-def mark(model: nn.Module, settings: SparseBitNetConfig) -> None:
-    """Let transformers know that `model` has trainable sparse ternary layers: `from_pretrained` makes them again."""
-    model.config.quantization_config = TrainingConfig(asdict(settings))
-    model.hf_quantizer = TrainingQuantizer(model.config.quantization_config)
-    model.is_quantized, model.quantization_method = True, NAME
+def mark(model: nn.Module, method: Trainable) -> None:
+    """Let transformers know that `model` has the method's trainable layers: `from_pretrained` makes them again."""
+    from lissom.plugin import adopt  # here: it may be in the middle of importing transformers
+
+    adopt(model, TrainingQuantizer(TrainingConfig(method.name, asdict(method))))  # type: ignore[call-overload]
+
+
+def method_in_training(model: nn.Module) -> Trainable | None:
+    """The method that `model` is in training with, if any."""
+    config = getattr(model.config, "quantization_config", None)
+    return config.build() if isinstance(config, TrainingConfig) else None
 
 
 def _register() -> None:

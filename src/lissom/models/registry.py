@@ -1,4 +1,4 @@
-"""The methods that a recipe can name: whatever is installed as an entry point of the group `lissom.methods`."""
+"""The methods that recipes and `lissom train` name: what is an installed entry point of the group `lissom.methods`."""
 
 from __future__ import annotations
 
