@@ -87,7 +87,7 @@ def test_two_processes_train_one_model(text, tmp_path):
         (("--method", "sparse-bitnet", "--set", "m=7"), "multiple of 7 inputs"),
         (("--method", "flash-prefill"), "is not trained"),
         (("--packed", "x"), "--packed"),
-        (("--packed", "x", "--method", "sparse-bitnet", "--set", "quantise=false"), "nothing to pack"),
+        (("--packed", "x", "--method", "sparse-bitnet", "--set", "quantize=false"), "nothing to pack"),
         (("--teacher", "new"), "new"),
         (("--context", 100000), "less than a window"),
         (("--schedule", "steps"), "schedule"),

@@ -166,6 +166,6 @@ def test_what_cannot_be_packed_is_refused():
 
 def test_tokens_are_quantised_by_their_own_largest_value():
     x = torch.tensor([[1.0, -2.0, 0.5], [0.0, 0.0, 1e-9]])
-    quants, inverse = ternary.quantise_tokens(x)
+    quants, inverse = ternary.quantize_tokens(x)
     assert quants.tolist() == [[64, -127, 32], [0, 0, 0]]
     assert inverse.flatten().tolist() == pytest.approx([63.5, 127 / 1e-5])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ def register(app: typer.Typer) -> None:
 
 def check(
     method: str = typer.Argument(
-        ..., help="Key of the method: attention-matching, flash-prefill, native-decode, quantize or sparse-bitnet."
+        ..., help=f"Key of the method: {', '.join(sorted(entry_points(group='lissom.checks').names))}."
     ),
     model: str = typer.Option("smollm2-135m", help=MODEL),
     small: bool = typer.Option(False, "--small", help="At most 20 minutes on two cores. [default: up to two hours]"),

@@ -66,12 +66,13 @@ def export_gguf(
     Packed layers keep their own type and lose nothing. Norms and biases are F32.
 
     Ternary matrices are TQ2_0, or TQ1_0 where that is asked for, which have blocks of 256 inputs and lose nothing but
-    that scales are rounded to fp16; llama.cpp does not make use of 2:4. With any other type they are written as such.
+    that scales are rounded to fp16; llama.cpp does not make use of 2:4. With any other type they are written dense, in
+    that type.
 
     Args:
-        type: of weights that are not packed: one of `TYPES`. `auto` is their own dtype, which loses nothing, and so is
-            it with `tq2_0` and `tq1_0`. With `q4_0` and `q4_1` the embedding and the head are Q8_0, and matrices that
-            do not fill blocks of 32 are F16.
+        type: of weights that are not packed: one of `TYPES`. With `auto`, `tq2_0` and `tq1_0` they keep their own
+            dtype, which loses nothing. With `q4_0` and `q4_1` the embedding and the head are Q8_0, and matrices that do
+            not fill blocks of 32 are F16.
 
     Returns:
         How many matrices were written in each type.

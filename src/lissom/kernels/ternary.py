@@ -34,7 +34,7 @@ _ELSE = 1  # code of what is looked at by nobody
 _NONE = -1  # of a place for a spill that is not used
 
 
-def quantise_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Activations as whole numbers, each token with a scale of its own (absmax int8).
 
     Args:
@@ -53,7 +53,7 @@ def quantise_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def whole_product(
     quants: torch.Tensor, inverse: torch.Tensor, whole: torch.Tensor, scales: torch.Tensor
 ) -> torch.Tensor:
-    """The product of what `quantise_tokens` returns with `whole` and `scales` as in `product`, fp32 `[..., rows]`."""
+    """The product of what `quantize_tokens` returns with `whole` and `scales` as in `product`, fp32 `[..., rows]`."""
     return F.linear(quants, whole).float() * (scales / inverse)
 
 
@@ -67,7 +67,7 @@ def product(x: torch.Tensor, whole: torch.Tensor, scales: torch.Tensor, bias: to
     Returns:
         `[..., rows]` in the dtype of `x`.
     """
-    out = whole_product(*quantise_tokens(x), whole, scales)
+    out = whole_product(*quantize_tokens(x), whole, scales)
     return (out if bias is None else out + bias.float()).to(x.dtype)
 
 

@@ -120,7 +120,7 @@ def test_what_cannot_be_packed_is_refused():
     with pytest.raises(UserError, match="no sparse ternary layers"):
         pack(tiny_model("llama"))
     with pytest.raises(UserError, match="nothing to pack"):
-        pack(SparseBitNetConfig(quantise=False).convert(tiny_model("llama")))
+        pack(SparseBitNetConfig(quantize=False).convert(tiny_model("llama")))
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_what_cannot_be_packed_is_refused():
         ({"n": 2.5}, "n=2.5"),
         ({"sparse_share": 0.0}, "sparse_share"),
         ({"gradient": "some"}, "gradient"),
-        ({"quantise": False, "mask_from": "ternary"}, "quantise=False"),
+        ({"quantize": False, "mask_from": "ternary"}, "quantize=False"),
     ],
 )
 def test_bad_settings_are_sentences(changes, words):
@@ -178,7 +178,7 @@ def test_dense_to_sparse_models_are_sparse_when_they_are_loaded_and_packed(tmp_p
 
 def test_what_cannot_be_packed_is_known_before_it_is_trained():
     fused = SparseBitNetConfig().convert(tiny_model("phi3", head_dim=12, num_attention_heads=2, num_key_value_heads=1))
-    control = SparseBitNetConfig(quantise=False).convert(tiny_model("llama"))
+    control = SparseBitNetConfig(quantize=False).convert(tiny_model("llama"))
     for model, words in ((fused, "multiple of 16"), (control, "floating point"), (tiny_model("llama"), "no sparse")):
         with pytest.raises(UserError, match=words):
             check_packable(model)

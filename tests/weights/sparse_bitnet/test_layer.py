@@ -62,7 +62,7 @@ def test_pruned_weights_learn_and_can_come_back():
 
 @pytest.mark.parametrize("gradient", ["dense", "masked"])
 def test_the_control_is_masked_and_not_quantised(gradient):
-    layer = layer_of(SparseBitNetConfig(n=1, m=4, quantise=False, gradient=gradient), bias=False)
+    layer = layer_of(SparseBitNetConfig(n=1, m=4, quantize=False, gradient=gradient), bias=False)
     x = torch.randn(7, 16)
     mask = nm_mask(layer.weight, 1, 4)
     out = layer(x)

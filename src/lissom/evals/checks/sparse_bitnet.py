@@ -25,6 +25,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lissom.evals.journal import Journal, scope
+from lissom.evals.perplexity import window_nll
 from lissom.evals.stats import Interval, mean_interval, paired_bootstrap, verdict
 from lissom.models import assets
 from lissom.train import TokenWindows, TrainConfig, new_model, new_tokenizer, token_windows, train
@@ -39,7 +40,7 @@ MASK, GRADIENT, MASKED_SCALE, SURVIVORS = (
 SHARES = {0.25: "sparse in the last 25 %", 0.5: "sparse in the last 50 %", 0.75: "sparse in the last 75 %"}
 ARMS: dict[str, SparseBitNetConfig | None] = {
     FLOAT: None,
-    FLOAT_SPARSE: SparseBitNetConfig(quantise=False),
+    FLOAT_SPARSE: SparseBitNetConfig(quantize=False),
     TERNARY: SparseBitNetConfig(n=4),
     SPARSE: SparseBitNetConfig(),
     MASK: SparseBitNetConfig(mask_from="ternary"),
@@ -230,7 +231,7 @@ def _begin() -> None:
 def config_of(arm: str, seed: int, size: Size) -> TrainConfig:
     """The paper's recipe: weight decay of ternary models falls to nothing in half of the training."""
     settings = ARMS[arm]
-    ternary = settings is not None and settings.quantise
+    ternary = settings is not None and settings.quantize
     rate = size.rates["ternary" if ternary else "float"]
     return TrainConfig(
         **asdict(size.config)
@@ -283,14 +284,9 @@ def convert(
     return known[identity]
 
 
-@torch.no_grad()
 def window_losses(model: PreTrainedModel, windows: Sequence[torch.Tensor]) -> list[float]:
     """Nats per token of each window."""
-    losses = []
-    for ids in windows:
-        logits = model(ids[None]).logits[0, :-1].float()
-        losses.append(float(torch.nn.functional.cross_entropy(logits, ids[1:])))
-    return losses
+    return [float(window_nll(model, ids, len(ids), len(ids) - 1).mean()) for ids in windows]
 
 
 def verdicts(run: Run) -> list[tuple[str, str]]:

@@ -92,8 +92,8 @@ def check_packable(model: PreTrainedModel) -> None:
     if not layers:
         raise UserError("The model has no sparse ternary layers: `SparseBitNetConfig(...).convert(model)` makes them.")
     for name, layer in layers.items():
-        if not layer.settings.quantise:
-            raise UserError("The model is the floating point control (quantise=False): there is nothing to pack.")
+        if not layer.settings.quantize:
+            raise UserError("The model is the floating point control (quantize=False): there is nothing to pack.")
         if any(rows % BLOCK for rows in layer.parts[:-1]):
             raise UserError(f"{name} has parts of {layer.parts} rows: all but the last must be a multiple of {BLOCK}.")
 

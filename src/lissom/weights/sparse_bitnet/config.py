@@ -22,7 +22,7 @@ class SparseBitNetConfig:
 
     Attributes:
         n, m: of `m` consecutive inputs at most `n` have a weight. n = m is a dense ternary model (BitNet b1.58).
-        quantise: False is the paper's control: the same masks on floating point weights and activations.
+        quantize: False is the paper's control: the same masks on floating point weights and activations.
         mask_from: `master` (paper), or for the ablation `ternary`.
         scale_from: `dense` (paper), or for the ablations `masked` and `survivors`; see `ternary.scale_of`.
         gradient: `dense` (paper): weights that are left out get theirs too, and can come back. `masked`: ablation.
@@ -37,7 +37,7 @@ class SparseBitNetConfig:
 
     n: int = 2
     m: int = 4
-    quantise: bool = True
+    quantize: bool = True
     mask_from: MaskFrom = "master"
     scale_from: ScaleFrom = "dense"
     gradient: Literal["dense", "masked"] = "dense"
@@ -48,8 +48,8 @@ class SparseBitNetConfig:
         check_pattern(self.n, self.m)
         if not 0 < self.sparse_share <= 1:
             raise UserError(f"sparse_share={self.sparse_share}: expected a share above 0, up to 1.")
-        if not self.quantise and (self.mask_from, self.scale_from) != ("master", "dense"):
-            raise UserError("mask_from and scale_from are about ternary weights: leave them with quantise=False.")
+        if not self.quantize and (self.mask_from, self.scale_from) != ("master", "dense"):
+            raise UserError("mask_from and scale_from are about ternary weights: leave them with quantize=False.")
 
     def convert(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedModel:
         """Put trainable sparse ternary layers in the place of the decoder's linear layers. They share the weights,
@@ -96,8 +96,8 @@ class SparseBitNetConfig:
         return SparseTraining(model, self)
 
     def __str__(self) -> str:
-        words = f"sparse-bitnet {self.n}:{self.m}" if self.quantise else f"sparse {self.n}:{self.m}"
-        return described(self, words, "n", "m", "quantise")
+        words = f"sparse-bitnet {self.n}:{self.m}" if self.quantize else f"sparse {self.n}:{self.m}"
+        return described(self, words, "n", "m", "quantize")
 
     @classmethod
     def candidates(cls, context: SearchContext) -> list[Self]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lissom.kernels.ternary import quantise_tokens, whole_product
+from lissom.kernels.ternary import quantize_tokens, whole_product
 from lissom.weights.sparse_bitnet.config import SparseBitNetConfig
 from lissom.weights.sparse_bitnet.ternary import nm_mask, sparse_ternary
 
@@ -28,7 +28,7 @@ class _Product(torch.autograd.Function):
         scales: torch.Tensor,
         kept: torch.Tensor | None,
     ) -> torch.Tensor:
-        quants, inverse = quantise_tokens(x)
+        quants, inverse = quantize_tokens(x)
         ctx.save_for_backward(quants.to(torch.int8), inverse, whole.to(torch.int8), scales, kept)
         device = x.device.type
         narrow = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -110,7 +110,7 @@ class SparseTernary(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., in_features]` to `[..., out_features]`, in the dtype of `x`."""
         weight, dense = self.matrix(), self.settings.gradient == "dense"
-        if self.settings.quantise:
+        if self.settings.quantize:
             whole, mask, scales = self.frozen()
             product = _Product.apply(x, weight, whole, scales, None if dense else mask)
             return (product if self.bias is None else product + self.bias.float()).to(x.dtype)

@@ -27,7 +27,7 @@ class SparseTraining:
         in since the last time."""
         layers = layers_of(self.model)
         frozen = {name: layer.frozen() for name, layer in layers.items()}
-        values = asdict(census(self.model, frozen)) if self.settings.quantise else {}
+        values = asdict(census(self.model, frozen)) if self.settings.quantize else {}
         masks = {name: frozen[name][1] for name, layer in layers.items() if layer.sparse}
         if masks and masks.keys() == self._masks.keys():
             flipped = sum(int((mask != self._masks[name]).sum()) for name, mask in masks.items())
