@@ -1,8 +1,8 @@
 """Products and decoding of 2:4 weights, beside dense ternary ones, 4 bits, PyTorch's own products and llama.cpp.
 
 A product is of one vector, or of 256 as in a prompt, with a matrix that fits into a cache or does not. Decoding is of
-models with random weights, for no kernel's time depends on them: about 100 million parameters, and a billion; each in a
-process of its own. llama.cpp is found where LISSOM_LLAMA_CPP_PYTHON names a Python that has llama-cpp-python; without
+models with random weights that have as many zeros as trained ones: about 100 million parameters, and a billion; each in
+a process of its own. llama.cpp is found where LISSOM_LLAMA_CPP_PYTHON names a Python that has llama-cpp-python; without
 it its arms are left out.
 """
 

@@ -42,9 +42,8 @@ class Arena {
       x.inverse = take<float>(rows);
       x.sums_of_whole = take<int32_t>(rows);
     }
-    const int64_t triples = isa.tables_size(kTernary, columns), quads = isa.tables_size(kTernary24, columns);
-    if (forms & kTriples && triples) x.triples = take<int16_t>(rows * triples);
-    if (forms & kQuads && quads) x.quads = take<int16_t>(rows * quads);
+    if (forms & kTriples) x.triples = take<int16_t>(rows * isa.tables_size(kTernary, columns));
+    if (forms & kQuads) x.quads = take<int16_t>(rows * isa.tables_size(kTernary24, columns));
     return x;
   }
 

@@ -64,7 +64,7 @@ enum Forms : int64_t {
   kQuants = 1,    // bytes with a scale for kGroup
   kHalves = 2,    // bfloat16
   kWhole = 4,     // bytes with a scale for all
-  kTriples = 8,   // sums of three of those for each code of kTernary, where there is a kernel for them
+  kTriples = 8,   // sums of three of those for each code of kTernary
   kQuads = 16,    // the same of four, for kTernary24
 };
 inline int64_t form_of(int64_t format, int64_t vectors) {
@@ -252,7 +252,7 @@ struct Kernels {
   void (*quantise)(const Activations&, int64_t first, int64_t last);
   void (*multiply)(const Matrix&, int64_t block, int64_t blocks, const Activations&, const Target&, float* scratch);
   int64_t (*multiply_scratch)(int64_t columns);  // floats
-  int64_t (*tables_size)(int64_t format, int64_t columns);  // numbers of a vector's tables; 0 where there are none
+  int64_t (*tables_size)(int64_t format, int64_t columns);  // numbers of a vector's tables
   void (*row)(const Matrix&, int64_t row, float* out);  // one row of the matrix, dequantised
   void (*norm)(const float* in, const float* weight, float epsilon, int64_t size, float* out);
   void (*rotate)(float* vector, const float* cosine, const float* sine, int64_t rotated);

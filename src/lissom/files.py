@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from lissom.errors import UserError
@@ -33,17 +33,27 @@ def require_writable(path: str | Path) -> None:
             return
 
 
+def require_new(path: str | Path) -> None:
+    """Raise a `UserError` now where a folder cannot be written to `path`, or would take the place of something."""
+    target = Path(path)
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"{target} is there already: give another folder.")
+    require_writable(target)
+
+
 @contextmanager
-def alone(lock: Path) -> Iterator[None]:
-    """One process at a time holds the file `lock`; others wait.
+def alone(lock: Path, refusal: str | None = None) -> Iterator[None]:
+    """One process at a time holds the file `lock`; others wait, or where there is a `refusal` are told that.
 
     Raises:
-        UserError: it cannot be made.
+        UserError: it cannot be made, or another process holds it and there is a `refusal`.
     """
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         held = FileLock(lock)
-        held.acquire()
+        held.acquire(timeout=-1 if refusal is None else 0)
+    except Timeout as error:
+        raise UserError(str(refusal)) from error
     except OSError as error:
         raise UserError(f"Cannot write to {lock.parent}: {error.strerror or error}.") from error
     try:

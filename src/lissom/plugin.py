@@ -78,6 +78,7 @@ class PackedQuantizer(HfQuantizer):
         _untie(model)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        from lissom.kernels.packed import check_finite
         from lissom.kernels.packed_layers import PackedEmbedding, PackedLinear
         from lissom.kernels.ternary import TERNARY_2_4, check_spills
 
@@ -91,8 +92,10 @@ class PackedQuantizer(HfQuantizer):
                     # transformers marks what came from the file; it only warns of what did not.
                     if not getattr(tensor, "_is_hf_initialized", False):
                         raise UserError(f"The checkpoint is damaged: {name}.{kind} is missing.")
+                    if kind != "quants" and tensor.is_floating_point():
+                        check_finite(tensor, f"{name}.{kind}")
                 if module.format == TERNARY_2_4:
-                    check_spills(module.packed.spills, module.columns)
+                    check_spills(module.packed.quants, module.packed.spills, module.columns)
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """What is saved, and metadata as long as needed for codes to begin at cache lines.

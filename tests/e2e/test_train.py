@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from lissom.train import RunFolder
+
 TEXT = "The cat sat on the mat, and the dog ran after the cat. " * 400
 SMALL = ("--steps", 6, "--context", 16, "--batch-size", 2, "--warmup", 1, "--log-every", 2, "--save-every", 3)
 NEW = ("--layers", 1, "--hidden-size", 48, "--heads", 3, "--vocabulary", 300)
@@ -52,6 +54,14 @@ def test_a_new_ternary_model_is_trained_packed_and_used(lissom_cli, text, tmp_pa
     assert further.returncode == 0 and "mask_flips" in further.stderr, further.stderr
     other = lissom_cli(*on, "-o", tmp_path / "other", "--method", "sparse-bitnet", "--set", "n=1")
     assert other.returncode == 2 and "in training with sparse-bitnet 2:4" in other.stderr
+    exported = lissom_cli("export", "packed", tmp_path / "run", "-o", tmp_path / "exported")
+    assert exported.returncode == 0, exported.stderr
+    files = [tmp_path / folder / "model.safetensors" for folder in ("small", "exported")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    twice = lissom_cli("export", "packed", tmp_path / "run", "-o", tmp_path / "exported")
+    assert twice.returncode == 2 and "is there already" in twice.stderr
+    foreign = lissom_cli("export", "packed", tmp_path / "small", "-o", tmp_path / "none")
+    assert foreign.returncode == 2 and "not in training" in foreign.stderr
     packed = lissom_cli("train", tmp_path / "small", "--text", text, *SMALL, "-o", tmp_path / "more")
     assert packed.returncode == 2 and "packed weights" in packed.stderr
 
@@ -92,6 +102,11 @@ def test_two_processes_train_one_model(text, tmp_path):
         (("--context", 100000), "less than a window"),
         (("--schedule", "steps"), "schedule"),
         (("--held-out", "missing.txt"), "missing.txt"),
+        (("--tracking", "trackio"), "pip install trackio"),
+        (("--heads", 0), "from 1"),
+        (("--seed", -1), "seed"),
+        (("--weight-decay", "nan"), "finite"),
+        (("--batch-size", 4096), "fewer than a batch"),
     ],
 )
 def test_mistakes_are_one_sentence(lissom_cli, text, tmp_path, options, words):
@@ -106,6 +121,25 @@ def test_a_folder_of_something_else_is_left_alone(lissom_cli, text, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
     missing = lissom_cli("train", "new", "--text", tmp_path / "none", "-o", tmp_path / "run", *SMALL, *NEW)
     assert missing.returncode == 2 and "no file, and no folder" in missing.stderr
+
+
+@pytest.mark.parametrize("where", ["full", "file", "run", "run/packed"])
+def test_packed_models_take_the_place_of_nothing(lissom_cli, text, tmp_path, where):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "precious").write_text("x")
+    (tmp_path / "file").write_text("x")
+    done = lissom_cli(
+        "train", "new", "--text", text, *SMALL, *NEW, "--method", "sparse-bitnet", "-o", tmp_path / "run",
+        "--packed", tmp_path / where,
+    )  # fmt: skip
+    assert done.returncode == 2 and not (tmp_path / "run").exists()
+    assert (tmp_path / "full" / "precious").exists() and (tmp_path / "file").read_text() == "x"
+
+
+def test_two_runs_do_not_share_a_folder(lissom_cli, text, tmp_path):
+    with RunFolder.open(tmp_path / "run", {}):
+        done = lissom_cli("train", "new", "--text", text, "-o", tmp_path / "run", *SMALL, *NEW)
+    assert done.returncode == 2 and "Another process is training" in done.stderr
 
 
 def test_what_could_not_begin_may_be_asked_for_otherwise(lissom_cli, text, tmp_path):

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
 import torch
 
 from lissom.errors import UserError
-from lissom.train import TokenWindows, new_tokenizer, token_windows
+from lissom.train import TokenWindows, fingerprint, new_tokenizer, token_windows
 from lissom.train.data import _pieces, documents, text_files
 
 
@@ -77,11 +78,29 @@ def test_what_is_no_text_is_a_sentence(tokenizer, tmp_path):
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="UTF-8"):
         list(documents(tmp_path / "binary.txt"))
-    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"other": 1}\n')
-    with pytest.raises(UserError, match="line 2"):
-        list(documents(tmp_path / "bad.jsonl"))
+    for line in ('{"other": 1}', '{"text": 3}', '{"text": null}', '{"text": ["a", "b"]}', "[]", "{"):
+        (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n' + line + "\n")
+        with pytest.raises(UserError, match="line 2"):
+            list(documents(tmp_path / "bad.jsonl"))
     with pytest.raises(UserError, match="none are left"):
         TokenWindows(np.arange(10, dtype=np.uint16), 10).split(0.5)
+
+
+def test_byte_order_marks_and_empty_lines_are_passed_over(tmp_path):
+    file = tmp_path / "text.jsonl"
+    file.write_text('{"text": "a"}\n\n  \n{"text": "b"}\n', encoding="utf-8-sig")
+    assert list(documents(file)) == ["a", "b"]
+
+
+def test_text_is_known_by_its_content(tmp_path):
+    (tmp_path / "a.txt").write_text("x" * 200_000)
+    (tmp_path / "b.md").write_text("y")
+    known = fingerprint(tmp_path)
+    os.utime(tmp_path / "a.txt", (0, 0))
+    assert fingerprint(tmp_path) == known != fingerprint(tmp_path / "a.txt")
+    for changed in ("z" + "x" * 199_999, "x" * 199_999 + "z", "x" * 199_999):
+        (tmp_path / "a.txt").write_text(changed)
+        assert fingerprint(tmp_path) != known
 
 
 def test_new_tokenizers_know_every_byte(tokenizer):

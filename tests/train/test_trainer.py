@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,8 +18,9 @@ from transformers import AutoModelForCausalLM
 
 from lissom.errors import UserError
 from lissom.train import Distillation, TokenWindows, TrainConfig, new_model, train
-from lissom.train.distill import cross_entropy
+from lissom.train.distill import cross_entropy, divergence
 from lissom.train.run import CHECKPOINTS, last_checkpoint
+from lissom.train.trainer import arguments_of
 from lissom.weights.sparse_bitnet import SparseBitNetConfig
 from lissom.weights.sparse_bitnet.apply import layers_of
 
@@ -88,12 +90,64 @@ def test_the_last_step_is_measured_once(every, tmp_path):
     assert measured == sorted({*range(every, 9, every), 8})
 
 
-def test_a_half_written_checkpoint_is_passed_over(tmp_path):
-    run(tmp_path, replace(CONFIG, steps=8))
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_half_written_checkpoint_is_passed_over(times, tmp_path):
+    whole, _ = run(tmp_path, replace(CONFIG, steps=8))
     state = tmp_path / CHECKPOINTS / "checkpoint-8" / "trainer_state.json"
+    for written in ("", '{"epoch": 1')[:times]:
+        state.write_text(written)
+        assert Path(last_checkpoint(tmp_path / CHECKPOINTS)).name == "checkpoint-4"
     state.unlink()
-    assert Path(last_checkpoint(tmp_path / CHECKPOINTS)).name == "checkpoint-4"
     assert last_checkpoint(tmp_path / "nothing") is None
+    again, _ = run(tmp_path, replace(CONFIG, steps=8))
+    assert losses(again) == losses(whole) and state.exists()
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_damaged_checkpoint_is_a_sentence(file, tmp_path):
+    run(tmp_path, replace(CONFIG, steps=8))
+    damaged = tmp_path / CHECKPOINTS / "checkpoint-8" / file
+    damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
+    with pytest.raises(UserError, match="checkpoint-8 cannot be read"):
+        run(tmp_path, replace(CONFIG, steps=8))
+
+
+def test_an_interrupted_run_keeps_its_steps(tmp_path):
+    whole, _ = run(tmp_path / "whole")
+
+    def interrupt(done: int, total: int) -> None:
+        if done == 7:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(UserError, match="Interrupted behind step 7, which is saved"):
+        run(tmp_path / "parts", progress=interrupt)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    told = []
+    again, _ = run(tmp_path / "parts", progress=lambda done, total: told.append(done))
+    assert told[0] == 8 and losses(again) == losses(whole)
+
+
+@pytest.mark.parametrize("count", [3, 7])
+def test_held_out_text_is_measured_whole(count, tmp_path):
+    model, held = fresh(), windows(count)
+    history = train(replace(CONFIG, steps=3), model, None, windows(8), held, tmp_path)
+    ids = torch.stack([held[i]["input_ids"] for i in range(count)])
+    with torch.no_grad():
+        wanted = float(cross_entropy(model.eval()(ids).logits, ids))
+    assert history[-1]["eval_loss"] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_text_of_less_than_a_batch_is_refused(tmp_path):
+    with pytest.raises(UserError, match="3 windows of 16 tokens: fewer than a batch of 4"):
+        train(CONFIG, fresh(), None, windows(3), None, tmp_path)
+
+
+def test_settings_reach_the_trainer(tmp_path):
+    arguments = arguments_of(replace(CONFIG, beta1=0.8, beta2=0.7, clip=0.3, seed=5), str(tmp_path), True)
+    assert (arguments.adam_beta1, arguments.adam_beta2, arguments.max_grad_norm) == (0.8, 0.7, 0.3)
+    one, _ = run(tmp_path / "one", replace(CONFIG, steps=3))
+    other, _ = run(tmp_path / "other", replace(CONFIG, steps=3, seed=1))
+    assert losses(one) != losses(other)  # the order of windows
 
 
 def test_methods_are_told_of_steps_and_measured(tmp_path):
@@ -142,6 +196,23 @@ def test_a_student_comes_nearer_to_its_teacher(tmp_path):
     assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    "settings", [Distillation(), Distillation(0.5, 0.0, 2.0, 3.0), Distillation(0.25, 3.0, 0.0, 0.5)]
+)
+def test_the_loss_of_a_student_is_what_its_weights_say(settings, tmp_path):
+    student, teacher = fresh(), new_model(VOCABULARY, hidden=48, layers=2, heads=3, intermediate=96, seed=2)
+    ids = torch.stack([windows(4)[i]["input_ids"] for i in range(4)])
+    with torch.no_grad():
+        ours, theirs = (model.eval()(ids, output_hidden_states=True) for model in (student, teacher))
+    wanted = settings.labels * cross_entropy(ours.logits, ids)
+    wanted += settings.logits * divergence(ours.logits, theirs.logits, settings.temperature)
+    for state, other in zip(ours.hidden_states[1:], theirs.hidden_states[1:], strict=True):  # not the embedding
+        wanted += settings.hidden / 2 * (state - other).square().mean() / other.square().mean()
+    config = replace(CONFIG, steps=1, warmup=0)
+    history = train(config, student, None, windows(4), None, tmp_path, (), teacher, settings)
+    assert losses(history) == [pytest.approx(float(wanted), rel=1e-4)]
+
+
 def test_teachers_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(UserError, match="tokens, the model"):
         run(tmp_path, teacher=tiny_model("llama"))
@@ -157,6 +228,14 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
         model.model.norm.weight[0] = float("nan")
     with pytest.raises(UserError, match="loss is nan at step 1"):
         run(tmp_path, model=model)
+
+
+@pytest.mark.parametrize("save_every", [1, 100])
+def test_weights_that_are_no_numbers_are_not_kept(save_every, tmp_path):
+    config = replace(CONFIG, steps=3, warmup=0, learning_rate=1e38, log_every=50, save_every=save_every)
+    with pytest.raises(UserError, match="Weights are not finite"):
+        train(config, fresh(), None, windows(8), None, tmp_path)
+    assert last_checkpoint(tmp_path / CHECKPOINTS) is None and not (tmp_path / "config.json").exists()
 
 
 _HEAD = """

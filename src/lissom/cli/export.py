@@ -26,6 +26,25 @@ def export() -> None:
 
 
 @app.command()
+def packed(
+    model: str = typer.Argument(..., help="Folder that `lissom train --method` has left."),
+    output: Path = typer.Option(..., "--output", "-o", help="Folder to write."),
+) -> None:
+    """Write a model in training in the packed form of its method, for transformers with `import lissom`."""
+    from rich.console import Console
+
+    import lissom
+    from lissom.export.packed import export_packed
+    from lissom.files import require_new
+
+    require_new(output)
+    console = Console(stderr=True)
+    with console.status(f"packing {model}"):
+        export_packed(*lissom.load(model, "float32"), output)
+    typer.echo(f"{output}: {sum(file.stat().st_size for file in output.iterdir()) / 1e6:.1f} MB.")
+
+
+@app.command()
 def gguf(
     model: str = typer.Argument(..., help=MODEL),
     output: Path = typer.Option(..., "--output", "-o", help="File to write (.gguf)."),

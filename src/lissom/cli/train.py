@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -71,11 +70,14 @@ def train(
 
     import lissom
     from lissom.errors import UserError
-    from lissom.files import require_writable, write_json
+    from lissom.export.packed import export_packed
+    from lissom.files import require_new, write_json
     from lissom.models.method import Trainable
     from lissom.models.registry import build
-    from lissom.train import Distillation, RunFolder, TrainConfig, token_windows
+    from lissom.train import Distillation, RunFolder, TrainConfig, fingerprint, last_checkpoint, token_windows
     from lissom.train import train as run
+    from lissom.train.folder import is_first
+    from lissom.train.run import CHECKPOINTS
     from lissom.training_plugin import method_in_training
 
     warmup = min(100, steps // 2) if warmup is None else warmup
@@ -93,11 +95,14 @@ def train(
     if chosen is not None and not isinstance(chosen, Trainable):
         raise UserError(f"{method} is not trained: it is used in a recipe.")
     if packed is not None:
-        require_writable(packed)
+        require_new(packed)
+        if packed.resolve() == output.resolve() or output.resolve() in packed.resolve().parents:
+            raise UserError(f"--packed {packed} lies in the folder of the run: give another one.")
     shape: dict[str, Any] = {"hidden": hidden_size, "layers": layers, "heads": heads, "context": context, "seed": seed}
     facts: dict[str, Any] = {
         "model": model,
-        "text": str(text),
+        "text": [str(text), fingerprint(text)],
+        "held out": None if held_out is None else [str(held_out), fingerprint(held_out)],
         "method": str(chosen),
         "teacher": teacher,
         "config": asdict(config),
@@ -106,46 +111,50 @@ def train(
         facts["distillation"] = asdict(distillation)
     if model == _NEW:
         facts["new model"] = {**shape, "vocabulary": vocabulary}
-    folder = RunFolder.open(output, facts)
-    first = os.environ.get("RANK", "0") == "0"  # of several processes
-    console = Console(stderr=True, quiet=not first)
-    with console.status(f"loading {model}"):
-        network, tokenizer = _load(model, folder, text, vocabulary, shape)
-        mentor = None if teacher is None else lissom.load(teacher, "float32")[0]
-    with bars(console) as progress:
-        reading = progress.add_task("reading text", total=None)
-        windows = token_windows(
-            text, tokenizer, context, lambda stage, done, total: progress.update(reading, completed=done, total=total)
-        )
-        measured = token_windows(held_out, tokenizer, context) if held_out else None
-    if measured is None:
-        windows, measured = windows.split(_HELD_OUT)
-    known = method_in_training(network)
-    if known is None and getattr(network, "is_quantized", False):
-        raise UserError(f"{model} has packed weights, which cannot be trained: start from its original weights.")
-    if known is not None and chosen not in (None, known):
-        raise UserError(f"{model} is in training with {known}: leave out --method, or give the same.")
-    if chosen is not None and known is None:
-        chosen.convert(network)
-    chosen = chosen or known
-    if packed is not None:
-        if chosen is None:
-            raise UserError("--packed needs a --method that has a packed form, as sparse-bitnet.")
-        chosen.check_packable(network)
-    trainings = [] if chosen is None else [chosen.training(network)]
-    with bars(console) as progress, _processes():
-        task = progress.add_task("steps", total=steps)
-        history = run(
-            config, network, tokenizer, windows, measured, output, trainings, mentor, distillation,
-            lambda done, total: progress.update(task, completed=done, total=total),
-            lambda entry: console.print(_line(entry), highlight=False, soft_wrap=True),
-        )  # fmt: skip
-    if not first:
-        return
-    folder.end(history)
-    if packed is not None:
-        with console.status(f"packing into {packed}"):
-            _pack(chosen, output, packed, tokenizer)
+    console = Console(stderr=True, quiet=not is_first())
+    with RunFolder.open(output, facts) as folder:
+        if (begun := last_checkpoint(output / CHECKPOINTS)) is not None:
+            console.print(f"Going on from {begun}.", highlight=False, soft_wrap=True)
+        with console.status(f"loading {model}"):
+            network, tokenizer = _load(model, folder, text, vocabulary, shape)
+            mentor = None if teacher is None else lissom.load(teacher, "float32")[0]
+        with bars(console) as progress:
+            reading = progress.add_task("reading text", total=None)
+            windows = token_windows(
+                text,
+                tokenizer,
+                context,
+                lambda stage, done, total: progress.update(reading, completed=done, total=total),
+            )
+            measured = token_windows(held_out, tokenizer, context) if held_out else None
+        if measured is None:
+            windows, measured = windows.split(_HELD_OUT)
+        known = method_in_training(network)
+        if known is None and getattr(network, "is_quantized", False):
+            raise UserError(f"{model} has packed weights, which cannot be trained: start from its original weights.")
+        if known is not None and chosen not in (None, known):
+            raise UserError(f"{model} is in training with {known}: leave out --method, or give the same.")
+        if chosen is not None and known is None:
+            chosen.convert(network)
+        chosen = chosen or known
+        if packed is not None:
+            if chosen is None:
+                raise UserError("--packed needs a --method that has a packed form, as sparse-bitnet.")
+            chosen.check_packable(network)
+        trainings = [] if chosen is None else [chosen.training(network)]
+        with bars(console) as progress, _processes():
+            task = progress.add_task("steps", total=steps)
+            history = run(
+                config, network, tokenizer, windows, measured, output, trainings, mentor, distillation,
+                lambda done, total: progress.update(task, completed=done, total=total),
+                lambda entry: console.print(_line(entry), highlight=False, soft_wrap=True),
+            )  # fmt: skip
+        if not is_first():
+            return
+        if packed is not None:
+            with console.status(f"packing into {packed}"):
+                export_packed(*lissom.load(str(output), "float32"), packed)
+        folder.end(history)
     if json_file:
         write_json({**facts, "history": history}, json_file)
     if json_file != "-":
@@ -164,17 +173,6 @@ def _load(
         return lissom.load(name, "float32")
     tokenizer = folder.tokenizer(text, vocabulary)
     return new_model(len(tokenizer), **shape), tokenizer
-
-
-def _pack(method: Any, trained: Path, target: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """From the folder: in training with several processes no one of them may hold the whole model."""
-    from transformers import AutoModelForCausalLM
-
-    from lissom.files import atomic_path
-
-    with atomic_path(target) as temporary:
-        method.pack(AutoModelForCausalLM.from_pretrained(trained)).save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
 
 
 @contextmanager

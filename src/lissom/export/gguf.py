@@ -169,6 +169,10 @@ def _ternary(
             f"{name} has {packed.columns} inputs: {kind.name} needs a multiple of {per_block}. "
             "llama.cpp has no other ternary type; --type f16 writes the weights dense."
         )
+    if packed.scales is not None and float(packed.scales.max()) > torch.finfo(torch.float16).max:
+        raise UserError(
+            f"{name} has a scale that is too large for the fp16 of {kind.name}: --type bf16 writes it dense."
+        )
     return _Entry(place, shape, kind, lambda: order(blocks.ternary_rows(packed, kind)))
 
 

@@ -117,10 +117,13 @@ def pack(whole: torch.Tensor, scales: torch.Tensor, format: str) -> dict[str, to
         scales: one number, or `[rows]`, the same for every 16 rows that are stored together.
 
     Raises:
-        UserError: four weights of which two may differ from zero have more, or 16 rows do not share a scale.
+        UserError: a weight is something else, a scale is not finite, of four weights two of which may differ from zero
+            more do, or 16 rows do not share a scale.
     """
     rows, columns = whole.shape
     per_code = PER_CODE[format]
+    if not bool(((whole == 0) | (whole.abs() == 1)).all()) or not bool(torch.isfinite(scales).all()):
+        raise UserError("Ternary weights are -1, 0 and 1, and their scales finite: these are not.")
     scales = scales.detach().float().expand(rows) if scales.ndim == 0 else scales.detach().float()
     per_block = F.pad(scales[None], (0, -rows % BLOCK), mode="replicate")[0].unflatten(0, (-1, BLOCK))
     if not bool((per_block == per_block[:, :1]).all()):
@@ -160,15 +163,27 @@ def _spills(hit: torch.Tensor) -> torch.Tensor:
     return spills
 
 
-def check_spills(spills: torch.Tensor, columns: int) -> None:
-    """That each names a code of its tile: kernels take their word for it.
+def check_spills(quants: torch.Tensor, spills: torch.Tensor, columns: int) -> None:
+    """That spills are what `pack` writes, each once and in order: kernels take their word for it.
+
+    Args:
+        quants, spills: of `ternary_2_4`, see `shapes`.
 
     Raises:
-        UserError: one does not.
+        UserError: they are not.
     """
-    codes = ROWS * 3 * words_of(TERNARY_2_4, columns)
-    if spills.numel() and not (int(spills.min()) >= _NONE and int(spills.max()) < codes):
-        raise UserError("The checkpoint is damaged: spills are outside their matrix.")
+    used = spills != _NONE
+    inside = (spills >= 0) & (spills < ROWS * -(-columns // PER_CODE[TERNARY_2_4]))
+    ends = used.int().diff(dim=1) > 0
+    rises = (spills.diff(dim=1) > 0) | ~used[:, 1:]
+    if bool((used & ~inside).any() | ends.any() | (~rises).any()):
+        raise UserError("The checkpoint is damaged: its spills are outside their matrix, or out of order.")
+    tile, place = used.nonzero(as_tuple=True)
+    spilt = spills[tile, place].long()
+    word = quants[tile, spilt // ROWS // 3, spilt % ROWS].int()
+    code = ((word[:, 0] | word[:, 1] << 8) >> (5 * (spilt // ROWS % 3) + 1)) & 31
+    if not bool(((code == _OTHER) | (code == _BOTH)).all()):
+        raise UserError("The checkpoint is damaged: its spills are not those of its codes.")
 
 
 def whole_of(format: str, quants: torch.Tensor, spills: torch.Tensor | None) -> torch.Tensor:

@@ -124,7 +124,7 @@ class Training(Protocol):
     """What a method that changes weights does while they are trained: its `training(model)` returns one."""
 
     def begin_step(self, done: float) -> None:
-        """Called before each step, with the share of the steps that are done."""
+        """Called before each step, with the share of the steps that will be done behind it: 1 is the last one."""
         ...
 
     def measures(self) -> dict[str, float]:

@@ -7,9 +7,9 @@ told of every step.
 """
 
 from lissom.train.config import Distillation, TrainConfig
-from lissom.train.data import TokenWindows, token_windows
+from lissom.train.data import TokenWindows, fingerprint, token_windows
 from lissom.train.folder import RunFolder
-from lissom.train.run import train
+from lissom.train.run import last_checkpoint, train
 from lissom.train.scratch import new_model, new_tokenizer
 from lissom.train.trainer import CausalTrainer
 
@@ -19,6 +19,8 @@ __all__ = [
     "RunFolder",
     "TokenWindows",
     "TrainConfig",
+    "fingerprint",
+    "last_checkpoint",
     "new_model",
     "new_tokenizer",
     "token_windows",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal
 
 from lissom.errors import UserError
@@ -88,6 +90,15 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+        for name in ("learning_rate", "least_rate", "weight_decay", "clip"):
+            if not math.isfinite(getattr(self, name)):
+                raise UserError(f"{name}={getattr(self, name)}: expected a finite number.")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed={self.seed}: expected a number from 0 to below 2^32.")
+        if self.tracking != "none" and find_spec(self.tracking) is None:
+            raise UserError(
+                f"tracking={self.tracking!r} needs a package that is not there: pip install {self.tracking}"
+            )
         for name in ("steps", "batch_size", "accumulate", "evaluate_every", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: expected at least 1.")

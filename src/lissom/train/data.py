@@ -19,6 +19,7 @@ from lissom.models.assets import cache_dir
 
 Progress = Callable[[str, int, int], None]
 _ENDINGS = (".txt", ".md", ".rst", ".jsonl")
+_END = 1 << 16  # bytes of a file's beginning and end that it is known by
 _PIECE = 1 << 20  # characters that are tokenised at a time
 
 
@@ -82,17 +83,35 @@ def documents(file: Path) -> Iterator[str]:
         UserError: it is no text, or a line has none.
     """
     try:
-        with file.open(encoding="utf-8") as lines:
+        with file.open(encoding="utf-8-sig") as lines:
             if file.suffix != ".jsonl":
                 yield lines.read()
                 return
             for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
                 try:
-                    yield json.loads(line)["text"]
-                except (ValueError, KeyError, TypeError) as error:
-                    raise UserError(f'{file}, line {number}: expected an object with "text".') from error
+                    text = json.loads(line)["text"]
+                except (ValueError, KeyError, TypeError):
+                    text = None
+                if not isinstance(text, str):
+                    raise UserError(f'{file}, line {number}: expected an object with a string as "text".')
+                yield text
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is no text file in UTF-8.") from error
+
+
+def fingerprint(path: Path) -> str:
+    """Tells other text at the same place: from names, sizes, and the beginning and end of each file."""
+    digest = hashlib.sha256()
+    for file in text_files(path):
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(path) if file != path else file.name} {size}\n".encode())
+        with file.open("rb") as content:
+            digest.update(content.read(_END))
+            content.seek(max(0, size - _END))
+            digest.update(content.read(_END))
+    return digest.hexdigest()[:24]
 
 
 def token_windows(

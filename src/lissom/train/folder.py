@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,22 +37,26 @@ class RunFolder:
     facts: Mapping[str, Any]
 
     @classmethod
-    def open(cls, path: Path, facts: Mapping[str, Any]) -> RunFolder:
-        """Make the folder, or go on with it.
+    @contextmanager
+    def open(cls, path: Path, facts: Mapping[str, Any]) -> Iterator[RunFolder]:
+        """Make the folder, or go on with it, and keep others out of it as long as it is open.
 
         Raises:
-            UserError: it holds something else, a run of other facts that has begun, or one that has ended.
+            UserError: it holds something else, a run of other facts that has begun, or one that has ended; or another
+                run is going on in it.
         """
-        with alone(_lock(path)):
-            _check(path, facts)
-            require_writable(path / RECORD)
-            write_json(dict(facts), str(path / RECORD))
-        return cls(path, facts)
+        alone_in_it = alone(_lock(path, "run"), f"Another process is training in {path}.")
+        with alone_in_it if is_first() else nullcontext():
+            with alone(_lock(path, "open")):
+                _check(path, facts)
+                require_writable(path / RECORD)
+                write_json(dict(facts), str(path / RECORD))
+            yield cls(path, facts)
 
     def tokenizer(self, text: Path, vocabulary: int) -> PreTrainedTokenizerBase:
         """The run's own, learned from `text` where there is none yet."""
         folder = self.path / TOKENIZER
-        with alone(_lock(self.path)):
+        with alone(_lock(self.path, "open")):
             if not folder.exists():
                 learned = new_tokenizer((part for file in text_files(text) for part in documents(file)), vocabulary)
                 with atomic_path(folder) as temporary:
@@ -61,6 +67,11 @@ class RunFolder:
     def end(self, history: list[dict[str, float]]) -> None:
         """Write down what was logged: the run has ended."""
         write_json({**self.facts, "history": history}, str(self.path / RECORD))
+
+
+def is_first() -> bool:
+    """Whether this is the only process of the run, or the one of several that writes."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _check(path: Path, facts: Mapping[str, Any]) -> None:
@@ -82,6 +93,6 @@ def _check(path: Path, facts: Mapping[str, Any]) -> None:
         shutil.rmtree(path / TOKENIZER, ignore_errors=True)
 
 
-def _lock(path: Path) -> Path:
+def _lock(path: Path, what: str) -> Path:
     """It lies in the cache: the folder itself may not be there yet."""
-    return cache_dir() / "locks" / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:24]}.lock"
+    return cache_dir() / "locks" / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:24]}.{what}"

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import os
+import json
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
+from lissom.errors import UserError
 from lissom.models.method import Training
 from lissom.train.config import Distillation, TrainConfig
 from lissom.train.data import TokenWindows
@@ -37,7 +39,8 @@ def train(
 ) -> list[dict[str, float]]:
     """Train `model` in place, with checkpoints below `output`, and write it to `output`.
 
-    Where there are checkpoints of a run that was stopped it goes on from the last whole one.
+    Where there are checkpoints of a run that was stopped it goes on from the last whole one. Ctrl-C ends it behind the
+    step that is being made, with a checkpoint; pressed twice, at once.
 
     Args:
         trainings: of methods that were put into the model.
@@ -47,20 +50,41 @@ def train(
 
     Returns:
         What was logged, in order: `step` with `loss` and `learning_rate`, or with `eval_loss` (nats per token).
+
+    Raises:
+        UserError: there are fewer windows than a batch, the teacher does not fit, a checkpoint is damaged, the loss or
+            weights are no longer finite, or it was interrupted.
     """
-    folder = output / CHECKPOINTS
-    arguments = arguments_of(config, str(folder), held_out is not None)
-    trainer = CausalTrainer(
-        model, config, arguments, windows, held_out, trainings, teacher, distillation, [_Watch(progress, say)]
-    )
+    arguments = arguments_of(config, str(output / CHECKPOINTS), held_out is not None)
+    watch = _Watch(progress, say)
+    trainer = CausalTrainer(model, config, arguments, windows, held_out, trainings, teacher, distillation, [watch])
     with _no_other_bars():
-        return _run(trainer, config, tokenizer, held_out is not None, output)
+        with _interruptible(watch, alone=trainer.args.world_size == 1):
+            _go_on(trainer, watch, last_checkpoint(output / CHECKPOINTS))
+        if trainer.state.global_step < config.steps:
+            raise UserError(
+                f"Interrupted behind step {trainer.state.global_step}, which is saved: the same command goes on there."
+            )
+        return _end(trainer, config, tokenizer, held_out is not None, output)
 
 
-def _run(
+def _go_on(trainer: CausalTrainer, watch: _Watch, checkpoint: str | None) -> None:
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except UserError:
+        raise
+    except Exception as error:
+        if checkpoint is None or watch.begun:
+            raise
+        raise UserError(
+            f"{checkpoint} cannot be read ({type(error).__name__}): delete it, and the run goes on from the one before."
+        ) from error
+
+
+def _end(
     trainer: CausalTrainer, config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None, measures: bool, output: Path
 ) -> list[dict[str, float]]:
-    trainer.train(resume_from_checkpoint=last_checkpoint(output / CHECKPOINTS))
+    trainer.require_finite()
     measured = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
     if measures and config.steps not in measured:
         trainer.evaluate()
@@ -77,11 +101,38 @@ def _run(
 
 def last_checkpoint(folder: Path) -> str | None:
     """The last checkpoint that was written to its end: its state is what is written last."""
-    while folder.is_dir() and (found := get_last_checkpoint(str(folder))) is not None:
-        if (Path(found) / "trainer_state.json").exists():
-            return found
-        os.rename(found, f"{found.replace('checkpoint-', 'damaged-')}")
+    for found in sorted(folder.glob("checkpoint-*"), key=_step_of, reverse=True):
+        try:
+            json.loads((found / "trainer_state.json").read_text())
+        except (OSError, ValueError):
+            continue
+        return str(found)
     return None
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+@contextmanager
+def _interruptible(watch: _Watch, alone: bool) -> Iterator[None]:
+    """Ctrl-C waits for the end of a step, unless the process is one of several, which would not end at the same one, or
+    somebody else has a say in it."""
+    ours = threading.current_thread() is threading.main_thread()
+    if not (alone and ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler):
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        if watch.stopped:
+            raise KeyboardInterrupt
+        watch.stopped = True
+
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager
@@ -99,9 +150,15 @@ def _no_other_bars() -> Iterator[None]:
 class _Watch(TrainerCallback):
     def __init__(self, progress: Progress, say: Say) -> None:
         self.progress, self.say = progress, say
+        self.begun = self.stopped = False
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begun = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress(state.global_step, state.max_steps)
+        if self.stopped and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs and state.is_world_process_zero and ("loss" in logs or "eval_loss" in logs):

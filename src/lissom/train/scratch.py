@@ -52,8 +52,10 @@ def new_model(
         tied: whether embedding and head are one matrix.
 
     Raises:
-        UserError: the heads do not divide.
+        UserError: a size is below 1, or the heads do not divide.
     """
+    if min(hidden, layers, heads, context) < 1 or min(kv_heads or 1, intermediate or 1) < 1:
+        raise UserError(f"hidden={hidden}, layers={layers}, heads={heads}: expected numbers from 1.")
     kv_heads = kv_heads or (heads // 3 if heads % 3 == 0 else heads)
     if hidden % heads or heads % kv_heads:
         raise UserError(f"hidden={hidden}, heads={heads}, kv_heads={kv_heads}: expected each to divide the one before.")

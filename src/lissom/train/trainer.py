@@ -56,6 +56,11 @@ class CausalTrainer(Trainer):
             model.gradient_checkpointing_enable()
         self.can_return_loss = True
         self.model_accepts_loss_kwargs = False  # every window has as many tokens: means of means are the mean
+        taken = self.args.train_batch_size * self.args.world_size
+        if len(train_windows) < taken:
+            raise UserError(
+                f"The text has {len(train_windows)} windows of {config.context} tokens: fewer than a batch of {taken}."
+            )
         self.teacher = None
         if teacher is not None:
             _check_teacher(model, teacher, self.distillation)
@@ -72,7 +77,7 @@ class CausalTrainer(Trainer):
     def begin_step(self, step: int) -> None:
         """What depends on the step and is not the learning rate."""
         for training in self.trainings:
-            training.begin_step(step / self.config.steps)
+            training.begin_step((step + 1) / self.config.steps)
         if self.optimizer is not None:
             decay = weight_decay(step, self.config)
             for group in self.optimizer.param_groups:
@@ -101,6 +106,27 @@ class CausalTrainer(Trainer):
         for name, value in parts.items():
             self.parts.setdefault(name, []).append(value.detach())
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """All of the held-out text: it is only in training that batches must be full."""
+        self.args.dataloader_drop_last = False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = True
+
+    def require_finite(self) -> None:
+        """Raise a `UserError` where a weight is NaN or infinite, on whichever process."""
+        local = [getattr(parameter, "_local_tensor", parameter) for parameter in self.model.parameters()]
+        damaged = sum((~torch.isfinite(tensor)).any() for tensor in local)
+        if int(self.accelerator.reduce(torch.as_tensor(damaged, device=self.args.device).long(), "sum")):
+            raise UserError(
+                f"Weights are not finite at step {self.state.global_step}: the learning rate may be too high."
+            )
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.require_finite()
+        super()._save_checkpoint(model, trial)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the parts of the loss, and what methods measure of themselves."""
@@ -156,12 +182,13 @@ class _EachStep(TrainerCallback):
         self.trainer.begin_step(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        loss = (logs or {}).get("loss")
-        if loss is not None and not loss - loss == 0:
-            raise UserError(
-                f"The loss is {loss} at step {state.global_step}: the learning rate may be too high. "
-                "The last checkpoint is as it was."
-            )
+        for name in ("loss", "eval_loss"):
+            loss = (logs or {}).get(name)
+            if loss is not None and not loss - loss == 0:
+                raise UserError(
+                    f"The loss is {loss} at step {state.global_step}: the learning rate may be too high. "
+                    "The last checkpoint is as it was."
+                )
 
 
 def _stacked(windows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -16,10 +16,12 @@ import lissom
 from lissom.errors import UserError
 from lissom.kernels import native
 from lissom.kernels.packed_layers import PackedLinear
+from lissom.kernels.ternary import TERNARY, TERNARY_2_4
 from lissom.models.registry import build
 from lissom.recipes import Recipe
 from lissom.weights.sparse_bitnet import SparseBitNetConfig, census, pack
-from lissom.weights.sparse_bitnet.apply import check_packable, layers_of, set_sparse
+from lissom.weights.sparse_bitnet.apply import Census, check_packable, layers_of, set_sparse
+from lissom.weights.sparse_bitnet.ternary import sparse_ternary
 
 IDS = torch.randint(3, 120, (2, 11), generator=torch.Generator().manual_seed(0))
 
@@ -159,6 +161,34 @@ def test_the_census_counts_what_masks_take_away():
     assert after.pruned == pytest.approx(0.215, abs=0.01)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "phi3"])  # plain, and with fused matrices
+@pytest.mark.parametrize("scale_from", ["dense", "masked", "survivors"])
+@pytest.mark.parametrize("pattern", [(2, 4), (6, 8), (15, 16)])
+def test_the_census_is_that_of_the_weights_one_by_one(architecture, scale_from, pattern):
+    model = SparseBitNetConfig(*pattern, scale_from=scale_from).convert(tiny_model(architecture))
+    weights = zeros = pruned = empty = groups = 0
+    for layer in layers_of(model).values():
+        for part in layer.weight.detach().split(layer.parts):
+            whole, mask, scale = sparse_ternary(part, *pattern, "master", scale_from)
+            dense = torch.clamp(torch.round(part / scale), -1, 1)
+            weights += part.numel()
+            zeros += int((whole == 0).sum())
+            pruned += int(((dense != 0) & ~mask).sum())
+            inside = whole.reshape(len(part), -1, pattern[1]).count_nonzero(-1)
+            groups, empty = groups + inside.numel(), empty + int((inside == 0).sum())
+    assert census(model) == Census(zeros / weights, pruned / weights, empty / groups)
+
+
+@pytest.mark.parametrize(
+    "pattern,format",
+    [((2, 4), TERNARY_2_4), ((1, 4), TERNARY_2_4), ((1, 2), TERNARY_2_4), ((2, 8), TERNARY_2_4), ((3, 8), TERNARY),
+     ((3, 4), TERNARY)],
+)  # fmt: skip
+def test_patterns_that_leave_two_of_four_are_stored_as_such(pattern, format):
+    model = pack(SparseBitNetConfig(*pattern).convert(tiny_model("llama")))
+    assert {module.format for module in model.modules() if isinstance(module, PackedLinear)} == {format}
+
+
 def test_it_is_found_by_its_name_and_is_not_for_recipes():
     assert build("sparse-bitnet", {"n": 6, "m": 8}) == SparseBitNetConfig(6, 8)
     with pytest.raises(UserError, match="lissom train --method sparse-bitnet"):
@@ -186,15 +216,33 @@ def test_what_cannot_be_packed_is_known_before_it_is_trained():
             pack(model)
 
 
-@pytest.mark.parametrize("bad", [-2, 10**6])
-def test_spills_outside_their_matrix_are_refused(tmp_path, bad):
-    pack(SparseBitNetConfig().convert(tiny_model("llama"))).save_pretrained(tmp_path)
-    file = tmp_path / "model.safetensors"
+def damaged(change, folder) -> None:
+    """A packed checkpoint whose tensors `change` has changed."""
+    pack(SparseBitNetConfig().convert(tiny_model("llama"))).save_pretrained(folder)
+    file = folder / "model.safetensors"
     with safe_open(file, "pt") as saved:
         metadata = saved.metadata()
     tensors = load_file(file)
-    name = next(name for name, tensor in tensors.items() if name.endswith("spills") and tensor.numel())
-    tensors[name][-1, -1] = bad
+    change(tensors)
     save_file(tensors, file, metadata)
+
+
+@pytest.mark.parametrize("bad", [-2, 10**6])
+def test_spills_outside_their_matrix_are_refused(tmp_path, bad):
+    def change(tensors) -> None:
+        name = next(name for name, tensor in tensors.items() if name.endswith("spills") and tensor.numel())
+        tensors[name][-1, -1] = bad
+
+    damaged(change, tmp_path)
     with pytest.raises(UserError, match="damaged"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_scales_that_are_not_finite_are_refused(tmp_path, bad):
+    def change(tensors) -> None:
+        next(tensor for name, tensor in tensors.items() if name.endswith("scales"))[1] = bad
+
+    damaged(change, tmp_path)
+    with pytest.raises(UserError, match="scales has NaN or infinite"):
         AutoModelForCausalLM.from_pretrained(tmp_path)

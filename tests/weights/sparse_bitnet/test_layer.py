@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lissom.errors import UserError
 from lissom.weights.sparse_bitnet import SparseBitNetConfig
 from lissom.weights.sparse_bitnet.layer import SparseTernary, plain, trainable
 from lissom.weights.sparse_bitnet.ternary import nm_mask
@@ -86,9 +87,59 @@ def test_masks_are_off_before_the_sparse_share_of_training():
     layer = layer_of(SparseBitNetConfig(sparse_share=0.25))
     assert layer.sparse and layer.frozen()[1].sum() == 12 * 8
     training = SparseTraining(nn.ModuleList([layer]), layer.settings)
-    for done, masked in ((0.0, False), (0.74, False), (0.75, True), (1.0, True)):
+    for done, masked in ((0.01, False), (0.75, False), (0.76, True), (1.0, True)):
         training.begin_step(done)
         assert layer.sparse is masked and layer.frozen()[1].all() is not masked
+
+
+@pytest.mark.parametrize(
+    "share,steps,sparse", [(0.7, 10, 7), (0.7, 20, 14), (0.25, 2000, 500), (0.05, 6, 1), (1.0, 7, 7)]
+)
+def test_the_share_of_sparse_steps(share, steps, sparse):
+    layer = layer_of(SparseBitNetConfig(sparse_share=share))
+    training, found = SparseTraining(nn.ModuleList([layer]), layer.settings), 0
+    for step in range(steps):
+        training.begin_step((step + 1) / steps)
+        found += layer.sparse
+    assert found == sparse
+
+
+@pytest.mark.parametrize("mask_from", ["master", "ternary"])
+@pytest.mark.parametrize("scale_from", ["dense", "masked", "survivors"])
+def test_the_layer_computes_with_the_ablation_that_it_is_set_to(mask_from, scale_from):
+    layer = layer_of(SparseBitNetConfig(n=1, m=4, mask_from=mask_from, scale_from=scale_from), bias=False)
+    weight = layer.weight.detach().double()
+    mask = nm_mask(layer.weight, 1, 4)
+    magnitudes = weight.abs() if scale_from == "dense" else weight.abs() * mask
+    scale = magnitudes.sum() / (mask.sum() if scale_from == "survivors" else mask.numel())
+    rounded = torch.clamp(torch.round(weight / scale), -1, 1)
+    if mask_from == "ternary":
+        mask = nm_mask(rounded, 1, 4)
+    x = torch.randn(5, 16)
+    inverse = 127 / x.double().abs().amax(-1, keepdim=True)
+    wanted = torch.round(x.double() * inverse) / inverse @ (scale * rounded * mask).T
+    torch.testing.assert_close(layer(x).double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_flips_are_of_masks_since_the_line_before():
+    layer = layer_of(SparseBitNetConfig(), bias=False)
+    training = SparseTraining(nn.ModuleList([layer]), layer.settings)
+    assert "mask_flips" not in training.measures()
+    with torch.no_grad():
+        layer.weight[:, :4] = torch.tensor([4.0, 3.0, 2.0, 1.0])
+    training.measures()
+    with torch.no_grad():
+        layer.weight[0, :4] = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert training.measures()["mask_flips"] == 4 / (12 * 16)
+    assert training.measures()["mask_flips"] == 0
+
+
+def test_masters_of_16_bits_are_not_trained():
+    layer = layer_of(SparseBitNetConfig()).to(torch.bfloat16)
+    x = torch.randn(2, 16, dtype=torch.bfloat16)
+    with pytest.raises(UserError, match="Master weights are bfloat16"):
+        layer(x)
+    assert layer.eval()(x).isfinite().all()
 
 
 def test_the_layer_of_gpt2_is_the_transposed_one():

@@ -20,7 +20,7 @@ from lissom.plugin import attach
 from lissom.training_plugin import mark
 from lissom.weights.sparse_bitnet.config import SparseBitNetConfig
 from lissom.weights.sparse_bitnet.layer import SparseTernary, plain, trainable
-from lissom.weights.sparse_bitnet.ternary import check_pattern, sparse_ternary
+from lissom.weights.sparse_bitnet.ternary import check_pattern, ternary
 
 Frozen = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 logger = logging.getLogger(__name__)
@@ -79,9 +79,11 @@ def set_sparse(model: nn.Module, sparse: bool) -> None:
 
 
 def packed_of(layer: SparseTernary) -> Packed:
-    """What the layer stands for now, packed without loss: 2:4 in its own format, every other pattern as ternary."""
+    """What the layer stands for now, packed without loss: patterns that leave at most two of four in the format of 2:4,
+    others as ternary."""
     whole, _, scales = layer.frozen()
-    two_of_four = layer.sparse and (layer.settings.n, layer.settings.m) in ((1, 4), (2, 4))
+    n, m = layer.settings.n, layer.settings.m
+    two_of_four = layer.sparse and ((n <= 2 and m % 4 == 0) or (n, m) == (1, 2)) and whole.shape[1] % 4 == 0
     return pack_ternary(whole, scales, TERNARY_2_4 if two_of_four else TERNARY)
 
 
@@ -145,12 +147,11 @@ def census(model: nn.Module, frozen: Mapping[str, Frozen] | None = None) -> Cens
     """
     weights = zeros = pruned = groups = empty = 0
     for name, layer in layers_of(model).items():
-        parts = layer.masters().split(layer.parts)
-        before = torch.cat([sparse_ternary(part, 1, 1)[0] for part in parts])
-        whole = (layer.frozen() if frozen is None else frozen[name])[0]
+        whole, mask, scales = layer.frozen() if frozen is None else frozen[name]
+        before = ternary(layer.masters(), scales if scales.ndim == 0 else scales[:, None])
         weights += whole.numel()
         zeros += int((whole == 0).sum())
-        pruned += int(before.count_nonzero() - whole.count_nonzero())
+        pruned += int((before[~mask] != 0).sum())
         inside = whole.unflatten(1, (-1, layer.settings.m)).any(-1)
         groups += inside.numel()
         empty += int((~inside).sum())

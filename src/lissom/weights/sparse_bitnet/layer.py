@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lissom.errors import UserError
 from lissom.kernels.ternary import quantize_tokens, whole_product
 from lissom.weights.sparse_bitnet.config import SparseBitNetConfig
 from lissom.weights.sparse_bitnet.ternary import nm_mask, sparse_ternary
@@ -110,6 +111,11 @@ class SparseTernary(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., in_features]` to `[..., out_features]`, in the dtype of `x`."""
         weight, dense = self.matrix(), self.settings.gradient == "dense"
+        if weight.dtype != torch.float32 and self.training and torch.is_grad_enabled():
+            raise UserError(
+                f"Master weights are {str(weight.dtype).removeprefix('torch.')}, where most updates round to nothing: "
+                "leave them fp32 and train under autocast (`precision='bf16'`)."
+            )
         if self.settings.quantize:
             whole, mask, scales = self.frozen()
             product = _Product.apply(x, weight, whole, scales, None if dense else mask)

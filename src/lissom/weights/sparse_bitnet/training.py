@@ -10,6 +10,8 @@ from torch import nn
 from lissom.weights.sparse_bitnet.apply import census, layers_of, set_sparse
 from lissom.weights.sparse_bitnet.config import SparseBitNetConfig
 
+_ROUNDING = 1e-9  # of shares of steps
+
 
 class SparseTraining:
     """See `lissom.models.method.Training`."""
@@ -19,8 +21,8 @@ class SparseTraining:
         self._masks: dict[str, torch.Tensor] = {}
 
     def begin_step(self, done: float) -> None:
-        """Masks are on in the last share of the steps that `sparse_share` says."""
-        set_sparse(self.model, done >= 1 - self.settings.sparse_share)
+        """Masks are on in the last share of the steps that `sparse_share` says, and in the last one at least."""
+        set_sparse(self.model, done > 1 - self.settings.sparse_share + _ROUNDING)
 
     def measures(self) -> dict[str, float]:
         """`zeros`, `pruned` and `empty` of the `Census`; and `mask_flips`, the share of places that masks have changed
