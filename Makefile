@@ -28,7 +28,6 @@ docs: .venv/installed
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt ".[dev,docs]"
-	$(BIN)/pip install --quiet --constraint constraints.txt --force-reinstall --no-deps .
 	touch $@
 
 clean:

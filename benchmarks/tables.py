@@ -462,9 +462,17 @@ def sparse_bitnet_training() -> str:
                 arm,
                 number(rows[f"training/{arm}/perplexity"], 2),
                 *("" if gap is None else interval(gap) for gap in gaps),
+                number(rows[f"training/{arm}/perplexity of held-out text"], 2),
             ]
         )
-    table = markdown(["arm", "perplexity", "NLL above dense [95 %]", "NLL above ternary 2:4 [95 %]"], lines)
+    heads = [
+        "arm",
+        "perplexity",
+        "NLL above dense [95 %]",
+        "NLL above ternary 2:4 [95 %]",
+        "perplexity of held-out text",
+    ]
+    table = markdown(heads, lines)
     words = (
         f"{facts['tokens'] / 1e6:.2f} million tokens in {facts['steps']} steps, {_seeds(rows)} seeds. {stamp(facts)}"
     )

@@ -53,12 +53,15 @@ def run(text, journal):
     return study.run(*material(), SIZE, journal)
 
 
+def record(nll: float) -> dict:
+    """What is known of an arm and seed: `nll` of new text, more of the end of the text."""
+    history = [{"step": 1, "loss": 9.0, "zeros": 0.31}, {"step": 2, "loss": nll, "zeros": 0.4}]
+    return {"nll": nll + 1, "history": history}
+
+
 def made_up(**nll: list[float]) -> study.Run:
     """A run of arms by the names of this module's constants."""
-    history = [{"step": 1, "loss": 1.0, "zeros": 0.31}, {"step": 2, "loss": 1.0, "zeros": 0.4}]
-    trained = {
-        getattr(study, name): [{"nll": value, "history": history} for value in values] for name, values in nll.items()
-    }
+    trained = {getattr(study, name): [record(value) for value in values] for name, values in nll.items()}
     return study.Run(replace(SIZE, arms=tuple(trained)), trained, {})
 
 
@@ -108,6 +111,15 @@ def test_the_ratio_is_that_of_the_increases_of_perplexity():
     assert words[claim] == "holds" and f"{ratio.estimate:.2f} [{ratio.low:.2f}" in claim
 
 
+def test_text_that_is_seen_again_is_not_what_is_compared():
+    run = made_up(SPARSE=[3.0, 3.1])
+    np.testing.assert_allclose(run.nll(study.SPARSE), [3.0, 3.1])
+    again = replace(run, size=replace(run.size, one_pass=False))
+    np.testing.assert_allclose(again.nll(study.SPARSE), [4.0, 4.1])
+    with pytest.raises(ValueError, match="seen twice"):
+        study.train_arms(material()[0], replace(SIZE, config=replace(SIZE.config, steps=10**6)), None, None)
+
+
 def test_a_null_is_said():
     run = made_up(
         FLOAT=[3.0, 3.1, 2.9], FLOAT_SPARSE=[3.02, 3.09, 2.95], TERNARY=[3.3, 3.4, 3.2], SPARSE=[3.5, 3.6, 3.4],
@@ -125,10 +137,7 @@ def test_a_larger_share_of_sparse_steps_is_compared_step_by_step():
     for values, wanted in ((falling, "holds"), (falling[::-1], "does not hold")):
         run = made_up(SPARSE=values[-1])
         run.trained.update(
-            {
-                name: [{"nll": v, "history": []} for v in pair]
-                for name, pair in zip(study.SHARES.values(), values, strict=False)
-            }
+            {name: [record(nll) for nll in pair] for name, pair in zip(study.SHARES.values(), values, strict=False)}
         )
         assert dict(study.verdicts(run))["the larger the share of the steps with masks, the better"] == wanted
 

@@ -90,6 +90,18 @@ def test_the_last_step_is_measured_once(every, tmp_path):
     assert measured == sorted({*range(every, 9, every), 8})
 
 
+def test_tensorboard_has_what_is_logged(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    history, _ = run(tmp_path, replace(CONFIG, tracking="tensorboard"), SparseBitNetConfig())
+    (events,) = tmp_path.rglob("events.out.*")
+    read = EventAccumulator(str(events)).Reload()
+    for name in ("loss", "zeros", "mask_flips"):
+        logged = [(entry["step"], entry[name]) for entry in history if name in entry]
+        seen = [(event.step, pytest.approx(event.value, rel=1e-5)) for event in read.Scalars(f"train/{name}")]
+        assert logged == seen and logged
+
+
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_half_written_checkpoint_is_passed_over(times, tmp_path):
     whole, _ = run(tmp_path, replace(CONFIG, steps=8))

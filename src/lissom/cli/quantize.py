@@ -47,6 +47,7 @@ def quantize(
     from lissom.errors import UserError
     from lissom.files import atomic_path, require_writable, write_json
     from lissom.kernels.packed_layers import weight_count
+    from lissom.models.layerwise import require_original
     from lissom.weights.quant import Quantize
     from lissom.weights.quant.apply import calibration_ids, formats, stored_bytes
 
@@ -67,6 +68,7 @@ def quantize(
     console = Console(stderr=True)
     with console.status(f"loading {model}"):
         network, tokenizer = lissom.load(model, dtype)
+        require_original(network)
         ids = _held_out_ids(network, tokenizer, held_out)
         calibration_ids(network, settings, tokenizer)  # a text that is too short is refused before anything is measured
     facts: dict[str, float] = {"bytes_before": stored_bytes(network), "weights": weight_count(network)}

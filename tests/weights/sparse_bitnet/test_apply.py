@@ -209,7 +209,9 @@ def test_dense_to_sparse_models_are_sparse_when_they_are_loaded_and_packed(tmp_p
 def test_what_cannot_be_packed_is_known_before_it_is_trained():
     fused = SparseBitNetConfig().convert(tiny_model("phi3", head_dim=12, num_attention_heads=2, num_key_value_heads=1))
     control = SparseBitNetConfig(quantize=False).convert(tiny_model("llama"))
-    for model, words in ((fused, "multiple of 16"), (control, "floating point"), (tiny_model("llama"), "no sparse")):
+    packed = pack(SparseBitNetConfig().convert(tiny_model("llama")))
+    refused = {"multiple of 16": fused, "floating point": control, "no sparse": tiny_model("llama"), "already": packed}
+    for words, model in refused.items():
         with pytest.raises(UserError, match=words):
             check_packable(model)
         with pytest.raises(UserError, match=words):

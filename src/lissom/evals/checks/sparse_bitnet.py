@@ -79,7 +79,10 @@ class Size:
         rates: learning rates of floating point and of ternary models, tuned once on the dense arms.
         model: keywords of `new_model`.
         vocabulary: of the tokenizer, which is learned from the text.
-        held_out: share of the text.
+        held_out: share of the text: its end.
+        one_pass: whether no window is seen twice, so that the loss of a step is that of text which is new to the model.
+            What is compared is then the mean over the last log line, four times as much text as is held out, and of the
+            same kind; the end of the text may be of another (the newest speeches).
         conversion: None leaves it out.
     """
 
@@ -90,6 +93,7 @@ class Size:
     model: Mapping[str, Any] = field(default_factory=lambda: {"hidden": 64, "layers": 3, "heads": 2})
     vocabulary: int = 512
     held_out: float = 0.01
+    one_pass: bool = True
     conversion: Conversion | None = None
 
 
@@ -100,13 +104,22 @@ def _config(steps: int, context: int = 128, batch_size: int = 16) -> TrainConfig
     )  # fmt: skip
 
 
+def _conversion(steps: int) -> Conversion:
+    """By itself as the teacher, with short windows: steps matter more than tokens."""
+    config = TrainConfig(
+        steps=steps, context=128, batch_size=4, learning_rate=1e-3, least_rate=3e-5, warmup=steps // 20,
+        weight_decay=0.0, precision="bf16", log_every=max(1, steps // 20), evaluate_every=steps, save_every=25,
+    )  # fmt: skip
+    return Conversion(SparseBitNetConfig(), config)
+
+
 QUICK = Size(MAIN, (0, 1), _config(4, 32, 2), model={"hidden": 48, "layers": 1, "heads": 3}, vocabulary=300)
-SMALL = Size(MAIN, (0, 1, 2), _config(600))
-DEFAULT = Size(tuple(ARMS), (0, 1, 2), _config(2000))
+SMALL = Size(MAIN, (0, 1, 2), _config(600), conversion=_conversion(40))
+DEFAULT = Size(tuple(ARMS), (0, 1, 2), _config(2000), conversion=_conversion(500))
 # The paper's smallest model and its recipe. Its 50 billion tokens are not at hand: the same text, many times over.
 PAPER = Size(
     tuple(ARMS), (0, 1, 2), _config(10_000, 2048, 64), rates={"float": 3e-4, "ternary": 3e-4}, vocabulary=32_768,
-    model={"hidden": 896, "layers": 24, "heads": 14, "kv_heads": 2, "intermediate": 4864},
+    model={"hidden": 896, "layers": 24, "heads": 14, "kv_heads": 2, "intermediate": 4864}, one_pass=False,
 )  # fmt: skip
 
 
@@ -115,8 +128,8 @@ class Run:
     """What a check measured.
 
     Attributes:
-        trained: by arm, one record per seed: `nll` (nats per token of held-out text) and `history` (`step`, `loss` and
-            what `SparseTraining` measures).
+        trained: by arm, one record per seed: `nll` (nats per token of held-out text) and `history` (`step`, `loss`,
+            which is the mean since the line before, and what `SparseTraining` measures).
         converted: nats per token, one number per held-out window, by `BEFORE`, `ONE_SHOT` and `AFTER`; and `history`.
     """
 
@@ -125,7 +138,13 @@ class Run:
     converted: dict[str, Any]
 
     def nll(self, arm: str) -> np.ndarray:
-        """Nats per token, one number per seed."""
+        """Nats per token of new text, see `Size.one_pass`, one number per seed."""
+        if self.size.one_pass:
+            return np.array([record["history"][-1]["loss"] for record in self.trained[arm]])
+        return self.held_out(arm)
+
+    def held_out(self, arm: str) -> np.ndarray:
+        """Nats per token of the end of the text, one number per seed."""
         return np.array([record["nll"] for record in self.trained[arm]])
 
     def increase(self, sparse: str, dense: str) -> np.ndarray:
@@ -195,6 +214,10 @@ def train_arms(
     text = assets.path(TEXT)
     tokenizer = new_tokenizer((text for _, text in assets.corpus(TEXT)), size.vocabulary)
     windows, held_out = token_windows(text, tokenizer, size.config.context).split(size.held_out)
+    batch = size.config.batch_size
+    if size.one_pass and size.config.steps * size.config.accumulate * batch > len(windows):
+        raise ValueError("The text is too short for so many steps: windows would be seen twice.")
+    held_out = TokenWindows(held_out.tokens, held_out.context, held_out.first, max(1, len(held_out) // batch * batch))
     shape = size.vocabulary, sorted(size.model.items()), size.held_out
     plan = {
         f"{arm}/{seed}/{scope(model, shape, asdict(config_of(arm, seed, size)), ARMS[arm])}": (arm, seed)

@@ -46,6 +46,7 @@ def _tokens(config: study.TrainConfig) -> int:
 def _rows(run: study.Run, arm: str) -> Iterator[Row]:
     nll, units = run.nll(arm), len(run.nll(arm))
     yield Row(f"training/{arm}/perplexity", float(np.exp(nll.mean())), "", n=units)
+    yield Row(f"training/{arm}/perplexity of held-out text", float(np.exp(run.held_out(arm).mean())), "", n=units)
     dense = _DENSE.get(arm)
     if dense in run.trained:
         gap = run.above(arm, dense)
@@ -70,11 +71,12 @@ def tables(run: study.Run) -> Iterator[Table]:
     """One table of the arms, one of zeros and flips at some steps, and one of the converted model."""
     seeds, config = len(run.size.seeds), run.size.config
     title = f"From scratch: {_tokens(config):,} tokens, {seeds} seeds"
-    table = grid(title, "arm", "perplexity", "NLL above [95 %]", "of", numbers=True)
+    table = grid(title, "arm", "perplexity", "NLL above [95 %]", "of", "held out", numbers=True)
     for arm in run.trained:
         base = _DENSE.get(arm, "" if arm in study.MAIN else study.SPARSE)
         gap = signed(run.above(arm, base)) if base in run.trained else ""
-        table.add_row(arm, f"{np.exp(run.nll(arm).mean()):.2f}", gap, base if gap else "")
+        perplexities = [f"{np.exp(values.mean()):.2f}" for values in (run.nll(arm), run.held_out(arm))]
+        table.add_row(arm, perplexities[0], gap, base if gap else "", perplexities[1])
     yield table
     columns = [(arm, what) for arm in run.trained for what in _OVER_TIME if run.measured(arm, what)]
     for what in _OVER_TIME:
