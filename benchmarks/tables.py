@@ -460,6 +460,7 @@ def sparse_bitnet_training() -> str:
         lines.append(
             [
                 arm,
+                str(int(rows[f"training/{arm}/perplexity"]["n"])),
                 number(rows[f"training/{arm}/perplexity"], 2),
                 *("" if gap is None else interval(gap) for gap in gaps),
                 number(rows[f"training/{arm}/perplexity of held-out text"], 2),
@@ -467,20 +468,15 @@ def sparse_bitnet_training() -> str:
         )
     heads = [
         "arm",
+        "seeds",
         "perplexity",
         "NLL above dense [95 %]",
         "NLL above ternary 2:4 [95 %]",
         "perplexity of held-out text",
     ]
     table = markdown(heads, lines)
-    words = (
-        f"{facts['tokens'] / 1e6:.2f} million tokens in {facts['steps']} steps, {_seeds(rows)} seeds. {stamp(facts)}"
-    )
+    words = f"{facts['tokens'] / 1e6:.2f} million tokens in {facts['steps']} steps. {stamp(facts)}"
     return "\n\n".join([verdicts(facts), table, words])
-
-
-def _seeds(rows: Rows) -> int:
-    return int(next(row["n"] for name, row in rows.items() if name.startswith("training/") and row["n"]))
 
 
 def sparse_bitnet_over_time() -> str:

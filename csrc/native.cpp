@@ -127,7 +127,9 @@ int multiply(const Matrix& m, const float* values, int64_t rows, int64_t planes,
   x.values = values;
   const int64_t blocks = (m.rows + kBlock - 1) / kBlock, slices = (rows + 7) / 8;
   const int64_t taken = is_ternary(m.format) ? kAtOnce : 2;  // blocks
-  Team team(2, rows * m.rows * m.columns < 100000 ? 1 : threads, isa.multiply_scratch(m.columns));
+  // Waking a thread costs about as much as some hundred thousand multiply-adds, and fifty times as many that are looked up.
+  const int64_t little = is_ternary(m.format) && rows <= kFew ? 5000000 : 100000;
+  Team team(2, rows * m.rows * m.columns < little ? 1 : threads, isa.multiply_scratch(m.columns));
   team.run([&](Team::Member& member) {
     member.share(slices, [&](int64_t s) { isa.quantise(x, s * 8, std::min(rows, s * 8 + 8)); });
     member.share((blocks + taken - 1) / taken, [&](int64_t unit) {

@@ -22,6 +22,7 @@ TEXT = "the quick brown fox jumps over the lazy dog while 12 others look on and 
 SIZE = replace(
     study.QUICK,
     held_out=0.1,
+    more_seeds=(2,),
     arms=(*study.MAIN, study.SHARES[0.5]),
     conversion=study.Conversion(SparseBitNetConfig(), TrainConfig(steps=2, context=32, batch_size=2, warmup=1), 4),
 )
@@ -66,9 +67,11 @@ def made_up(**nll: list[float]) -> study.Run:
 
 
 def test_a_run_has_every_arm_and_seed_and_is_not_made_again(run, journal, monkeypatch):
-    assert {arm: len(records) for arm, records in run.trained.items()} == dict.fromkeys(SIZE.arms, 2)
+    assert {arm: len(records) for arm, records in run.trained.items()} == {
+        arm: 3 if arm in study.MAIN else 2 for arm in SIZE.arms
+    }
     assert all(np.isfinite(run.nll(arm)).all() for arm in SIZE.arms)
-    assert len({record["nll"] for records in run.trained.values() for record in records}) == 2 * len(SIZE.arms)
+    assert len({record["nll"] for records in run.trained.values() for record in records}) == 14
     zeros = dict(run.measured(study.SPARSE, "zeros"))
     assert all(0.5 <= share < 0.6 for share in zeros.values())
     assert not run.measured(study.FLOAT, "zeros")
@@ -109,6 +112,13 @@ def test_the_ratio_is_that_of_the_increases_of_perplexity():
     words = dict(study.verdicts(run))
     claim = next(words for words in words if words.startswith("2:4 raises"))
     assert words[claim] == "holds" and f"{ratio.estimate:.2f} [{ratio.low:.2f}" in claim
+
+
+def test_arms_are_paired_over_the_seeds_that_both_have():
+    run = made_up(SPARSE=[3.0, 3.1, 9.0], MASK=[3.2, 3.4])
+    found = run.above(study.MASK)
+    wanted = stats.t.interval(0.95, 1, 0.25, 0.05)
+    assert (found.estimate, found.low, found.high) == pytest.approx((0.25, *wanted))
 
 
 def test_text_that_is_seen_again_is_not_what_is_compared():

@@ -11,6 +11,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from lissom.devices.meters import threads
 from lissom.errors import UserError
 from lissom.kernels import native, ternary
 from lissom.kernels import packed as formats
@@ -67,6 +68,18 @@ def test_products_are_exact(isa, format, rows, columns, vectors, zeros, bias, se
     np.testing.assert_array_equal(got.numpy(), exact(x, whole, scales, added))
     unpacked = on(isa, lambda: formats.unpack(packed))
     np.testing.assert_array_equal(unpacked.numpy(), whole * scales[:, None])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("vectors", [1, 9])
+def test_several_threads_share_a_matrix(isa, format, vectors):
+    whole = whole_numbers(format, 2050, 2700, 0)
+    packed = formats.pack_ternary(torch.from_numpy(whole), torch.tensor(0.5), format)
+    x = torch.randn(vectors, 2700, generator=torch.Generator().manual_seed(0))
+    with threads(2):
+        got = on(isa, lambda: formats.multiply(x, packed))
+    np.testing.assert_array_equal(got.numpy(), exact(x, whole, np.full(2050, 0.5)))
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -75,6 +75,7 @@ class Size:
     Attributes:
         arms: of `ARMS`.
         seeds: of the random weights and of the order of the windows: the units of all intervals.
+        more_seeds: after those, of the main arms alone.
         config: of the training; its seed and learning rate are the arm's.
         rates: learning rates of floating point and of ternary models, tuned once on the dense arms.
         model: keywords of `new_model`.
@@ -95,6 +96,7 @@ class Size:
     held_out: float = 0.01
     one_pass: bool = True
     conversion: Conversion | None = None
+    more_seeds: Sequence[int] = ()
 
 
 def _config(steps: int, context: int = 128, batch_size: int = 16) -> TrainConfig:
@@ -115,7 +117,7 @@ def _conversion(steps: int) -> Conversion:
 
 QUICK = Size(MAIN, (0, 1), _config(4, 32, 2), model={"hidden": 48, "layers": 1, "heads": 3}, vocabulary=300)
 SMALL = Size(MAIN, (0, 1, 2), _config(600), conversion=_conversion(40))
-DEFAULT = Size(tuple(ARMS), (0, 1, 2), _config(2000), conversion=_conversion(500))
+DEFAULT = Size(tuple(ARMS), (0, 1, 2), _config(2000), conversion=_conversion(500), more_seeds=(3, 4))
 # The paper's smallest model and its recipe. Its 50 billion tokens are not at hand: the same text, many times over.
 PAPER = Size(
     tuple(ARMS), (0, 1, 2), _config(10_000, 2048, 64), rates={"float": 3e-4, "ternary": 3e-4}, vocabulary=32_768,
@@ -152,8 +154,10 @@ class Run:
         return np.exp(self.nll(sparse) - self.nll(dense)) - 1
 
     def above(self, arm: str, base: str = SPARSE) -> Interval:
-        """NLL of an arm minus that of another, paired by seed."""
-        return mean_interval(self.nll(arm) - self.nll(base))
+        """NLL of an arm minus that of another, paired by seed, over those that both have."""
+        ours, others = self.nll(arm), self.nll(base)
+        pairs = min(len(ours), len(others))
+        return mean_interval(ours[:pairs] - others[:pairs])
 
     @property
     def ratio(self) -> Interval | None:
@@ -221,8 +225,9 @@ def train_arms(
     shape = size.vocabulary, sorted(size.model.items()), size.held_out
     plan = {
         f"{arm}/{seed}/{scope(model, shape, asdict(config_of(arm, seed, size)), ARMS[arm])}": (arm, seed)
-        for seed in size.seeds
+        for seed in (*size.seeds, *size.more_seeds)
         for arm in size.arms
+        if seed in size.seeds or arm in MAIN
     }
     missing = {identity: what for identity, what in plan.items() if identity not in known}
     progress(len(plan) - len(missing), len(plan))

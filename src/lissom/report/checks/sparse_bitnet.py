@@ -23,7 +23,7 @@ def result(run: study.Run) -> Result:
     rows = [row for arm in run.trained for row in _rows(run, arm)]
     ratio = run.ratio if set(study.MAIN) <= set(run.trained) else None
     if ratio is not None:
-        seeds = len(run.size.seeds)
+        seeds = len(run.nll(study.SPARSE))
         rows.append(Row("training/increase of float over ternary", ratio.estimate, "x", 1.0, ratio.estimate,
                         ratio.low, ratio.high, seeds))  # fmt: skip
     for arm in run.trained:
@@ -69,8 +69,9 @@ def _conversion(run: study.Run) -> Iterator[Row]:
 
 def tables(run: study.Run) -> Iterator[Table]:
     """One table of the arms, one of zeros and flips at some steps, and one of the converted model."""
-    seeds, config = len(run.size.seeds), run.size.config
-    title = f"From scratch: {_tokens(config):,} tokens, {seeds} seeds"
+    title = f"From scratch: {_tokens(run.size.config):,} tokens, {len(run.size.seeds)} seeds"
+    if run.size.more_seeds:
+        title += f", of the first four arms {len(run.size.seeds) + len(run.size.more_seeds)}"
     table = grid(title, "arm", "perplexity", "NLL above [95 %]", "of", "held out", numbers=True)
     for arm in run.trained:
         base = _DENSE.get(arm, "" if arm in study.MAIN else study.SPARSE)
