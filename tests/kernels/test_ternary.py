@@ -126,7 +126,6 @@ def test_words_with_two_codes_that_would_be_zero_spill():
     ids=["in the padding", "behind an end", "twice", "out of order", "below", "of another code"],
 )  # fmt: skip
 def test_spills_that_are_not_those_of_the_codes_are_refused(change):
-    packed = formats.pack_ternary(torch.zeros(32, 64, dtype=torch.int8), torch.tensor(1.0), TERNARY_2_4)
     spilt = torch.zeros(32, 64, dtype=torch.int8)
     spilt[:, 8] = 1  # `+1 0 0 0` in a word with zeros spills; words of zeros alone do not
     packed = formats.pack_ternary(spilt, torch.tensor(1.0), TERNARY_2_4)

@@ -91,9 +91,9 @@ def check_packable(model: PreTrainedModel) -> None:
     """Raise a `UserError` where the model cannot be packed, whatever its weights are: it has no sparse ternary layers,
     they are the floating point control, or parts of fused ones begin within rows that are stored together."""
     layers = layers_of(model)
-    if not layers and getattr(model, "is_quantized", False):
-        raise UserError("The model's weights are packed already.")
     if not layers:
+        if getattr(model, "is_quantized", False):
+            raise UserError("The model's weights are packed already.")
         raise UserError("The model has no sparse ternary layers: `SparseBitNetConfig(...).convert(model)` makes them.")
     for name, layer in layers.items():
         if not layer.settings.quantize:
