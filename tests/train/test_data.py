@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lissom.errors import UserError
-from lissom.train import TokenWindows, fingerprint, new_tokenizer, token_windows
+from lissom.train import TokenWindows, new_tokenizer, text_fingerprint, token_windows
 from lissom.train.data import _pieces, documents, text_files
 
 
@@ -95,12 +95,12 @@ def test_byte_order_marks_and_empty_lines_are_passed_over(tmp_path):
 def test_text_is_known_by_its_content(tmp_path):
     (tmp_path / "a.txt").write_text("x" * 200_000)
     (tmp_path / "b.md").write_text("y")
-    known = fingerprint(tmp_path)
+    known = text_fingerprint(tmp_path)
     os.utime(tmp_path / "a.txt", (0, 0))
-    assert fingerprint(tmp_path) == known != fingerprint(tmp_path / "a.txt")
+    assert text_fingerprint(tmp_path) == known != text_fingerprint(tmp_path / "a.txt")
     for changed in ("z" + "x" * 199_999, "x" * 199_999 + "z", "x" * 199_999):
         (tmp_path / "a.txt").write_text(changed)
-        assert fingerprint(tmp_path) != known
+        assert text_fingerprint(tmp_path) != known
 
 
 def test_new_tokenizers_know_every_byte(tokenizer):

@@ -74,7 +74,7 @@ def train(
     from lissom.files import require_new, write_json
     from lissom.models.method import Trainable
     from lissom.models.registry import build
-    from lissom.train import Distillation, RunFolder, TrainConfig, fingerprint, last_checkpoint, token_windows
+    from lissom.train import Distillation, RunFolder, TrainConfig, last_checkpoint, text_fingerprint, token_windows
     from lissom.train import train as run
     from lissom.train.folder import is_first
     from lissom.train.run import CHECKPOINTS
@@ -101,8 +101,8 @@ def train(
     shape: dict[str, Any] = {"hidden": hidden_size, "layers": layers, "heads": heads, "context": context, "seed": seed}
     facts: dict[str, Any] = {
         "model": model,
-        "text": [str(text), fingerprint(text)],
-        "held out": None if held_out is None else [str(held_out), fingerprint(held_out)],
+        "text": [str(text), text_fingerprint(text)],
+        "held out": None if held_out is None else [str(held_out), text_fingerprint(held_out)],
         "method": str(chosen),
         "teacher": teacher,
         "config": asdict(config),

@@ -7,7 +7,7 @@ told of every step.
 """
 
 from lissom.train.config import Distillation, TrainConfig
-from lissom.train.data import TokenWindows, fingerprint, token_windows
+from lissom.train.data import TokenWindows, text_fingerprint, token_windows
 from lissom.train.folder import RunFolder
 from lissom.train.run import last_checkpoint, train
 from lissom.train.scratch import new_model, new_tokenizer
@@ -19,10 +19,10 @@ __all__ = [
     "RunFolder",
     "TokenWindows",
     "TrainConfig",
-    "fingerprint",
     "last_checkpoint",
     "new_model",
     "new_tokenizer",
+    "text_fingerprint",
     "token_windows",
     "train",
 ]

@@ -101,7 +101,7 @@ def documents(file: Path) -> Iterator[str]:
         raise UserError(f"{file} is no text file in UTF-8.") from error
 
 
-def fingerprint(path: Path) -> str:
+def text_fingerprint(path: Path) -> str:
     """Tells other text at the same place: from names, sizes, and the beginning and end of each file."""
     digest = hashlib.sha256()
     for file in text_files(path):
