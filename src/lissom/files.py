@@ -98,6 +98,15 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def move_into(target: Path, source: Path, last: str) -> None:
+    """Move the files of the folder `source` to `target`, flushed to the disk; the one called `last` at the end."""
+    _sync(source)
+    for file in sorted(source.iterdir(), key=lambda file: file.name == last):
+        file.replace(target / file.name)
+    source.rmdir()
+    _sync_entry(target)
+
+
 def _refuse_special(target: Path) -> None:
     if target.exists() and not (target.is_file() or target.is_dir()):
         raise UserError(f"{target} is no regular file: it is not replaced.")

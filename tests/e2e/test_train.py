@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lissom.train import RunFolder
+from lissom.train.folder import RunFolder
 
 TEXT = "The cat sat on the mat, and the dog ran after the cat. " * 400
-SMALL = ("--steps", 6, "--context", 16, "--batch-size", 2, "--warmup", 1, "--log-every", 2, "--save-every", 3)
+SMALL = ("--steps", 6, "--context", 16, "--batch-size", 2, "--warmup-steps", 1, "--logging-steps", 2, "--save-steps", 3)
 NEW = ("--layers", 1, "--hidden-size", 48, "--heads", 3, "--vocabulary", 300)
 
 
@@ -45,7 +45,7 @@ def test_a_new_ternary_model_is_trained_packed_and_used(lissom_cli, text, tmp_pa
     assert done.returncode == 0, done.stderr
     assert "NLL of held-out text" in done.stdout and "zeros" in done.stderr
     history = json.loads((tmp_path / "log.json").read_text())["history"]
-    assert [entry["step"] for entry in history if "loss" in entry] == [2, 4, 6]
+    assert [entry["step"] for entry in history if "loss" in entry] == [2, 3, 4, 6]  # 3 is saved
     assert not list((tmp_path / "run").glob("*.bin"))  # no pickle is left behind
     used = lissom_cli("generate", tmp_path / "small", "The cat", "--max-new-tokens", 4)
     assert used.returncode == 0, used.stderr
@@ -74,7 +74,9 @@ def test_a_model_is_trained_on_with_itself_as_the_teacher(lissom_cli, tiny_folde
         "--method", "sparse-bitnet",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "divergence" in done.stderr and "hidden" in done.stderr
+    assert "kl" in done.stderr and "hidden" in done.stderr
+    other = lissom_cli("train", "new", "--teacher", tiny_folder, "--text", text, "-o", tmp_path / "new", *SMALL, *NEW)
+    assert other.returncode == 2 and "another tokenizer" in other.stderr
 
 
 def test_two_processes_train_one_model(text, tmp_path):
@@ -98,13 +100,13 @@ def test_two_processes_train_one_model(text, tmp_path):
         (("--method", "sparse-bitnet", "--set", "n=9"), "n of m"),
         (("--method", "sparse-bitnet", "--set", "m=7"), "multiple of 7 inputs"),
         (("--method", "flash-prefill"), "is not trained"),
-        (("--packed", "x"), "--packed"),
+        (("--packed", "x"), "packed form"),
         (("--packed", "x", "--method", "sparse-bitnet", "--set", "quantize=false"), "nothing to pack"),
         (("--teacher", "new"), "new"),
         (("--context", 100000), "less than a window"),
         (("--schedule", "steps"), "schedule"),
         (("--held-out", "missing.txt"), "missing.txt"),
-        (("--tracking", "trackio"), "pip install trackio"),
+        (("--report-to", "trackio"), "pip install trackio"),
         (("--heads", 0), "from 1"),
         (("--seed", -1), "seed"),
         (("--weight-decay", "nan"), "finite"),
@@ -151,5 +153,15 @@ def test_what_could_not_begin_may_be_asked_for_otherwise(lissom_cli, text, tmp_p
     record = json.loads((tmp_path / "run" / "train.json").read_text())
     record.pop("history")
     (tmp_path / "run" / "train.json").write_text(json.dumps(record))  # as if it had been stopped
-    other = lissom_cli(*command)
-    assert other.returncode == 2 and "run of another new model" in other.stderr
+    different = {
+        "vocabulary 280 and not 300": (),
+        "learning_rate 0.0003 and not 0.001": ("--vocabulary", 280, "--lr", 1e-3),
+        "gradient dense and not masked": ("--vocabulary", 280, "--set", "gradient=masked"),
+        "another held out": ("--vocabulary", 280, "--held-out", text / "a.txt"),
+    }
+    for words, options in different.items():
+        other = lissom_cli(*command, *options)
+        assert other.returncode == 2 and words in other.stderr
+    (tmp_path / "run" / "train.json").write_text("[]")
+    damaged = lissom_cli(*command)
+    assert damaged.returncode == 2 and "damaged" in damaged.stderr and "Traceback" not in damaged.stderr

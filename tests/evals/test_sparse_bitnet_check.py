@@ -24,7 +24,9 @@ SIZE = replace(
     held_out=0.1,
     more_seeds=(2,),
     arms=(*study.MAIN, study.SHARES[0.5]),
-    conversion=study.Conversion(SparseBitNetConfig(), TrainConfig(steps=2, context=32, batch_size=2, warmup=1), 4),
+    conversion=study.Conversion(
+        SparseBitNetConfig(), TrainConfig(steps=2, context=32, batch_size=2, warmup_steps=1), 4
+    ),
 )
 
 

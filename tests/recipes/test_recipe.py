@@ -29,7 +29,7 @@ def test_round_trip(tmp_path):
     again = Recipe.load(tmp_path / "recipe.yaml")
     assert again == recipe and Recipe.load(tmp_path) == recipe
     assert again.build() == [AttentionMatching(ratio=0.25, queries="context"), KVBudget("8MB")]
-    assert recipe.label == "bfloat16 + 1 thread + attention-matching 25% (context) + kv-budget 8 MB"
+    assert recipe.label == "bfloat16 + 1 thread + attention-matching 25% (queries=context) + kv-budget 8 MB"
 
 
 def test_recipes_that_differ_have_different_labels_and_identities():

@@ -9,7 +9,7 @@ import torch
 
 from lissom.errors import UserError
 from lissom.train import TokenWindows, new_tokenizer, text_fingerprint, token_windows
-from lissom.train.data import _pieces, documents, text_files
+from lissom.train.data import documents, text_files
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +20,10 @@ def tokenizer():
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("LISSOM_CACHE", str(tmp_path / "cache"))
+
+
+def texts(file) -> list[str]:
+    return ["".join(document) for document in documents(file)]
 
 
 def test_documents_follow_each_other_with_an_end_between(tokenizer, tmp_path):
@@ -45,15 +49,17 @@ def test_text_is_tokenised_once_and_again_where_it_changed(tokenizer, tmp_path):
     calls = []
     for _ in range(2):
         token_windows(file, tokenizer, 4, lambda *done: calls.append(done))
-    assert calls == [("tokens", 0, 1), ("tokens", 1, 1)]
+    assert calls == [(0, 1), (1, 1)]
     file.write_text("another text, which is longer than the one before " * 10)
     assert len(token_windows(file, tokenizer, 4)) > 20
 
 
-def test_large_texts_are_cut_at_line_ends(monkeypatch):
+@pytest.mark.parametrize("name", ["text.txt", "text.jsonl"])
+def test_large_texts_are_cut_at_line_ends(name, monkeypatch, tmp_path):
     monkeypatch.setattr("lissom.train.data._PIECE", 10)
     text = "one line\nanother line\nand a third one that is long\nend"
-    pieces = list(_pieces(text))
+    (tmp_path / name).write_text(json.dumps({"text": text}) if name.endswith("l") else text)
+    (pieces,) = (list(document) for document in documents(tmp_path / name))
     assert "".join(pieces) == text and len(pieces) > 2
     assert all(piece.endswith("\n") for piece in pieces[:-1])
 
@@ -77,11 +83,14 @@ def test_what_is_no_text_is_a_sentence(tokenizer, tmp_path):
         token_windows(tmp_path / "short.txt", tokenizer, 512)
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="UTF-8"):
-        list(documents(tmp_path / "binary.txt"))
+        texts(tmp_path / "binary.txt")
+    (tmp_path / "binary.jsonl").write_bytes(b'{"text": "a"}\n\xff\xfe\x00')
+    with pytest.raises(UserError, match="UTF-8"):
+        texts(tmp_path / "binary.jsonl")
     for line in ('{"other": 1}', '{"text": 3}', '{"text": null}', '{"text": ["a", "b"]}', "[]", "{"):
         (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n' + line + "\n")
         with pytest.raises(UserError, match="line 2"):
-            list(documents(tmp_path / "bad.jsonl"))
+            texts(tmp_path / "bad.jsonl")
     with pytest.raises(UserError, match="none are left"):
         TokenWindows(np.arange(10, dtype=np.uint16), 10).split(0.5)
 
@@ -89,7 +98,7 @@ def test_what_is_no_text_is_a_sentence(tokenizer, tmp_path):
 def test_byte_order_marks_and_empty_lines_are_passed_over(tmp_path):
     file = tmp_path / "text.jsonl"
     file.write_text('{"text": "a"}\n\n  \n{"text": "b"}\n', encoding="utf-8-sig")
-    assert list(documents(file)) == ["a", "b"]
+    assert texts(file) == ["a", "b"]
 
 
 def test_text_is_known_by_its_content(tmp_path):
@@ -98,7 +107,7 @@ def test_text_is_known_by_its_content(tmp_path):
     known = text_fingerprint(tmp_path)
     os.utime(tmp_path / "a.txt", (0, 0))
     assert text_fingerprint(tmp_path) == known != text_fingerprint(tmp_path / "a.txt")
-    for changed in ("z" + "x" * 199_999, "x" * 199_999 + "z", "x" * 199_999):
+    for changed in ("z" + "x" * 199_999, "x" * 199_999 + "z", "x" * 199_999, "x" * 99_999 + "z" + "x" * 100_000):
         (tmp_path / "a.txt").write_text(changed)
         assert text_fingerprint(tmp_path) != known
 

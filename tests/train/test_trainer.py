@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,15 +19,16 @@ from transformers import AutoModelForCausalLM
 
 from lissom.errors import UserError
 from lissom.train import Distillation, TokenWindows, TrainConfig, new_model, train
-from lissom.train.distill import cross_entropy, divergence
-from lissom.train.run import CHECKPOINTS, last_checkpoint
-from lissom.train.trainer import arguments_of
+from lissom.train.distill import cross_entropy, kl_divergence
+from lissom.train.folder import CHECKPOINTS, last_checkpoint
+from lissom.train.trainer import CausalTrainer
+from lissom.training_plugin import method_in_training
 from lissom.weights.sparse_bitnet import SparseBitNetConfig
 from lissom.weights.sparse_bitnet.apply import layers_of
 
 VOCABULARY = 60
 CONFIG = TrainConfig(
-    steps=12, context=16, batch_size=4, learning_rate=3e-3, warmup=2, log_every=1, evaluate_every=6, save_every=4
+    steps=12, context=16, batch_size=4, learning_rate=3e-3, warmup_steps=2, logging_steps=1, eval_steps=6, save_steps=4
 )
 
 
@@ -43,12 +45,10 @@ def fresh():
 
 def run(output: Path, config: TrainConfig = CONFIG, settings: SparseBitNetConfig | None = None, model=None, **changes):
     model = model or fresh()
-    trainings = []
     if settings is not None:
         settings.convert(model)
-        trainings = [settings.training(model)]
     kept, held = windows().split(0.1)
-    return train(config, model, None, kept, held, output, trainings, **changes), model
+    return train(config, model, None, kept, held, output, **changes), model
 
 
 def losses(history) -> list[float]:
@@ -56,7 +56,7 @@ def losses(history) -> list[float]:
 
 
 def test_it_learns_and_leaves_a_model(tmp_path):
-    history, model = run(tmp_path, replace(CONFIG, steps=60, log_every=20))
+    history, model = run(tmp_path, replace(CONFIG, steps=60, logging_steps=20))
     assert losses(history)[-1] < losses(history)[0] - 0.5
     assert [entry["step"] for entry in history if "eval_loss" in entry] == [*range(6, 61, 6)]
     loaded, ids = AutoModelForCausalLM.from_pretrained(tmp_path), windows()[0]["input_ids"][None]
@@ -76,16 +76,45 @@ def test_a_run_that_was_killed_goes_on_as_if_nothing_had_happened(settings, tmp_
 
     with pytest.raises(Killed):
         run(tmp_path / "parts", settings=settings, progress=kill)
-    assert Path(last_checkpoint(tmp_path / "parts" / CHECKPOINTS)).name == "checkpoint-4"
+    assert last_checkpoint(tmp_path / "parts").name == "checkpoint-4"
     again, other = run(tmp_path / "parts", settings=settings)
     assert losses(again) == losses(whole)
     for one, two in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(one, two)
 
 
+def test_a_run_that_was_killed_behind_its_last_step_makes_no_other(tmp_path):
+    whole, model = run(tmp_path)
+    (tmp_path / "config.json").unlink()
+    told = []
+    again, other = run(tmp_path, progress=lambda done, total: told.append(done))
+    assert not told and again == whole and (tmp_path / "config.json").exists()
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_lines_of_the_log_are_the_same_wherever_it_goes_on(tmp_path):
+    config = replace(CONFIG, logging_steps=5)  # 4 and 8 are saved
+    whole, _ = run(tmp_path / "whole", config, SparseBitNetConfig())
+    assert [entry["step"] for entry in whole if "loss" in entry] == [4, 5, 8, 10, 12]
+
+    def interrupt(done: int, total: int) -> None:
+        if done == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts", config, SparseBitNetConfig(), progress=interrupt)
+    again, _ = run(tmp_path / "parts", config, SparseBitNetConfig())
+    timed = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+    assert [{k: v for k, v in entry.items() if k not in timed} for entry in again] == [
+        {k: v for k, v in entry.items() if k not in timed} for entry in whole
+    ]
+    assert all("mask_flips" in entry for entry in whole if "loss" in entry)
+
+
 @pytest.mark.parametrize("every", [4, 5, 100])
 def test_the_last_step_is_measured_once(every, tmp_path):
-    history, _ = run(tmp_path, replace(CONFIG, steps=8, evaluate_every=every))
+    history, _ = run(tmp_path, replace(CONFIG, steps=8, eval_steps=every))
     measured = [entry["step"] for entry in history if "eval_loss" in entry]
     assert measured == sorted({*range(every, 9, every), 8})
 
@@ -93,7 +122,7 @@ def test_the_last_step_is_measured_once(every, tmp_path):
 def test_tensorboard_has_what_is_logged(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    history, _ = run(tmp_path, replace(CONFIG, tracking="tensorboard"), SparseBitNetConfig())
+    history, _ = run(tmp_path, replace(CONFIG, report_to="tensorboard"), SparseBitNetConfig())
     (events,) = tmp_path.rglob("events.out.*")
     read = EventAccumulator(str(events)).Reload()
     for name in ("loss", "zeros", "mask_flips"):
@@ -108,20 +137,23 @@ def test_a_half_written_checkpoint_is_passed_over(times, tmp_path):
     state = tmp_path / CHECKPOINTS / "checkpoint-8" / "trainer_state.json"
     for written in ("", '{"epoch": 1')[:times]:
         state.write_text(written)
-        assert Path(last_checkpoint(tmp_path / CHECKPOINTS)).name == "checkpoint-4"
+        assert last_checkpoint(tmp_path).name == "checkpoint-4"
     state.unlink()
     assert last_checkpoint(tmp_path / "nothing") is None
+    (tmp_path / CHECKPOINTS / "checkpoint-x.tmp").mkdir()
+    assert last_checkpoint(tmp_path).name == "checkpoint-4"
     again, _ = run(tmp_path, replace(CONFIG, steps=8))
     assert losses(again) == losses(whole) and state.exists()
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_a_damaged_checkpoint_is_a_sentence(file, tmp_path):
-    run(tmp_path, replace(CONFIG, steps=8))
+    run(tmp_path)
+    shutil.rmtree(tmp_path / CHECKPOINTS / "checkpoint-12")
     damaged = tmp_path / CHECKPOINTS / "checkpoint-8" / file
     damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
     with pytest.raises(UserError, match="checkpoint-8 cannot be read"):
-        run(tmp_path, replace(CONFIG, steps=8))
+        run(tmp_path)
 
 
 def test_an_interrupted_run_keeps_its_steps(tmp_path):
@@ -155,7 +187,8 @@ def test_text_of_less_than_a_batch_is_refused(tmp_path):
 
 
 def test_settings_reach_the_trainer(tmp_path):
-    arguments = arguments_of(replace(CONFIG, beta1=0.8, beta2=0.7, clip=0.3, seed=5), str(tmp_path), True)
+    config = replace(CONFIG, beta1=0.8, beta2=0.7, max_grad_norm=0.3, seed=5)
+    arguments = CausalTrainer(fresh(), config, tmp_path, windows()).args
     assert (arguments.adam_beta1, arguments.adam_beta2, arguments.max_grad_norm) == (0.8, 0.7, 0.3)
     one, _ = run(tmp_path / "one", replace(CONFIG, steps=3))
     other, _ = run(tmp_path / "other", replace(CONFIG, steps=3, seed=1))
@@ -168,12 +201,10 @@ def test_methods_are_told_of_steps_and_measured(tmp_path):
     assert all(layer.sparse for layer in layers_of(model).values())
     pruned = [entry["pruned"] for entry in logged]
     assert pruned[:9] == [0] * 9 and min(pruned[9:]) > 0.1  # 12 steps, sparse from the 10th on
-    assert "mask_flips" not in logged[9] and 0 <= logged[-1]["mask_flips"] < 0.2
+    assert "mask_flips" not in logged[8] and 0 < logged[-1]["mask_flips"] < 0.2
 
 
 def test_weight_decay_follows_its_schedule_and_spares_norms(tmp_path, monkeypatch):
-    from lissom.train.trainer import CausalTrainer
-
     seen = []
     begin = CausalTrainer.begin_step
 
@@ -189,7 +220,7 @@ def test_weight_decay_follows_its_schedule_and_spares_norms(tmp_path, monkeypatc
 
 def test_accumulation_gives_the_same_steps(tmp_path):
     whole, model = run(tmp_path / "one")
-    parts, other = run(tmp_path / "two", replace(CONFIG, batch_size=2, accumulate=2))
+    parts, other = run(tmp_path / "two", replace(CONFIG, batch_size=2, gradient_accumulation_steps=2))
     np.testing.assert_allclose(losses(parts), losses(whole), rtol=1e-4)
     for one, two in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
@@ -200,10 +231,10 @@ def test_a_student_comes_nearer_to_its_teacher(tmp_path):
     student = fresh()
     student.load_state_dict(teacher.state_dict())
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    config = replace(CONFIG, steps=60, log_every=5)
+    config = replace(CONFIG, steps=60, logging_steps=5)
     history, _ = run(tmp_path / "student", config, SparseBitNetConfig(), student, teacher=teacher)
     logged = [entry for entry in history if "loss" in entry]
-    assert logged[-1]["divergence"] < 0.8 * logged[0]["divergence"]
+    assert logged[-1]["kl"] < 0.8 * logged[0]["kl"]
     assert logged[-1]["hidden"] < 0.8 * logged[0]["hidden"]
     assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
 
@@ -217,11 +248,11 @@ def test_the_loss_of_a_student_is_what_its_weights_say(settings, tmp_path):
     with torch.no_grad():
         ours, theirs = (model.eval()(ids, output_hidden_states=True) for model in (student, teacher))
     wanted = settings.labels * cross_entropy(ours.logits, ids)
-    wanted += settings.logits * divergence(ours.logits, theirs.logits, settings.temperature)
+    wanted += settings.kl * kl_divergence(ours.logits, theirs.logits, settings.temperature)
     for state, other in zip(ours.hidden_states[1:], theirs.hidden_states[1:], strict=True):  # not the embedding
         wanted += settings.hidden / 2 * (state - other).square().mean() / other.square().mean()
-    config = replace(CONFIG, steps=1, warmup=0)
-    history = train(config, student, None, windows(4), None, tmp_path, (), teacher, settings)
+    config = replace(CONFIG, steps=1, warmup_steps=0)
+    history = train(config, student, None, windows(4), None, tmp_path, teacher, settings)
     assert losses(history) == [pytest.approx(float(wanted), rel=1e-4)]
 
 
@@ -229,7 +260,7 @@ def test_teachers_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(UserError, match="tokens, the model"):
         run(tmp_path, teacher=tiny_model("llama"))
     other = new_model(VOCABULARY, hidden=96, layers=2, heads=3)
-    with pytest.raises(UserError, match="distill logits only"):
+    with pytest.raises(UserError, match="leave out hidden states"):
         run(tmp_path, teacher=other)
     run(tmp_path, teacher=other, distillation=Distillation(hidden=0.0))
 
@@ -242,12 +273,20 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
         run(tmp_path, model=model)
 
 
-@pytest.mark.parametrize("save_every", [1, 100])
-def test_weights_that_are_no_numbers_are_not_kept(save_every, tmp_path):
-    config = replace(CONFIG, steps=3, warmup=0, learning_rate=1e38, log_every=50, save_every=save_every)
+def test_a_model_that_became_sparse_stays_so(tmp_path):
+    run(tmp_path / "first", settings=SparseBitNetConfig(sparse_share=0.5))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
+    assert method_in_training(loaded) == SparseBitNetConfig()
+    history, _ = run(tmp_path / "on", model=loaded)
+    assert min(entry["pruned"] for entry in history if "loss" in entry) > 0.1
+
+
+@pytest.mark.parametrize("save_steps", [1, 100])
+def test_weights_that_are_no_numbers_are_not_kept(save_steps, tmp_path):
+    config = replace(CONFIG, steps=3, warmup_steps=0, learning_rate=1e38, logging_steps=50, save_steps=save_steps)
     with pytest.raises(UserError, match="Weights are not finite"):
         train(config, fresh(), None, windows(8), None, tmp_path)
-    assert last_checkpoint(tmp_path / CHECKPOINTS) is None and not (tmp_path / "config.json").exists()
+    assert last_checkpoint(tmp_path) is None and not (tmp_path / "config.json").exists()
 
 
 _HEAD = """
@@ -258,15 +297,13 @@ from dataclasses import replace
 import json, torch
 from test_trainer import CONFIG, fresh, sharded_losses, windows
 from lissom.train import CausalTrainer
-from lissom.train.trainer import arguments_of
 from lissom.weights.sparse_bitnet import SparseBitNetConfig
 """
 _TRAINER = """
 config = replace(CONFIG, batch_size=2, steps=6)
 model = SparseBitNetConfig().convert(fresh())
 kept, held = windows().split(0.1)
-arguments = arguments_of(config, sys.argv[1], False)
-trainer = CausalTrainer(model, config, arguments, kept, held, [SparseBitNetConfig().training(model)])
+trainer = CausalTrainer(model, config, Path(sys.argv[1]), kept, held)
 trainer.train()
 if trainer.is_world_process_zero():
     Path(sys.argv[2]).write_text(json.dumps(trainer.state.log_history))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
@@ -10,6 +11,8 @@ from typing import Any, ClassVar, Protocol, Self, get_type_hints, runtime_checka
 from pydantic import TypeAdapter, ValidationError
 
 from lissom.errors import UserError
+
+_LONG = 24  # characters of a value: as many as a float may have
 
 
 @dataclass(frozen=True)
@@ -66,9 +69,13 @@ def changed(method: Any) -> dict[str, Any]:
 
 def described(method: Any, words: str, *said: str) -> str:
     """`words`, followed by the settings that differ from their defaults and are not `said` in them: a label that two
-    methods share only where they are the same."""
-    others = [str(v) if isinstance(v, str) else f"{k}={v}" for k, v in changed(method).items() if k not in said]
-    others = [text if len(text) < 30 else text.split("=")[0] for text in others]
+    methods share only where they are the same. A long value is a few digits of its digest."""
+    others = []
+    for name, value in changed(method).items():
+        text = str(value)
+        if len(text) > _LONG:
+            text = hashlib.sha256(text.encode()).hexdigest()[:6]
+        others += [] if name in said else [f"{name}={text}"]
     return f"{words} ({', '.join(others)})" if others else words
 
 
@@ -94,13 +101,14 @@ class Method(Protocol):
 class Trainable(Protocol):
     """A method that a model is trained for, by `lissom train`. Recipes name the model that comes of it, not the method.
 
-    `convert` as in `Method` puts layers in that are to be trained.
+    Like a `Method` it is a frozen dataclass of settings, and an entry point of `lissom.methods`. A model holds one at a
+    time: see `lissom.training_plugin`.
     """
 
     name: ClassVar[str]
 
-    def convert(self, model: Any, tokenizer: Any = None) -> Any:
-        """See `Method`."""
+    def convert(self, model: Any) -> Any:
+        """Put the layers in, in place, and `mark` the model, so that `from_pretrained` makes them again."""
         ...
 
     def place(self, model: Any) -> None:
@@ -110,6 +118,11 @@ class Trainable(Protocol):
     def training(self, model: Any) -> Training:
         """What is done and logged while a converted model is trained."""
         ...
+
+
+@runtime_checkable
+class Packable(Trainable, Protocol):
+    """One whose layers have a packed form."""
 
     def check_packable(self, model: Any) -> None:
         """Raise a `UserError` where `pack` will not be possible, before long work."""
@@ -121,7 +134,7 @@ class Trainable(Protocol):
 
 
 class Training(Protocol):
-    """What a method that changes weights does while they are trained: its `training(model)` returns one."""
+    """What a method that is trained does at each step, and measures of itself."""
 
     def begin_step(self, done: float) -> None:
         """Called before each step, with the share of the steps that will be done behind it: 1 is the last one."""

@@ -16,8 +16,8 @@ GROUP = "lissom.methods"
 
 
 def method_names() -> list[str]:
-    """Every key that a recipe can use."""
-    return sorted(entry_points(group=GROUP).names)
+    """Every key that a recipe can use: not those of methods that a model is trained for (`Trainable`)."""
+    return sorted(entry.name for entry in entry_points(group=GROUP) if not hasattr(entry.load(), "training"))
 
 
 def method_class(key: str) -> Any:

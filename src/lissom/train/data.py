@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -17,10 +18,9 @@ from lissom.errors import UserError
 from lissom.files import alone, atomic_path
 from lissom.models.assets import cache_dir
 
-Progress = Callable[[str, int, int], None]
+Progress = Callable[[int, int], None]
 _ENDINGS = (".txt", ".md", ".rst", ".jsonl")
-_END = 1 << 16  # bytes of a file's beginning and end that it is known by
-_PIECE = 1 << 20  # characters that are tokenised at a time
+_PIECE = 1 << 20  # characters that are read and tokenised at a time
 
 
 class TokenWindows(Dataset):
@@ -76,41 +76,47 @@ def text_files(path: Path) -> list[Path]:
     return found
 
 
-def documents(file: Path) -> Iterator[str]:
-    """The text of a file, or of each line's `text` of a .jsonl file.
+def documents(file: Path) -> Iterator[Iterator[str]]:
+    """The text of a file, or of each line's `text` of a .jsonl file, in pieces that end where lines do. Each document
+    must be read before the next one is asked for: no more than a piece of a file is in memory.
 
     Raises:
         UserError: it is no text, or a line has none.
     """
+    with file.open(encoding="utf-8-sig") as stream:
+        if file.suffix != ".jsonl":
+            yield _pieces(stream, file)
+            return
+        for number, line in enumerate(_decoded(stream, file), 1):
+            if not line.strip():
+                continue
+            try:
+                text = json.loads(line)["text"]
+            except (ValueError, KeyError, TypeError):
+                text = None
+            if not isinstance(text, str):
+                raise UserError(f'{file}, line {number}: expected an object with a string as "text".')
+            yield _pieces(io.StringIO(text), file)
+
+
+def _pieces(stream: TextIO, file: Path) -> Iterator[str]:
+    return _decoded(iter(lambda: stream.read(_PIECE) + stream.readline(), ""), file)
+
+
+def _decoded(parts: Iterator[str], file: Path) -> Iterator[str]:
     try:
-        with file.open(encoding="utf-8-sig") as lines:
-            if file.suffix != ".jsonl":
-                yield lines.read()
-                return
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    text = json.loads(line)["text"]
-                except (ValueError, KeyError, TypeError):
-                    text = None
-                if not isinstance(text, str):
-                    raise UserError(f'{file}, line {number}: expected an object with a string as "text".')
-                yield text
+        yield from parts
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is no text file in UTF-8.") from error
 
 
 def text_fingerprint(path: Path) -> str:
-    """Tells other text at the same place: from names, sizes, and the beginning and end of each file."""
+    """Tells other text from the same at another place: a digest of names below `path` and of what is in the files."""
     digest = hashlib.sha256()
     for file in text_files(path):
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(path) if file != path else file.name} {size}\n".encode())
         with file.open("rb") as content:
-            digest.update(content.read(_END))
-            content.seek(max(0, size - _END))
-            digest.update(content.read(_END))
+            inside = hashlib.file_digest(content, "sha256").hexdigest()
+        digest.update(f"{file.relative_to(path) if file != path else file.name} {inside}\n".encode())
     return digest.hexdigest()[:24]
 
 
@@ -118,7 +124,7 @@ def token_windows(
     path: str | Path,
     tokenizer: PreTrainedTokenizerBase,
     context: int,
-    progress: Progress = lambda stage, done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> TokenWindows:
     """The text at `path` as windows of `context` tokens. Documents follow each other, with the end-of-sequence token
     between them where the tokenizer has one.
@@ -127,6 +133,7 @@ def token_windows(
 
     Args:
         path: a text file, or a folder of .txt, .md, .rst and .jsonl files (`{"text": ...}` in each line).
+        progress: called with (files done, files).
 
     Raises:
         UserError: there is no text, or less than a window of it.
@@ -134,7 +141,7 @@ def token_windows(
     files = text_files(Path(path))
     wide = len(tokenizer) > np.iinfo(np.uint16).max
     dtype = np.dtype(np.uint32 if wide else np.uint16)
-    target = cache_dir() / "tokens" / f"{_identity(files, tokenizer)}.bin"
+    target = cache_dir() / "tokens" / f"{_identity(Path(path), tokenizer)}.bin"
     if not target.exists():
         _tokenise(files, tokenizer, dtype, target, progress)
     if target.stat().st_size < context * dtype.itemsize:
@@ -153,33 +160,17 @@ def _tokenise(
             return
         with atomic_path(target) as temporary, temporary.open("wb") as out:
             for number, file in enumerate(files):
-                progress("tokens", number, len(files))
-                for text in documents(file):
-                    for piece in _pieces(text):
+                progress(number, len(files))
+                for document in documents(file):
+                    for piece in document:
                         ids = tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
                         out.write(np.asarray(ids, dtype).tobytes())
                     if tokenizer.eos_token_id is not None:
                         out.write(np.asarray([tokenizer.eos_token_id], dtype).tobytes())
-        progress("tokens", len(files), len(files))
+        progress(len(files), len(files))
 
 
-def _pieces(text: str) -> Iterator[str]:
-    """`text` cut at ends of lines, so that a large file does not have to be tokenised at once."""
-    start = 0
-    while start < len(text):
-        end = start + _PIECE
-        if end < len(text):
-            end = text.find("\n", end) + 1 or len(text)
-        yield text[start:end]
-        start = end
-
-
-def _identity(files: list[Path], tokenizer: PreTrainedTokenizerBase) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        facts = file.stat()
-        digest.update(f"{file.resolve()} {facts.st_size} {facts.st_mtime_ns}\n".encode())
+def _identity(path: Path, tokenizer: PreTrainedTokenizerBase) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
-    digest.update(f"{rules} {tokenizer.eos_token_id}".encode())
-    return digest.hexdigest()[:24]
+    return hashlib.sha256(f"{text_fingerprint(path)} {rules} {tokenizer.eos_token_id}".encode()).hexdigest()[:24]

@@ -1,4 +1,4 @@
-"""The folder of a run: what was asked for, the tokenizer that was learned, and whether the run may go on."""
+"""The folder of a run: what was asked for, the tokenizer that was learned, checkpoints, and whether it may go on."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from lissom.errors import UserError
 from lissom.files import alone, atomic_path, require_writable, write_json
 from lissom.models.assets import cache_dir
 from lissom.train.data import documents, text_files
-from lissom.train.run import CHECKPOINTS
 from lissom.train.scratch import new_tokenizer
 
-RECORD, TOKENIZER = "train.json", "tokenizer"
+RECORD, TOKENIZER, CHECKPOINTS = "train.json", "tokenizer", "checkpoints"
+_STATE = "trainer_state.json"  # of a checkpoint: what is written last
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class RunFolder:
         folder = self.path / TOKENIZER
         with alone(_lock(self.path, "open")):
             if not folder.exists():
-                learned = new_tokenizer((part for file in text_files(text) for part in documents(file)), vocabulary)
+                learned = new_tokenizer(_pieces(text), vocabulary)
                 with atomic_path(folder) as temporary:
                     learned.save_pretrained(temporary)
         loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
@@ -67,6 +67,28 @@ class RunFolder:
     def end(self, history: list[dict[str, float]]) -> None:
         """Write down what was logged: the run has ended."""
         write_json({**self.facts, "history": history}, str(self.path / RECORD))
+
+
+def _pieces(text: Path) -> Iterator[str]:
+    return (piece for file in text_files(text) for document in documents(file) for piece in document)
+
+
+def last_checkpoint(path: Path) -> Path | None:
+    """The last checkpoint of the run in `path` that was written to its end."""
+    found = {step_of(folder): folder for folder in (path / CHECKPOINTS).glob("checkpoint-*")}
+    for _, folder in sorted(item for item in found.items() if item[0] >= 0)[::-1]:
+        try:
+            json.loads((folder / _STATE).read_text())
+        except (OSError, ValueError):
+            continue
+        return folder
+    return None
+
+
+def step_of(checkpoint: Path) -> int:
+    """Steps that a checkpoint has behind it; -1 where its name does not say."""
+    number = checkpoint.name.rpartition("-")[2]
+    return int(number) if number.isdecimal() else -1
 
 
 def is_first() -> bool:
@@ -82,15 +104,29 @@ def _check(path: Path, facts: Mapping[str, Any]) -> None:
         return
     try:
         known = json.loads(record.read_text())
-    except ValueError as error:
-        raise UserError(f"{record} is damaged: remove {path}, or give another folder.") from error
+    except ValueError:
+        known = None
+    if not isinstance(known, dict):
+        raise UserError(f"{record} is damaged: remove {path}, or give another folder.")
     if "history" in known:
         raise UserError(f"{path} holds a run that has ended; give another folder.")
-    different = [name for name in facts if known.get(name) != facts[name]]
-    if different and (path / CHECKPOINTS).exists():
-        raise UserError(f"{path} holds a run of another {different[0]}: give another folder, or as in {record}.")
-    if different:  # which has not begun to train
+    different = next(_different(known, facts), None)
+    if different is not None and (path / CHECKPOINTS).exists():
+        raise UserError(f"{path} holds a run with {different}: give another folder, or as in {record}.")
+    if different is not None:  # which has not begun to train
         shutil.rmtree(path / TOKENIZER, ignore_errors=True)
+
+
+def _different(known: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[str]:
+    """What of `asked` is otherwise in `known`, in words."""
+    for name, value in asked.items():
+        own = known.get(name)
+        if isinstance(own, dict) and isinstance(value, Mapping):
+            yield from _different(own, value)
+        elif own != value and isinstance(value, str | int | float | None) and isinstance(own, str | int | float | None):
+            yield f"{name} {own} and not {value}"
+        elif own != value:
+            yield f"another {name}"
 
 
 def _lock(path: Path, what: str) -> Path:

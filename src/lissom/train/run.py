@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.utils import logging
 
 from lissom.errors import UserError
-from lissom.models.method import Training
+from lissom.files import move_into
 from lissom.train.config import Distillation, TrainConfig
 from lissom.train.data import TokenWindows
-from lissom.train.trainer import CausalTrainer, arguments_of
+from lissom.train.folder import CHECKPOINTS, last_checkpoint, step_of
+from lissom.train.trainer import CausalTrainer
 
 Progress = Callable[[int, int], None]
 Say = Callable[[dict[str, float]], None]
-CHECKPOINTS = "checkpoints"
+_UNFINISHED = "unfinished"  # folder of a model that is being written
 
 
 def train(
@@ -31,7 +31,6 @@ def train(
     windows: TokenWindows,
     held_out: TokenWindows | None,
     output: Path,
-    trainings: Sequence[Training] = (),
     teacher: PreTrainedModel | None = None,
     distillation: Distillation | None = None,
     progress: Progress = lambda done, total: None,
@@ -43,7 +42,6 @@ def train(
     step that is being made, with a checkpoint; pressed twice, at once.
 
     Args:
-        trainings: of methods that were put into the model.
         teacher: see `CausalTrainer`.
         progress: called with (steps done, steps).
         say: called with each entry that is logged.
@@ -55,22 +53,26 @@ def train(
         UserError: there are fewer windows than a batch, the teacher does not fit, a checkpoint is damaged, the loss or
             weights are no longer finite, or it was interrupted.
     """
-    arguments = arguments_of(config, str(output / CHECKPOINTS), held_out is not None)
     watch = _Watch(progress, say)
-    trainer = CausalTrainer(model, config, arguments, windows, held_out, trainings, teacher, distillation, [watch])
+    trainer = CausalTrainer(
+        model, config, output / CHECKPOINTS, windows, held_out, teacher, distillation, callbacks=[watch]
+    )
     with _no_other_bars():
         with _interruptible(watch, alone=trainer.args.world_size == 1):
-            _go_on(trainer, watch, last_checkpoint(output / CHECKPOINTS))
+            _go_on(trainer, watch, last_checkpoint(output))
         if trainer.state.global_step < config.steps:
             raise UserError(
                 f"Interrupted behind step {trainer.state.global_step}, which is saved: the same command goes on there."
             )
-        return _end(trainer, config, tokenizer, held_out is not None, output)
+        return _end(trainer, tokenizer, held_out is not None, output)
 
 
-def _go_on(trainer: CausalTrainer, watch: _Watch, checkpoint: str | None) -> None:
+def _go_on(trainer: CausalTrainer, watch: _Watch, checkpoint: Path | None) -> None:
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        if checkpoint is not None and step_of(checkpoint) >= trainer.config.steps:
+            trainer.restore(checkpoint)  # it was stopped behind its last step
+        else:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except UserError:
         raise
     except Exception as error:
@@ -82,36 +84,22 @@ def _go_on(trainer: CausalTrainer, watch: _Watch, checkpoint: str | None) -> Non
 
 
 def _end(
-    trainer: CausalTrainer, config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None, measures: bool, output: Path
+    trainer: CausalTrainer, tokenizer: PreTrainedTokenizerBase | None, measures: bool, output: Path
 ) -> list[dict[str, float]]:
     trainer.require_finite()
     measured = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    if measures and config.steps not in measured:
+    if measures and trainer.config.steps not in measured:
         trainer.evaluate()
-    history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
-    if tokenizer is not None and trainer.is_world_process_zero():
-        tokenizer.save_pretrained(output)
     if trainer.is_fsdp_enabled:  # by itself accelerate would write shards
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model(str(output))
+    unfinished = output / _UNFINISHED
+    trainer.save_model(str(unfinished))
     if trainer.is_world_process_zero():
-        (output / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody needs
-    return history
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The last checkpoint that was written to its end: its state is what is written last."""
-    for found in sorted(folder.glob("checkpoint-*"), key=_step_of, reverse=True):
-        try:
-            json.loads((found / "trainer_state.json").read_text())
-        except (OSError, ValueError):
-            continue
-        return str(found)
-    return None
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
+        if tokenizer is not None:
+            tokenizer.save_pretrained(unfinished)
+        (unfinished / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody needs
+        move_into(output, unfinished, last="config.json")  # without which there is no model
+    return [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
 
 
 @contextmanager

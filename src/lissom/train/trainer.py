@@ -2,64 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from lissom.errors import UserError
-from lissom.models.method import Training
 from lissom.train.config import Distillation, TrainConfig
 from lissom.train.data import TokenWindows
-from lissom.train.distill import cross_entropy, divergence, hidden_distance
+from lissom.train.distill import cross_entropy, hidden_distance, kl_divergence
 from lissom.train.schedule import learning_rate, weight_decay
+from lissom.training_plugin import method_in_training
 
 
 class CausalTrainer(Trainer):
     """Trains a causal language model on windows of tokens.
 
-    Its checkpoints are transformers', and `train(resume_from_checkpoint=...)` goes on from them exactly.
+    Its checkpoints are transformers', and `train(resume_from_checkpoint=...)` goes on from them exactly: the same
+    steps, and the same log but for a line that an interruption adds. The method that the model is in training with is
+    told of every step, and what it measures is logged.
 
     Args:
-        arguments: see `arguments_of`, which makes them of `config`.
-        trainings: what methods do while they are trained; see `lissom.models.method.Training`.
+        checkpoints: folder for them.
+        held_out: windows that are measured every `eval_steps`.
         teacher: model of the same vocabulary, which is not changed.
+
+    Raises:
+        UserError: there are fewer windows than a batch, or the teacher does not fit.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         config: TrainConfig,
-        arguments: TrainingArguments,
-        train_windows: TokenWindows,
+        checkpoints: Path,
+        windows: TokenWindows,
         held_out: TokenWindows | None = None,
-        trainings: Sequence[Training] = (),
         teacher: PreTrainedModel | None = None,
         distillation: Distillation | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        self.config, self.trainings = config, tuple(trainings)
+        self.config = config
+        method = method_in_training(model)
+        self.training = None if method is None else method.training(model)
         self.distillation = None if teacher is None else distillation or Distillation()
         self.parts: dict[str, list[torch.Tensor]] = {}
         super().__init__(
             model=model,
-            args=arguments,
-            train_dataset=train_windows,
+            args=_arguments(config, str(checkpoints), held_out is not None),
+            train_dataset=windows,
             eval_dataset=held_out,
             data_collator=_stacked,
             callbacks=[*(callbacks or []), _EachStep(self)],
         )
         self.remove_callback(PrinterCallback)
-        if config.checkpointing:
+        if config.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         self.can_return_loss = True
         self.model_accepts_loss_kwargs = False  # every window has as many tokens: means of means are the mean
         taken = self.args.train_batch_size * self.args.world_size
-        if len(train_windows) < taken:
+        if len(windows) < taken:
             raise UserError(
-                f"The text has {len(train_windows)} windows of {config.context} tokens: fewer than a batch of {taken}."
+                f"The text has {len(windows)} windows of {config.context} tokens: fewer than a batch of {taken}."
             )
         self.teacher = None
         if teacher is not None:
@@ -76,8 +82,8 @@ class CausalTrainer(Trainer):
 
     def begin_step(self, step: int) -> None:
         """What depends on the step and is not the learning rate."""
-        for training in self.trainings:
-            training.begin_step((step + 1) / self.config.steps)
+        if self.training is not None:
+            self.training.begin_step((step + 1) / self.config.steps)
         if self.optimizer is not None:
             decay = weight_decay(step, self.config)
             for group in self.optimizer.param_groups:
@@ -98,8 +104,8 @@ class CausalTrainer(Trainer):
         with torch.no_grad(), self.autocast_smart_context_manager():
             teacher = self.teacher(input_ids=ids, use_cache=False, output_hidden_states=wanted)
         parts = {"nll": cross_entropy(outputs.logits, ids)}
-        parts["divergence"] = divergence(outputs.logits, teacher.logits, settings.temperature)
-        loss = settings.labels * parts["nll"] + settings.logits * parts["divergence"]
+        parts["kl"] = kl_divergence(outputs.logits, teacher.logits, settings.temperature)
+        loss = settings.labels * parts["nll"] + settings.kl * parts["kl"]
         if wanted:
             parts["hidden"] = hidden_distance(outputs.hidden_states[1:], teacher.hidden_states[1:])
             loss = loss + settings.hidden * parts["hidden"]
@@ -124,47 +130,47 @@ class CausalTrainer(Trainer):
                 f"Weights are not finite at step {self.state.global_step}: the learning rate may be too high."
             )
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self.require_finite()
-        super()._save_checkpoint(model, trial)
+    def restore(self, checkpoint: Path) -> None:
+        """Load the weights and the log of a checkpoint behind which there is nothing left to train."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the parts of the loss, and what methods measure of themselves."""
         if "loss" in logs:
             for name, values in self.parts.items():
-                logs[name] = round(float(torch.stack(values).mean()), 4)
+                logs[name] = float(self.accelerator.reduce(torch.stack(values).mean(), "mean"))
             self.parts.clear()
-            for training in self.trainings:
-                logs |= training.measures()
+            if self.training is not None:
+                logs |= self.training.measures()
         super().log(logs, start_time)
 
 
-def arguments_of(config: TrainConfig, folder: str, evaluates: bool) -> TrainingArguments:
-    """transformers' arguments for a run with checkpoints in `folder`."""
+def _arguments(config: TrainConfig, folder: str, evaluates: bool) -> TrainingArguments:
     return TrainingArguments(
         output_dir=folder,
         max_steps=config.steps,
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.accumulate,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
         adam_beta1=config.beta1,
         adam_beta2=config.beta2,
-        max_grad_norm=config.clip,
+        max_grad_norm=config.max_grad_norm,
         optim="adamw_torch_fused",
         bf16=config.precision == "bf16",
         use_cpu=not torch.accelerator.is_available(),
         dataloader_pin_memory=torch.accelerator.is_available(),
         eval_strategy="steps" if evaluates else "no",
-        eval_steps=config.evaluate_every,
+        eval_steps=config.eval_steps,
         prediction_loss_only=True,
         label_names=[],  # windows are their own labels
-        save_steps=config.save_every,
+        save_steps=config.save_steps,
         save_total_limit=2,
-        logging_steps=config.log_every,
+        logging_steps=config.logging_steps,
         logging_nan_inf_filter=False,
-        report_to=config.tracking,
+        report_to=config.report_to,
         seed=config.seed,
         data_seed=config.seed,
         disable_tqdm=True,
@@ -180,6 +186,11 @@ class _EachStep(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.begin_step(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if control.should_save:
+            self.trainer.require_finite()
+            control.should_log = True  # what a line is the mean of is not saved: a run that goes on begins a new one
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         for name in ("loss", "eval_loss"):
@@ -204,5 +215,5 @@ def _check_teacher(model: PreTrainedModel, teacher: PreTrainedModel, settings: D
     sizes = [(config.num_hidden_layers, config.hidden_size) for config in (ours, theirs)]
     if settings is not None and settings.hidden and sizes[0] != sizes[1]:
         raise UserError(
-            "The teacher has other layers than the model: distill logits only, with hidden=0 (--teacher-hidden 0)."
+            "The teacher has other layers than the model: leave out hidden states, with hidden=0 (--teacher-hidden 0)."
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig
 from transformers.pytorch_utils import Conv1D
 
 from lissom.errors import UserError
@@ -83,10 +84,16 @@ def test_fused_matrices_have_scales_of_their_own():
     assert mask.sum() == 12 * 8
 
 
+def training_of(layer) -> SparseTraining:
+    model = nn.ModuleList([layer])
+    model.config = LlamaConfig()
+    return SparseTraining(model, layer.settings)
+
+
 def test_masks_are_off_before_the_sparse_share_of_training():
     layer = layer_of(SparseBitNetConfig(sparse_share=0.25))
     assert layer.sparse and layer.frozen()[1].sum() == 12 * 8
-    training = SparseTraining(nn.ModuleList([layer]), layer.settings)
+    training = training_of(layer)
     for done, masked in ((0.01, False), (0.75, False), (0.76, True), (1.0, True)):
         training.begin_step(done)
         assert layer.sparse is masked and layer.frozen()[1].all() is not masked
@@ -97,7 +104,7 @@ def test_masks_are_off_before_the_sparse_share_of_training():
 )
 def test_the_share_of_sparse_steps(share, steps, sparse):
     layer = layer_of(SparseBitNetConfig(sparse_share=share))
-    training, found = SparseTraining(nn.ModuleList([layer]), layer.settings), 0
+    training, found = training_of(layer), 0
     for step in range(steps):
         training.begin_step((step + 1) / steps)
         found += layer.sparse
@@ -123,14 +130,14 @@ def test_the_layer_computes_with_the_ablation_that_it_is_set_to(mask_from, scale
 
 def test_flips_are_of_masks_since_the_line_before():
     layer = layer_of(SparseBitNetConfig(), bias=False)
-    training = SparseTraining(nn.ModuleList([layer]), layer.settings)
-    assert "mask_flips" not in training.measures()
+    training = training_of(layer)
     with torch.no_grad():
         layer.weight[:, :4] = torch.tensor([4.0, 3.0, 2.0, 1.0])
-    training.measures()
+    training.begin_step(0.5)
     with torch.no_grad():
         layer.weight[0, :4] = torch.tensor([1.0, 2.0, 3.0, 4.0])
     assert training.measures()["mask_flips"] == 4 / (12 * 16)
+    training.begin_step(1.0)
     assert training.measures()["mask_flips"] == 0
 
 

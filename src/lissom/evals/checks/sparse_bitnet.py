@@ -100,17 +100,18 @@ class Size:
 
 
 def _config(steps: int, context: int = 128, batch_size: int = 16) -> TrainConfig:
+    part = max(1, steps // 20)
     return TrainConfig(
-        steps=steps, context=context, batch_size=batch_size, warmup=max(1, steps // 20), log_every=max(1, steps // 20),
-        evaluate_every=steps, save_every=steps,
+        steps=steps, context=context, batch_size=batch_size, warmup_steps=part, logging_steps=part, eval_steps=steps,
+        save_steps=steps,
     )  # fmt: skip
 
 
 def _conversion(steps: int) -> Conversion:
     """By itself as the teacher, with short windows: steps matter more than tokens."""
     config = TrainConfig(
-        steps=steps, context=128, batch_size=4, learning_rate=1e-3, least_rate=3e-5, warmup=steps // 20,
-        weight_decay=0.0, precision="bf16", log_every=max(1, steps // 20), evaluate_every=steps, save_every=25,
+        steps=steps, context=128, batch_size=4, learning_rate=1e-3, min_learning_rate=3e-5, warmup_steps=steps // 20,
+        weight_decay=0.0, precision="bf16", logging_steps=max(1, steps // 20), eval_steps=steps, save_steps=25,
     )  # fmt: skip
     return Conversion(SparseBitNetConfig(), config)
 
@@ -219,7 +220,7 @@ def train_arms(
     tokenizer = new_tokenizer((text for _, text in assets.corpus(TEXT)), size.vocabulary)
     windows, held_out = token_windows(text, tokenizer, size.config.context).split(size.held_out)
     batch = size.config.batch_size
-    if size.one_pass and size.config.steps * size.config.accumulate * batch > len(windows):
+    if size.one_pass and size.config.steps * size.config.gradient_accumulation_steps * batch > len(windows):
         raise ValueError("The text is too short for so many steps: windows would be seen twice.")
     held_out = TokenWindows(held_out.tokens, held_out.context, held_out.first, max(1, len(held_out) // batch * batch))
     shape = size.vocabulary, sorted(size.model.items()), size.held_out
@@ -266,7 +267,7 @@ def config_of(arm: str, seed: int, size: Size) -> TrainConfig:
         | {
             "seed": seed,
             "learning_rate": rate,
-            "least_rate": rate / 30,
+            "min_learning_rate": rate / 30,
             "weight_decay_until": 0.5 if ternary else None,
         }
     )
@@ -276,12 +277,11 @@ def _trained(
     arm: str, config: TrainConfig, size: Size, vocabulary: int, windows: TokenWindows, held_out: TokenWindows
 ) -> dict[str, Any]:
     model = new_model(vocabulary, **size.model, context=config.context, seed=config.seed)
-    settings, trainings = ARMS[arm], []
+    settings = ARMS[arm]
     if settings is not None:
         settings.convert(model)
-        trainings = [settings.training(model)]
     with tempfile.TemporaryDirectory() as folder:
-        history = train(config, model, None, windows, held_out, Path(folder), trainings)
+        history = train(config, model, None, windows, held_out, Path(folder))
     logged = [entry for entry in history if "loss" in entry]
     return {"arm": arm, "seed": config.seed, "nll": history[-1]["eval_loss"], "history": logged}
 
@@ -303,8 +303,7 @@ def convert(
         found: dict[str, Any] = {BEFORE: window_losses(model, measured), ONE_SHOT: window_losses(student, measured)}
         folder = known.path.parent / identity.replace("/", "-")
         found["history"] = train(
-            conversion.config, student, None, windows, None, folder, [conversion.settings.training(student)], model,
-            progress=progress,
+            conversion.config, student, None, windows, None, folder, model, progress=progress,
         )  # fmt: skip
         found[AFTER] = window_losses(student.eval(), measured)
         known.add(identity, found)

@@ -40,7 +40,7 @@ def result(run: study.Run) -> Result:
 
 
 def _tokens(config: study.TrainConfig) -> int:
-    return config.steps * config.batch_size * config.accumulate * config.context
+    return config.steps * config.batch_size * config.gradient_accumulation_steps * config.context
 
 
 def _rows(run: study.Run, arm: str) -> Iterator[Row]:

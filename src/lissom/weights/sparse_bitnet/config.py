@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from lissom.errors import UserError
-from lissom.models.method import SearchContext, Training, check_types, described
+from lissom.models.method import Training, check_types, described
 from lissom.weights.sparse_bitnet.ternary import MaskFrom, ScaleFrom, check_pattern
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class SparseBitNetConfig:
         scale_from: `dense` (paper), or for the ablations `masked` and `survivors`; see `ternary.scale_of`.
         gradient: `dense` (paper): weights that are left out get theirs too, and can come back. `masked`: ablation.
         sparse_share: last share of the training steps that is sparse: 1 (paper) is all of them, 0.25 a dense-to-sparse
-            schedule. It is the trainer that turns masks on.
+            schedule. It is the trainer that turns masks on; a model that has come so far says 1 of itself.
 
     Raises:
         UserError: a value is out of range.
@@ -51,14 +51,11 @@ class SparseBitNetConfig:
         if not self.quantize and (self.mask_from, self.scale_from) != ("master", "dense"):
             raise UserError("mask_from and scale_from are about ternary weights: leave them with quantize=False.")
 
-    def convert(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedModel:
+    def convert(self, model: PreTrainedModel) -> PreTrainedModel:
         """Put trainable sparse ternary layers in the place of the decoder's linear layers. They share the weights,
         which become fp32; embedding, head and norms stay.
 
         Without training behind it this is one-shot ternarisation, which ruins a model.
-
-        Args:
-            tokenizer: not used; it is there because recipes give one.
 
         Returns:
             `model`, changed in place. `save_pretrained` writes the master weights, and `from_pretrained` makes these
@@ -98,8 +95,3 @@ class SparseBitNetConfig:
     def __str__(self) -> str:
         words = f"sparse-bitnet {self.n}:{self.m}" if self.quantize else f"sparse {self.n}:{self.m}"
         return described(self, words, "n", "m", "quantize")
-
-    @classmethod
-    def candidates(cls, context: SearchContext) -> list[Self]:
-        """None: a model becomes ternary by training, which a search over recipes does not do."""
-        return []
