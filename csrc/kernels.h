@@ -21,11 +21,23 @@ enum Format : int64_t {
   kQ6K = 7,   // nibbles and two upper bits, q + 32; value = super * scale * q, 8-bit scales per 16 inputs
   kTernary = 8,    // words of three codes of three weights, of two blocks together; see ternary.inc
   kTernary24 = 9,  // words of three codes of four weights, at most two of which are not zero
+  kFormatCount,
 };
-inline bool is_ternary(int64_t format) { return format >= kTernary; }
-inline bool is_integer(int64_t format) { return format >= kQ8 && format <= kQ6K; }
-
-constexpr int64_t kBits[] = {32, 16, 16, 8, 4, 4, 4, 4};  // of a weight in `quants`, by format
+enum class Kind { kFloat, kInteger, kTernary };
+struct FormatFacts {
+  Kind kind;
+  int64_t bits;    // of so many inputs of a row in `quants`,
+  int64_t inputs;  // which are stored together
+};
+constexpr FormatFacts kFacts[] = {
+    {Kind::kFloat, 32, 1}, {Kind::kFloat, 16, 1}, {Kind::kFloat, 32, 2},
+    {Kind::kInteger, 256, 32}, {Kind::kInteger, 128, 32}, {Kind::kInteger, 128, 32}, {Kind::kInteger, 128, 32},
+    {Kind::kInteger, 128, 32},
+    {Kind::kTernary, 16, 9}, {Kind::kTernary, 16, 12},
+};
+static_assert(sizeof kFacts / sizeof kFacts[0] == kFormatCount);
+inline bool is_ternary(int64_t format) { return kFacts[format].kind == Kind::kTernary; }
+inline bool is_integer(int64_t format) { return kFacts[format].kind == Kind::kInteger; }
 
 constexpr int64_t kBlock = 16;  // interleaved output rows
 constexpr int64_t kGroup = 32;  // inputs that share a scale of the activations
@@ -46,17 +58,15 @@ struct Matrix {
 
 constexpr int64_t kAtOnce = 16;  // blocks of a ternary matrix that go through its tables together
 
-// Of a row of a ternary matrix.
+// What is stored together, of a row: of a ternary matrix words.
 inline int64_t words_of(int64_t format, int64_t columns) {
-  const int64_t inputs = format == kTernary ? 9 : 12;
+  const int64_t inputs = kFacts[format].inputs;
   return (columns + inputs - 1) / inputs;
 }
 
 // Bytes of `quants` that a block takes.
 inline int64_t quants_of_block(const Matrix& m) {
-  if (is_ternary(m.format)) return words_of(m.format, m.columns) * kBlock * 2;
-  const int64_t step = m.format >= kQ8 ? kGroup : m.format == kBF16 ? 2 : 1;
-  return (m.columns + step - 1) / step * step * kBlock * kBits[m.format] / 8;
+  return words_of(m.format, m.columns) * kBlock * kFacts[m.format].bits / 8;
 }
 
 // The forms of vectors that formats ask for.

@@ -83,10 +83,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     temporary = scratch / target.name
     try:
         yield temporary
-        for file in temporary.rglob("*") if temporary.is_dir() else [temporary]:
-            if file.is_file():
-                file.chmod(0o666 & ~_umask())  # some writers make private files
-        _sync(temporary)
+        _finish(temporary)
         if temporary.is_dir() and target.is_dir():
             target.rename(scratch / "replaced")
         temporary.replace(target)
@@ -100,7 +97,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 def move_into(target: Path, source: Path, last: str) -> None:
     """Move the files of the folder `source` to `target`, flushed to the disk; the one called `last` at the end."""
-    _sync(source)
+    _finish(source)
     for file in sorted(source.iterdir(), key=lambda file: file.name == last):
         file.replace(target / file.name)
     source.rmdir()
@@ -128,8 +125,11 @@ def _umask() -> int:
     return mask
 
 
-def _sync(path: Path) -> None:
+def _finish(path: Path) -> None:
+    """Flush a file, or a folder with what is in it, and let others read it: some writers make private files."""
     for entry in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        if entry.is_file():
+            entry.chmod(0o666 & ~_umask())
         _sync_entry(entry)
 
 

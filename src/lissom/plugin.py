@@ -27,7 +27,8 @@ class PackedConfig(QuantizationConfigMixin):
     """`quantization_config` of config.json.
 
     Attributes:
-        matrices: format and group size of each packed module, by its name.
+        matrices: format and group size of each packed module, by its name; of `ternary_2_4` places for spills instead,
+            as in `Packed.group`.
         shared: modules that have no tensors of their own but those of another: tied output heads.
         version: of the layout of packed tensors.
 
@@ -50,7 +51,7 @@ class PackedConfig(QuantizationConfigMixin):
             raise UserError(f"The checkpoint has packed weights of version {version}; this lissom reads {_VERSION}.")
         for name, entry in self.matrices.items():
             if not (isinstance(entry, list | tuple) and len(entry) == 2 and isinstance(entry[1], int)):
-                raise UserError(f"config.json is damaged: {name} has {entry!r} instead of a format and a group size.")
+                raise UserError(f"config.json is damaged: {name} has {entry!r} instead of a format and a number.")
             shapes(entry[0], 1, 256, entry[1])
         if not self.shared.keys() | set(self.shared.values()) <= self.matrices.keys():
             raise UserError("config.json is damaged: a shared matrix is not among the packed ones.")
@@ -78,9 +79,7 @@ class PackedQuantizer(HfQuantizer):
         _untie(model)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        from lissom.kernels.packed import check_finite
         from lissom.kernels.packed_layers import PackedEmbedding, PackedLinear
-        from lissom.kernels.ternary import TERNARY_2_4, check_spills
 
         places = _places(model, self.quantization_config)
         for name, source in self.quantization_config.shared.items():
@@ -92,10 +91,7 @@ class PackedQuantizer(HfQuantizer):
                     # transformers marks what came from the file; it only warns of what did not.
                     if not getattr(tensor, "_is_hf_initialized", False):
                         raise UserError(f"The checkpoint is damaged: {name}.{kind} is missing.")
-                    if kind != "quants" and tensor.is_floating_point():
-                        check_finite(tensor, f"{name}.{kind}")
-                if module.format == TERNARY_2_4:
-                    check_spills(module.packed.quants, module.packed.spills, module.columns)
+                module.packed.check(name)
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """What is saved, and metadata as long as needed for codes to begin at cache lines.

@@ -27,7 +27,7 @@ from lissom.evals.stats import Interval, verdict
 from lissom.kernels.packed_layers import PackedLinear
 from lissom.models import calibration
 from lissom.models.gguf import load_packed
-from lissom.models.layerwise import linear_layers
+from lissom.models.linear import linear_layers
 from lissom.report.checks import check_of
 from lissom.report.checks import quantize as report
 

@@ -7,7 +7,8 @@ from tiny import ALL_ARCHITECTURES, ByteTokenizer, random_ids, tiny_model
 from lissom.errors import UserError
 from lissom.evals.texts import passages
 from lissom.models.calibration import builtin_text, calibration_windows, tokenizer_of
-from lissom.models.layerwise import LayerRunner, decoder_layers, observing
+from lissom.models.decoder import decoder_layers
+from lissom.models.layerwise import LayerRunner, observing
 
 
 @pytest.mark.parametrize("architecture", ALL_ARCHITECTURES)

@@ -29,19 +29,24 @@ def export() -> None:
 def packed(
     model: str = typer.Argument(..., help="Folder that `lissom train --method` has left."),
     output: Path = typer.Option(..., "--output", "-o", help="Folder to write."),
+    json_file: str = JSON,
 ) -> None:
     """Write a model in training in the packed form of its method, for transformers with `import lissom`."""
     from rich.console import Console
 
     import lissom
     from lissom.export.packed import export_packed
-    from lissom.files import require_new
+    from lissom.files import require_new, write_json
 
     require_new(output)
     console = Console(stderr=True)
     with console.status(f"packing {model}"):
         export_packed(*lissom.load(model, "float32"), output)
-    typer.echo(f"{output}: {sum(file.stat().st_size for file in output.iterdir()) / 1e6:.1f} MB.")
+    size = sum(file.stat().st_size for file in output.iterdir())
+    if json_file:
+        write_json({"folder": str(output), "model": model, "bytes": size}, json_file)
+    if json_file != "-":
+        typer.echo(f"{output}: {size / 1e6:.1f} MB.")
 
 
 @app.command()

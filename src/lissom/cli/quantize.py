@@ -47,7 +47,7 @@ def quantize(
     from lissom.errors import UserError
     from lissom.files import atomic_path, require_writable, write_json
     from lissom.kernels.packed_layers import weight_count
-    from lissom.models.layerwise import require_original
+    from lissom.models.linear import require_original
     from lissom.weights.quant import Quantize
     from lissom.weights.quant.apply import calibration_ids, formats, stored_bytes
 

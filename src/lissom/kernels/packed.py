@@ -136,6 +136,14 @@ class Packed:
         parts = {name: taken(name, tensor) for name, tensor in self.tensors().items()}
         return Packed(self.format, len(rows), self.columns, group=self.group, **parts)
 
+    def check(self, name: str) -> None:
+        """Raise a `UserError` that names the matrix where scales or spills are none that packing writes."""
+        for part, tensor in self.tensors().items():
+            if part != "quants" and tensor.is_floating_point():
+                check_finite(tensor, f"{name}.{part}")
+        if self.spills is not None:
+            ternary.check_spills(self.quants, self.spills, self.columns)
+
     @property
     def row_step(self) -> int:
         """Rows that are stored together: a part of a matrix must begin at a multiple of them."""

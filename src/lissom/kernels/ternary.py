@@ -2,6 +2,7 @@
 
 A product is `scale / inverse * sum(whole * quants)`. The sum is of whole numbers, so that it is exact in fp32 in any
 order, as long as a row has less than 132 000 inputs: every way to compute it gives the same bits.
+(Not so PyTorch's product under autocast, which rounds it to 16 bits.)
 
 Both formats keep three codes of 5 bits in a word of 16, and interleave the words of 32 rows:
 

@@ -1,4 +1,4 @@
-"""What a decoder looks like, read from its config, and which weights it has."""
+"""What a decoder looks like, read from its config, and which layers and weights it has."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from lissom.errors import UserError
@@ -52,6 +53,19 @@ def describe_decoder(model: PreTrainedModel) -> DecoderInfo:
         vocab_size=config.vocab_size,
         sliding=tuple(kind != "full_attention" for kind in types),
     )
+
+
+def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Name and list of the decoder's layers.
+
+    Raises:
+        UserError: the model has no such list.
+    """
+    count = describe_decoder(model).num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return name, module
+    raise UserError(f"{type(model).__name__} has no list of {count} decoder layers that lissom could find.")
 
 
 def fingerprint(model: PreTrainedModel) -> str:

@@ -11,56 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lissom.errors import UserError
-from lissom.kernels.packed_layers import PackedLinear, skeleton
-from lissom.models.decoder import describe_decoder
-
-
-def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Name and list of the decoder's layers.
-
-    Raises:
-        UserError: the model has no such list.
-    """
-    count = describe_decoder(model).num_hidden_layers
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return name, module
-    raise UserError(f"{type(model).__name__} has no list of {count} decoder layers that lissom could find.")
-
-
-def weight_of(module: nn.Module) -> torch.Tensor:
-    """The matrix of a linear layer, `[out_features, in_features]`; of an embedding `[rows, columns]`."""
-    weight = module.weight.detach()
-    return weight if isinstance(module, nn.Linear | nn.Embedding) else weight.T
-
-
-def require_original(model: PreTrainedModel) -> None:
-    """Raise a `UserError` where the weights of `model` are quantised."""
-    if getattr(model, "is_quantized", False) or any(isinstance(m, PackedLinear) for m in model.modules()):
-        raise UserError("The model is quantised already: start from its original weights.")
-
-
-def linear_layers(model: PreTrainedModel) -> list[dict[str, nn.Module]]:
-    """The linear layers of each decoder layer, by their names in the model.
-
-    Raises:
-        UserError: most weights of a layer are in something else (fused experts).
-    """
-    prefix, layers = decoder_layers(model)
-    found = []
-    for number, layer in enumerate(layers):
-        inside = {
-            f"{prefix}.{number}.{name}": module
-            for name, module in layer.named_modules()
-            if isinstance(skeleton(module, "q8", 32), PackedLinear)
-        }
-        packed = sum(module.weight.numel() for module in inside.values())
-        if 2 * packed < sum(parameter.numel() for parameter in layer.parameters()):
-            raise UserError(
-                f"Most weights of a layer of {type(model).__name__} are in no linear layer: they cannot be quantised."
-            )
-        found.append(inside)
-    return found
+from lissom.models.decoder import decoder_layers
 
 
 class _Reached(Exception):

@@ -12,7 +12,7 @@ from lissom import Quantize
 from lissom.errors import UserError
 from lissom.kernels.packed import unpack
 from lissom.kernels.packed_layers import PackedEmbedding, PackedLinear
-from lissom.models.layerwise import linear_layers, weight_of
+from lissom.models.linear import linear_layers, weight_of
 from lissom.weights.quant.apply import formats, stored_bytes
 from lissom.weights.quant.plan import mean_nll
 
@@ -201,5 +201,5 @@ def test_fused_experts_are_refused():
         hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=128, num_local_experts=4,
     )  # fmt: skip
-    with pytest.raises(UserError, match="cannot be quantised"):
+    with pytest.raises(UserError, match="are in no linear layers"):
         Quantize(method="rtn").convert(AutoModelForCausalLM.from_config(config))

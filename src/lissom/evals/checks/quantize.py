@@ -37,7 +37,8 @@ from lissom.models.assets import corpus
 from lissom.models.calibration import calibration_windows
 from lissom.models.gguf import GgufFile, load_model
 from lissom.models.gguf.architecture import names, of_model_type
-from lissom.models.layerwise import linear_layers, observing
+from lissom.models.layerwise import observing
+from lissom.models.linear import linear_layers
 from lissom.weights.quant import Quantize
 from lissom.weights.quant.apply import Statistics
 

@@ -162,7 +162,7 @@ def kind_of(packed: Packed) -> Kind:
 
 def ternary_rows(packed: Packed, kind: Kind) -> torch.Tensor:
     """A ternary matrix in blocks of TQ1_0 or TQ2_0, uint8 `[rows, bytes of a row]`: its scale is rounded to fp16."""
-    return torch.from_numpy(quantize(packed.unpack().numpy(), kind))
+    return torch.from_numpy(quantize(packed.unpack().cpu().numpy(), kind))
 
 
 def unpack(packed: Packed) -> torch.Tensor:

@@ -14,7 +14,8 @@ from lissom.kernels.packed_layers import PackedEmbedding, PackedLinear, replace,
 from lissom.kernels.rounding import GRIDS, Coded, Grid, rtn
 from lissom.models import describe_decoder
 from lissom.models.calibration import calibration_windows, tokenizer_of
-from lissom.models.layerwise import LayerRunner, linear_layers, observing, require_original, weight_of
+from lissom.models.layerwise import LayerRunner, observing
+from lissom.models.linear import linear_layers, require_original, weight_of
 from lissom.plugin import attach
 from lissom.weights.quant.config import FINE, Quantize
 from lissom.weights.quant.gptq import gptq

@@ -6,7 +6,7 @@ and 1. Activations have 8 bits and a scale for each token. Gradients go straight
 that weights that are left out go on learning, and come back when they have grown.
 
 `SparseBitNetConfig(n=2, m=4).convert(model)` puts trainable layers into a model; `pack(model)` stores what they have
-become in 1.33 bits per weight (2:4) or 1.78 (any other pattern), which the native kernels multiply with.
+become in 1.33 bits per weight (2:4 and what is sparser) or 1.78, which the native kernels multiply with.
 """
 
 from lissom.weights.sparse_bitnet.apply import Census, census, pack

@@ -14,8 +14,7 @@ from lissom.errors import UserError
 from lissom.kernels.packed import Packed, check_finite, pack_ternary
 from lissom.kernels.packed_layers import replace
 from lissom.kernels.ternary import BLOCK, TERNARY, TERNARY_2_4
-from lissom.models import describe_decoder
-from lissom.models.layerwise import linear_layers, require_original, weight_of
+from lissom.models.linear import linear_layers, logical_rows, require_original, weight_of
 from lissom.plugin import attach
 from lissom.training_plugin import mark
 from lissom.weights.sparse_bitnet.config import SparseBitNetConfig
@@ -53,18 +52,7 @@ def place(model: PreTrainedModel, settings: SparseBitNetConfig) -> None:
     for name, module in layers.items():
         if module.weight.dtype != torch.float32 and not module.weight.is_meta:
             module.weight.data = module.weight.data.float()
-        model.set_submodule(name, trainable(module, settings, parts_of(model, name, weight_of(module).shape[0])))
-
-
-def parts_of(model: PreTrainedModel, name: str, rows: int) -> tuple[int, ...]:
-    """Rows of the logical matrices that a layer holds: query, key and value, or gate and up, may be fused."""
-    info, kind = describe_decoder(model), name.rpartition(".")[2]
-    queries, keys = info.num_attention_heads * info.head_dim, info.num_key_value_heads * info.head_dim
-    if kind in ("qkv_proj", "c_attn") and rows == queries + 2 * keys:
-        return queries, keys, keys
-    if kind == "gate_up_proj" and rows % 2 == 0:
-        return rows // 2, rows // 2
-    return (rows,)
+        model.set_submodule(name, trainable(module, settings, logical_rows(model, name, weight_of(module).shape[0])))
 
 
 def layers_of(model: nn.Module) -> dict[str, SparseTernary]:

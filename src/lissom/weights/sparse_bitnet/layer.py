@@ -34,7 +34,7 @@ class _Product(torch.autograd.Function):
         device = x.device.type
         narrow = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         ctx.dtypes = x.dtype, weight.dtype, narrow
-        return whole_product(quants, inverse, whole, scales)  # what packed layers give, bit for bit
+        return whole_product(quants, inverse, whole, scales)  # in fp32 what packed layers give, bit for bit
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
