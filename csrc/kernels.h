@@ -46,13 +46,14 @@ constexpr int64_t kFew = 8;     // vectors up to which weights are not unpacked 
 
 struct Matrix {
   int64_t format, rows, columns;  // of the matrix as it was: y[rows] = W x[columns]
-  int64_t group;                  // inputs that share a scale, a multiple of kGroup; kTernary24: spills of two blocks
+  int64_t group;                  // inputs that share a scale, a multiple of kGroup; kTernary24: spills of all blocks
   const void* quants;             // see Format; integers: [blocks][groups][8 or 4][16][4]; ternary: words [blocks / 2][..][32]
   const void* high;               // kQ6K: [blocks][groups][2][16][4]
   const void* scales;             // [blocks][columns / group][16]; fp16, or bytes in the K formats; ternary: fp32 [blocks]
   const void* mins;               // the same
   const void* supers;             // fp16 [blocks][columns / 256][2 (scale, min) or 1][16]
-  const int32_t* spills;          // kTernary24: [blocks / 2][group], 32 * code + row in its tile, or -1
+  const int32_t* spills;          // kTernary24: 32 * code + row in its tile of two blocks, in order, tile by tile
+  const int32_t* starts;          // kTernary24: [blocks / 2 + 1], where the spills of each tile begin
   const float* bias;              // [rows rounded up to 16], or null
 };
 

@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <random>
 #include <stdexcept>
+#include <set>
 #include <string>
 
 #include "../kernels.h"
@@ -100,10 +101,8 @@ class Weights {
       }
       scales_.resize(blocks * 4);
       for (int64_t i = 0; i < blocks; ++i) write<float>(scales_, i, static_cast<float>(size * random.between(1, 9) / 9));
-      if (format == kTernary24) group = random.below(4);
-      for (int64_t i = 0; i < tiles * group; ++i)
-        spills_.push_back(random.chance() ? -1 : static_cast<int32_t>(random.below(words * 3) * 32 + random.below(32)));
-      for (int64_t i = 0; i < tiles; ++i) spill(i, group);
+      starts_.push_back(0);
+      for (int64_t i = 0; format == kTernary24 && i < tiles; ++i) spill(random, i, words * 3);
     } else {
       bytes(quants_, blocks * groups_ * (format == kQ8 ? 512 : 256), 255);
     }
@@ -131,6 +130,7 @@ class Weights {
     matrix.mins = mins_.data();
     matrix.supers = supers_.data();
     matrix.spills = spills_.data();
+    matrix.starts = starts_.data();
     matrix.bias = bias ? bias_.data() : nullptr;
     values.resize(rows * columns);
     for (int64_t row = 0; row < rows; ++row)
@@ -165,13 +165,15 @@ class Weights {
     }
     return word;
   }
-  // Of kTernary24: makes the spills of a tile what they may be, codes 2 and 8, each once.
-  void spill(int64_t tile, int64_t group) {
-    const auto begin = spills_.begin() + tile * group, end = begin + group;
-    std::sort(begin, end, std::greater<int32_t>());
-    auto kept = std::unique(begin, end);
-    kept = std::remove_if(begin, kept, [&](int32_t at) { return at < 0 || !may_spill(tile, at / 32, at % 32); });
-    std::fill(kept, end, -1);
+  // Of kTernary24: some spills of a tile, of codes 2 and 8, each once.
+  void spill(Random& random, int64_t tile, int64_t codes) {
+    std::set<int32_t> found;
+    for (int64_t left = random.below(4); left > 0; --left) {
+      const auto at = static_cast<int32_t>(random.below(codes) * 32 + random.below(32));
+      if (may_spill(tile, at / 32, at % 32)) found.insert(at);
+    }
+    spills_.insert(spills_.end(), found.begin(), found.end());
+    starts_.push_back(static_cast<int32_t>(spills_.size()));
   }
   bool may_spill(int64_t tile, int64_t code, int64_t row) const {
     const uint32_t number = word_of(tile, code, row) >> (5 * (code % 3) + 1) & 31;
@@ -190,7 +192,7 @@ class Weights {
     const int64_t number = word_of(tile, code, row % 32) >> (5 * (code % 3) + (format_ == kTernary24)) & 31;
     const int64_t place = k - code * (format_ == kTernary ? 3 : 4);
     if (format_ == kTernary) return scale * (number / (place == 0 ? 1 : place == 1 ? 3 : 9) % 3 - 1);
-    const auto begin = spills_.begin() + tile * matrix.group, end = begin + matrix.group;
+    const auto begin = spills_.begin() + starts_[tile], end = spills_.begin() + starts_[tile + 1];
     const bool spilt = place == 1 && std::find(begin, end, code * 32 + row % 32) != end;
     if (spilt || zeros(tile, code, row % 32)) return 0.0;
     if (number < 8) return number / 2 != place ? 0.0 : number % 2 ? -scale : scale;
@@ -229,7 +231,7 @@ class Weights {
 
   int64_t format_, columns_, groups_, per_scale_;
   std::vector<uint8_t> quants_, high_, scales_, mins_, supers_;
-  std::vector<int32_t> spills_;
+  std::vector<int32_t> spills_, starts_;
   std::vector<float> bias_;
 };
 

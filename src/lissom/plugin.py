@@ -27,8 +27,8 @@ class PackedConfig(QuantizationConfigMixin):
     """`quantization_config` of config.json.
 
     Attributes:
-        matrices: format and group size of each packed module, by its name; of `ternary_2_4` places for spills instead,
-            as in `Packed.group`.
+        matrices: format and group size of each packed module, by its name; of `ternary_2_4` the number of spills
+            instead, as in `Packed.group`.
         shared: modules that have no tensors of their own but those of another: tied output heads.
         version: of the layout of packed tensors.
 

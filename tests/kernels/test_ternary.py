@@ -102,6 +102,7 @@ def test_size_is_what_the_format_says(format):
     rows, columns = 1024, 2304
     zeros = 0.35 if format == TERNARY else 0.1  # as trained models have; of those that a mask leaves
     whole = torch.from_numpy(whole_numbers(format, rows, columns, 0, zeros))
+    whole[:32] = torch.from_numpy(whole_numbers(format, 32, columns, 1, 0.4))  # some rows have more
     packed = formats.pack_ternary(whole, torch.tensor(0.1), format)
     bits = 8 * packed.nbytes / (rows * columns)
     assert bits == pytest.approx(formats.FORMATS[format].bits, rel=0.02)
@@ -117,21 +118,25 @@ def test_words_with_two_codes_that_would_be_zero_spill():
         [*none, -1, 0, 0, 0, *none],
     ]
     packed = formats.pack_ternary(torch.tensor(rows), torch.tensor(1.0), TERNARY_2_4)
-    assert sorted(packed.spills[0].tolist()) == [0 * 32 + 0, 1 * 32 + 3, 2 * 32 + 0, 2 * 32 + 4]
+    assert packed.spills.tolist() == [0 * 32 + 0, 1 * 32 + 3, 2 * 32 + 0, 2 * 32 + 4]
     assert packed.whole()[0].tolist() == rows
 
 
 @pytest.mark.parametrize(
-    "change", [[[32 * 17]], [[-1, 5]], [[5, 5]], [[7, 5]], [[-2]], [[2]]],
-    ids=["in the padding", "behind an end", "twice", "out of order", "below", "of another code"],
+    "spills,starts",
+    [
+        ([32 * 17], [0, 1]), ([5], [0, 0]), ([5], [1, 1]), ([], [0, 1]), ([5, 5], [0, 2]), ([7, 5], [0, 2]),
+        ([-2], [0, 1]), ([2], [0, 1]), ([65], [-1, 1]),
+    ],
+    ids=["in padding", "of no tile", "late", "missing", "twice", "out of order", "below", "another code", "early"],
 )  # fmt: skip
-def test_spills_that_are_not_those_of_the_codes_are_refused(change):
+def test_spills_that_are_not_those_of_the_codes_are_refused(spills, starts):
     spilt = torch.zeros(32, 64, dtype=torch.int8)
     spilt[:, 8] = 1  # `+1 0 0 0` in a word with zeros spills; words of zeros alone do not
     packed = formats.pack_ternary(spilt, torch.tensor(1.0), TERNARY_2_4)
-    ternary.check_spills(packed.quants, packed.spills, 64)
+    ternary.check_spills(packed.quants, packed.spills, packed.starts, 64)
     with pytest.raises(UserError, match="damaged"):
-        ternary.check_spills(packed.quants, torch.tensor(change, dtype=torch.int32), 64)
+        ternary.check_spills(packed.quants, *(torch.tensor(part, dtype=torch.int32) for part in (spills, starts)), 64)
 
 
 @pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != "reference"])

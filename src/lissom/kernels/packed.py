@@ -51,7 +51,7 @@ FORMATS = {
     "q4_k": Format(6, 4, ("scales", "mins", "supers")),
     "q6_k": Format(7, 6, ("high", "scales", "supers")),
     TERNARY: Format(8, 16 / 9, ("scales",)),
-    TERNARY_2_4: Format(9, 16 / 12, ("scales", "spills")),
+    TERNARY_2_4: Format(9, 16 / 12, ("scales", "spills", "starts")),
 }
 OF_DTYPE = {format.dtype: name for name, format in FORMATS.items() if format.dtype is not None}
 
@@ -61,7 +61,8 @@ class Matrix(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("format", "rows", "columns", "group")),
-        *((name, ctypes.c_void_p) for name in ("quants", "high", "scales", "mins", "supers", "spills", "bias")),
+        *((name, ctypes.c_void_p) for name in ("quants", "high", "scales", "mins", "supers")),
+        *((name, ctypes.c_void_p) for name in ("spills", "starts", "bias")),
     )
 
 
@@ -77,7 +78,7 @@ class Packed:
     Attributes:
         format: name of the format.
         rows, columns: of the matrix.
-        group: inputs that share a scale; of `ternary_2_4` places for spills that each 32 rows have.
+        group: inputs that share a scale; of `ternary_2_4` the number of spills.
         quants: floating point `[blocks, columns, 16]`, bf16 `[blocks, ceil(columns / 2), 16, 2]`; uint8 codes
             `[blocks, groups, 8, 16, 4]` of q8, nibbles `[blocks, groups, 4, 16, 4]` of the others, inputs 8c.. in the
             lower and 8c + 4.. in the upper half.
@@ -85,7 +86,8 @@ class Packed:
         mins: as `scales`, added.
         supers: fp16 `[blocks, columns / 256, 2, 16]` (scale and min of q4_k), `[blocks, columns / 256, 16]` (q6_k).
         high: the upper two bits of q6_k, uint8 `[blocks, groups, 2, 16, 4]`, four chunks to a byte.
-        spills: of `ternary_2_4`, int32 `[ceil(rows / 32), group]`. The ternary formats have words of 16 bits
+        spills, starts: of `ternary_2_4`, int32 `[group]`, and where those of each 32 rows begin, int32
+            `[ceil(rows / 32) + 1]`; see `ternary.py`. The ternary formats have words of 16 bits
             `[ceil(rows / 32), words, 32, 2 bytes]` as `quants`, and one fp32 scale for each block `[blocks]`.
     """
 
@@ -99,6 +101,7 @@ class Packed:
     supers: torch.Tensor | None = None
     high: torch.Tensor | None = None
     spills: torch.Tensor | None = None
+    starts: torch.Tensor | None = None
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What is stored, by name."""
@@ -141,8 +144,8 @@ class Packed:
         for part, tensor in self.tensors().items():
             if part != "quants" and tensor.is_floating_point():
                 check_finite(tensor, f"{name}.{part}")
-        if self.spills is not None:
-            ternary.check_spills(self.quants, self.spills, self.columns)
+        if self.spills is not None and self.starts is not None:
+            ternary.check_spills(self.quants, self.spills, self.starts, self.columns)
 
     @property
     def row_step(self) -> int:
@@ -160,8 +163,10 @@ class Packed:
             raise ValueError(f"Rows {first} to {end} are no whole blocks of {self.row_step}.")
 
         def taken(name: str, tensor: torch.Tensor) -> torch.Tensor:
+            if name == "spills":
+                return tensor
             step = BLOCK if name == "scales" else self.row_step
-            return tensor[first // step : -(-end // step)]
+            return tensor[first // step : -(-end // step) + (name == "starts")]
 
         parts = {name: taken(name, tensor) for name, tensor in self.tensors().items()}
         return Packed(self.format, rows, self.columns, group=self.group, **parts)
@@ -169,7 +174,7 @@ class Packed:
     def whole(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Of a ternary format: -1, 0 and 1, int8 `[rows, columns]`, and fp32 scales `[rows]`."""
         assert self.scales is not None
-        whole = ternary.whole_of(self.format, self.quants, self.spills)
+        whole = ternary.whole_of(self.format, self.quants, self.spills, self.starts)
         return whole[: self.rows, : self.columns], self.scales.repeat_interleave(BLOCK)[: self.rows]
 
     def to(self, device: torch.device | str) -> Packed:
@@ -188,7 +193,7 @@ def shapes(format: str, rows: int, columns: int, group: int = GROUP) -> dict[str
         raise UserError(f"There is no weight format {format!r}: expected one of {', '.join(FORMATS)}.")
     if format in PER_CODE:
         if group < 0:
-            raise UserError(f"{group} places for spills: expected a number from 0.")
+            raise UserError(f"{group} spills: expected a number from 0.")
         return ternary.shapes(format, rows, columns, group)
     if group < GROUP or group % GROUP:
         raise UserError(f"A group of {group} inputs: expected a multiple of {GROUP}.")
@@ -326,7 +331,7 @@ def pack_q6_k(codes: torch.Tensor, scales: torch.Tensor, supers: torch.Tensor) -
 def pack_ternary(whole: torch.Tensor, scales: torch.Tensor, format: str) -> Packed:
     """A ternary matrix; see `ternary.pack` for what is expected, and what is refused."""
     tensors = ternary.pack(whole, scales, format)
-    spills = tensors["spills"].shape[1] if "spills" in tensors else 0
+    spills = len(tensors["spills"]) if "spills" in tensors else 0
     return Packed(format, whole.shape[0], whole.shape[1], group=spills, **tensors)
 
 

@@ -76,7 +76,8 @@ class _PackedModule(nn.Module):
         save(destination, prefix, keep_vars)
 
     def extra_repr(self) -> str:
-        return f"{self.columns} -> {self.rows}, {self.format}, group {self.group}"
+        what = "spills" if "spills" in self._buffers else "group"
+        return f"{self.columns} -> {self.rows}, {self.format}, {what} {self.group}"
 
 
 class PackedLinear(_PackedModule):

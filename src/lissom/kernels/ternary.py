@@ -32,7 +32,6 @@ _ZERO = 32  # stands for the code of all zeros, which has no number of its own
 _VOID = 1 << 6  # the word of twelve zeros
 _ONE, _OTHER, _BOTH = 0, 2, 8  # codes of `+1 0 0 0`, `0 +1 0 0` and `+1 +1 0 0`
 _ELSE = 1  # code of what is looked at by nobody
-_NONE = -1  # of a place for a spill that is not used
 
 
 def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,7 +105,8 @@ def shapes(format: str, rows: int, columns: int, spills: int) -> dict[str, tuple
     found = {"quants": ((tiles, words_of(format, columns), ROWS, 2), torch.uint8)}
     found["scales"] = ((-(-rows // BLOCK),), torch.float32)
     if format == TERNARY_2_4:
-        found["spills"] = ((tiles, spills), torch.int32)
+        found["spills"] = ((spills,), torch.int32)
+        found["starts"] = ((tiles + 1,), torch.int32)
     return found
 
 
@@ -145,7 +145,7 @@ def pack(whole: torch.Tensor, scales: torch.Tensor, format: str) -> dict[str, to
         some, empty = zeros.any(-1, keepdim=True), zeros.all(-1)
         later = zeros & (zeros.cumsum(-1) > 1)
         one = some & (in_words == _ONE)
-        tensors["spills"] = _spills(((later | one) & ~empty[..., None]).flatten(1))
+        tensors["spills"], tensors["starts"] = _spills(((later | one) & ~empty[..., None]).flatten(1))
         coded = in_words.masked_fill(zeros, 0).masked_fill(later, _OTHER).masked_fill(one, _BOTH)
         fields = coded.unbind(-1)
         words = (~some[..., 0] | fields[0] << 1 | fields[1] << 6 | fields[2] << 11).masked_fill(empty, _VOID)
@@ -154,40 +154,45 @@ def pack(whole: torch.Tensor, scales: torch.Tensor, format: str) -> dict[str, to
     return {"quants": quants, **tensors}
 
 
-def _spills(hit: torch.Tensor) -> torch.Tensor:
-    """Of bool `[rows, codes]`, 32 * code + row in its tile of each True, int32 `[tiles, most of a tile]`."""
+def _spills(hit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of bool `[rows, codes]`, 32 * code + row in its tile of each True, tile by tile and in order; and where those of
+    each tile begin."""
     tile, code, row = hit.unflatten(0, (-1, ROWS)).transpose(1, 2).nonzero(as_tuple=True)
     counts = torch.bincount(tile, minlength=len(hit) // ROWS)
-    place = torch.arange(len(tile), device=hit.device) - (counts.cumsum(0) - counts)[tile]
-    spills = torch.full((len(counts), int(counts.max())), _NONE, dtype=torch.int32, device=hit.device)
-    spills[tile, place] = (ROWS * code + row).int()
-    return spills
+    return (ROWS * code + row).int(), F.pad(counts.cumsum(0), (1, 0)).int()
 
 
-def check_spills(quants: torch.Tensor, spills: torch.Tensor, columns: int) -> None:
+def _spilt(spills: torch.Tensor, starts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tile, code and row in its tile of each spill of these tiles, int64."""
+    tiles = torch.arange(len(starts) - 1, device=starts.device).repeat_interleave(starts.diff())
+    own = spills[int(starts[0]) : int(starts[-1])].long()
+    return tiles, own // ROWS, own % ROWS
+
+
+def check_spills(quants: torch.Tensor, spills: torch.Tensor, starts: torch.Tensor, columns: int) -> None:
     """That spills are what `pack` writes, each once and in order: kernels take their word for it.
 
     Args:
-        quants, spills: of `ternary_2_4`, see `shapes`.
+        quants, spills, starts: of `ternary_2_4`, see `shapes`.
 
     Raises:
         UserError: they are not.
     """
-    used = spills != _NONE
+    ends = (int(starts[0]), int(starts[-1]))
     inside = (spills >= 0) & (spills < ROWS * -(-columns // PER_CODE[TERNARY_2_4]))
-    ends = used.int().diff(dim=1) > 0
-    rises = (spills.diff(dim=1) > 0) | ~used[:, 1:]
-    if bool((used & ~inside).any() | ends.any() | (~rises).any()):
+    whole = ends == (0, len(spills)) and bool((starts.diff() >= 0).all()) and bool(inside.all())
+    tile, code, row = _spilt(spills, starts) if whole else (spills.long(),) * 3
+    if not whole or not bool(((spills.diff() > 0) | (tile.diff() > 0)).all()):
         raise UserError("The checkpoint is damaged: its spills are outside their matrix, or out of order.")
-    tile, place = used.nonzero(as_tuple=True)
-    spilt = spills[tile, place].long()
-    word = quants[tile, spilt // ROWS // 3, spilt % ROWS].int()
-    code = ((word[:, 0] | word[:, 1] << 8) >> (5 * (spilt // ROWS % 3) + 1)) & 31
-    if not bool(((code == _OTHER) | (code == _BOTH)).all()):
+    word = quants[tile, code // 3, row].int()
+    number = ((word[:, 0] | word[:, 1] << 8) >> (5 * (code % 3) + 1)) & 31
+    if not bool(((number == _OTHER) | (number == _BOTH)).all()):
         raise UserError("The checkpoint is damaged: its spills are not those of its codes.")
 
 
-def whole_of(format: str, quants: torch.Tensor, spills: torch.Tensor | None) -> torch.Tensor:
+def whole_of(
+    format: str, quants: torch.Tensor, spills: torch.Tensor | None, starts: torch.Tensor | None
+) -> torch.Tensor:
     """-1, 0 and 1, int8 `[tiles * 32, words * 9 or 12]`."""
     words = quants[..., 0].int() | quants[..., 1].int() << 8
     words = words.transpose(1, 2).flatten(0, 1)  # [rows, words]
@@ -195,11 +200,10 @@ def whole_of(format: str, quants: torch.Tensor, spills: torch.Tensor | None) -> 
         codes = torch.stack([words >> shift & 31 for shift in (0, 5, 10)], -1)
         digits = torch.stack([codes // 3**place % 3 for place in range(3)], -1)
         return (digits - 1).to(torch.int8).flatten(1)
-    assert spills is not None
+    assert spills is not None and starts is not None
     codes = torch.stack([words >> shift & 31 for shift in (1, 6, 11)], -1)
     zeros = (codes == 0) & (words[..., None] & 1 == 0) | (words == _VOID)[..., None]
     whole = _states()[0].to(codes.device)[codes.masked_fill(zeros, _ZERO).flatten(1).long()]
-    tile, place = (spills != _NONE).nonzero(as_tuple=True)
-    spilt = spills[tile, place].long()
-    whole[tile * ROWS + spilt % ROWS, spilt // ROWS, 1] = 0
+    tile, code, row = _spilt(spills, starts)
+    whole[tile * ROWS + row, code, 1] = 0
     return whole.flatten(1)
