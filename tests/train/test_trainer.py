@@ -156,7 +156,15 @@ def test_a_damaged_checkpoint_is_a_sentence(file, tmp_path):
         run(tmp_path)
 
 
-def test_an_interrupted_run_keeps_its_steps(tmp_path):
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C as Python has it: in a background job it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupted_run_keeps_its_steps(ctrl_c, tmp_path):
     whole, _ = run(tmp_path / "whole")
 
     def interrupt(done: int, total: int) -> None:
