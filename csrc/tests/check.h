@@ -3,8 +3,8 @@
 #pragma once
 #include <cstdio>
 #include <random>
-#include <stdexcept>
 #include <set>
+#include <stdexcept>
 #include <string>
 
 #include "../kernels.h"

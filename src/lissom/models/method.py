@@ -70,13 +70,13 @@ def changed(method: Any) -> dict[str, Any]:
 def described(method: Any, words: str, *said: str) -> str:
     """`words`, followed by the settings that differ from their defaults and are not `said` in them: a label that two
     methods share only where they are the same. A long value is a few digits of its digest."""
-    others = []
-    for name, value in changed(method).items():
-        text = str(value)
-        if len(text) > _LONG:
-            text = hashlib.sha256(text.encode()).hexdigest()[:6]
-        others += [] if name in said else [f"{name}={text}"]
+    texts = {name: str(value) for name, value in changed(method).items() if name not in said}
+    others = [f"{name}={text if len(text) <= _LONG else _digest(text)}" for name, text in texts.items()]
     return f"{words} ({', '.join(others)})" if others else words
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:6]
 
 
 class Method(Protocol):

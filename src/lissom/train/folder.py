@@ -21,7 +21,7 @@ from lissom.train.data import documents, text_files
 from lissom.train.scratch import new_tokenizer
 
 RECORD, TOKENIZER, CHECKPOINTS = "train.json", "tokenizer", "checkpoints"
-_STATE = "trainer_state.json"  # of a checkpoint: what is written last
+STATE = "trainer_state.json"  # of a checkpoint: what is written last
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def last_checkpoint(path: Path) -> Path | None:
     found = {step_of(folder): folder for folder in (path / CHECKPOINTS).glob("checkpoint-*")}
     for _, folder in sorted(item for item in found.items() if item[0] >= 0)[::-1]:
         try:
-            json.loads((folder / _STATE).read_text())
+            json.loads((folder / STATE).read_text())
         except (OSError, ValueError):
             continue
         return folder

@@ -13,6 +13,7 @@ from lissom.errors import UserError
 from lissom.train.config import Distillation, TrainConfig
 from lissom.train.data import TokenWindows
 from lissom.train.distill import cross_entropy, hidden_distance, kl_divergence
+from lissom.train.folder import STATE
 from lissom.train.schedule import learning_rate, weight_decay
 from lissom.training_plugin import method_in_training
 
@@ -133,7 +134,7 @@ class CausalTrainer(Trainer):
     def restore(self, checkpoint: Path) -> None:
         """Load the weights and the log of a checkpoint behind which there is nothing left to train."""
         self._load_from_checkpoint(str(checkpoint))
-        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        self.state = TrainerState.load_from_json(str(checkpoint / STATE))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the parts of the loss, and what methods measure of themselves."""
