@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lissom.decode import NativeDecode, Sampling, generate_text, generate_tokens
     from lissom.kv import AttentionMatching, CompactCache, Eviction, KVBudget, compact
     from lissom.models.load import load
+    from lissom.weights.noble import NobleConfig
     from lissom.weights.quant import Quantize
     from lissom.weights.sparse_bitnet import SparseBitNetConfig
 
@@ -23,6 +24,7 @@ __all__ = [
     "FlashPrefill",
     "KVBudget",
     "NativeDecode",
+    "NobleConfig",
     "Quantize",
     "Sampling",
     "SparseBitNetConfig",
@@ -40,6 +42,7 @@ _HOMES = {
     "FlashPrefill": "lissom.attention.flash_prefill",
     "KVBudget": "lissom.kv",
     "NativeDecode": "lissom.decode",
+    "NobleConfig": "lissom.weights.noble",
     "Quantize": "lissom.weights.quant",
     "Sampling": "lissom.decode",
     "SparseBitNetConfig": "lissom.weights.sparse_bitnet",

@@ -67,7 +67,9 @@ class TrainingQuantizer(HfQuantizer):
     requires_calibration = False
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Master weights are fp32: in 16 bits most updates round to nothing."""
+        """Master weights are fp32 where the method asks for it: in 16 bits most updates round to nothing."""
+        if not self.quantization_config.build().only_fp32:
+            return dtype
         if dtype != torch.float32:
             logger.warning("The model is loaded in fp32 and not in %s: its weights are those that are trained.", dtype)
         return torch.float32
@@ -76,7 +78,7 @@ class TrainingQuantizer(HfQuantizer):
         self.quantization_config.build().place(model)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        pass
+        self.quantization_config.build().complete(model)
 
     def is_serializable(self) -> bool:
         """See `HfQuantizer`."""
@@ -98,6 +100,13 @@ def mark(model: nn.Module, method: Trainable) -> None:
     from lissom.plugin import adopt  # here: it may be in the middle of importing transformers
 
     adopt(model, TrainingQuantizer(TrainingConfig(method.name, asdict(method))))  # type: ignore[call-overload]
+
+
+def unmark(model: nn.Module) -> None:
+    """The model has no such layers any more: it is saved as the plain model that it is."""
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    model.is_quantized, model.quantization_method = False, None
 
 
 def method_in_training(model: nn.Module) -> Trainable | None:

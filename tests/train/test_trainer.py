@@ -17,7 +17,9 @@ import torch
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
+from lissom import NobleConfig
 from lissom.errors import UserError
+from lissom.models.method import Trainable
 from lissom.train import Distillation, TokenWindows, TrainConfig, new_model, train
 from lissom.train.distill import cross_entropy, kl_divergence
 from lissom.train.folder import CHECKPOINTS, last_checkpoint
@@ -305,11 +307,12 @@ from dataclasses import replace
 import json, torch
 from test_trainer import CONFIG, fresh, sharded_losses, windows
 from lissom.train import CausalTrainer
-from lissom.weights.sparse_bitnet import SparseBitNetConfig
+from lissom import NobleConfig, SparseBitNetConfig
+settings = {settings!r}
 """
 _TRAINER = """
 config = replace(CONFIG, batch_size=2, steps=6)
-model = SparseBitNetConfig().convert(fresh())
+model = settings.convert(fresh())
 kept, held = windows().split(0.1)
 trainer = CausalTrainer(model, config, Path(sys.argv[1]), kept, held)
 trainer.train()
@@ -319,17 +322,17 @@ torch.distributed.destroy_process_group()
 """
 _SHARDED = """
 torch.distributed.init_process_group("gloo")
-found = sharded_losses(torch.distributed.get_rank(), 2)
+found = sharded_losses(torch.distributed.get_rank(), 2, settings)
 if torch.distributed.get_rank() == 0:
     Path(sys.argv[2]).write_text(json.dumps(found))
 torch.distributed.destroy_process_group()
 """
 
 
-def in_two_processes(body: str, folder: Path) -> list:
+def in_two_processes(body: str, folder: Path, settings: Trainable) -> list:
     """What the script wrote in the first of two processes."""
     here = Path(__file__).parent
-    (folder / "script.py").write_text(_HEAD.format(tests=str(here.parent), here=str(here)) + body)
+    (folder / "script.py").write_text(_HEAD.format(tests=str(here.parent), here=str(here), settings=settings) + body)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*command, str(folder / "script.py"), str(folder / "two"), str(folder / "log.json")],
@@ -339,21 +342,24 @@ def in_two_processes(body: str, folder: Path) -> list:
     return json.loads((folder / "log.json").read_text())
 
 
-def test_two_processes_give_the_losses_of_one(tmp_path):
-    one, _ = run(tmp_path / "one", replace(CONFIG, steps=6), SparseBitNetConfig())
-    two = in_two_processes(_TRAINER, tmp_path)
+METHODS = [(SparseBitNetConfig(), "zeros"), (NobleConfig(rank=4), "omega_drift")]
+
+
+@pytest.mark.parametrize("settings,what", METHODS)
+def test_two_processes_give_the_losses_of_one(settings, what, tmp_path):
+    one, _ = run(tmp_path / "one", replace(CONFIG, steps=6), settings)
+    two = in_two_processes(_TRAINER, tmp_path, settings)
     np.testing.assert_allclose(losses(two), losses(one), rtol=2e-3)
-    measured = [[entry["zeros"] for entry in history if "loss" in entry] for history in (one, two)]
+    measured = [[entry[what] for entry in history if "loss" in entry] for history in (one, two)]
     np.testing.assert_allclose(measured[1], measured[0], rtol=1e-2)
 
 
-def sharded_losses(rank: int, processes: int) -> list[tuple[float, float]]:
-    """Loss and share of zeros of a few steps, the model's weights spread over the processes by FSDP2 where there are
+def sharded_losses(rank: int, processes: int, settings: Trainable) -> list[tuple[float, float]]:
+    """Loss of a few steps and what the method measures first, the model's weights spread over the processes by FSDP2 where there are
     several. (accelerate's own FSDP asks for a GPU.)"""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    settings = SparseBitNetConfig()
     model = settings.convert(fresh())
     if processes > 1:
         mesh = init_device_mesh("cpu", (processes,))
@@ -361,7 +367,8 @@ def sharded_losses(rank: int, processes: int) -> list[tuple[float, float]]:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
         assert all(hasattr(parameter, "full_tensor") for parameter in model.parameters())
-    optimizer, training = torch.optim.AdamW(model.parameters(), 3e-3), settings.training(model)
+    training = settings.training(model)
+    optimizer = torch.optim.AdamW(training.parameter_groups(model, 3e-3, 0.01) or model.parameters(), 3e-3)
     found = []
     for step in range(6):
         ids = torch.stack([windows()[4 * step + i]["input_ids"] for i in range(4)])
@@ -372,10 +379,11 @@ def sharded_losses(rank: int, processes: int) -> list[tuple[float, float]]:
         whole = loss.detach().clone()
         if processes > 1:
             torch.distributed.all_reduce(whole)
-        found.append((float(whole) / processes, training.measures()["zeros"]))
+        found.append((float(whole) / processes, next(iter(training.measures().values()))))
     return found
 
 
-def test_spread_weights_learn_as_whole_ones(tmp_path):
-    one, two = sharded_losses(0, 1), in_two_processes(_SHARDED, tmp_path)
+@pytest.mark.parametrize("settings,what", METHODS)
+def test_spread_weights_learn_as_whole_ones(settings, what, tmp_path):
+    one, two = sharded_losses(0, 1, settings), in_two_processes(_SHARDED, tmp_path, settings)
     np.testing.assert_allclose(two, one, rtol=5e-3)

@@ -106,6 +106,7 @@ class Trainable(Protocol):
     """
 
     name: ClassVar[str]
+    only_fp32: ClassVar[bool]  # whether its layers cannot be loaded in 16 bits
 
     def convert(self, model: Any) -> Any:
         """Put the layers in, in place, and `mark` the model, so that `from_pretrained` makes them again."""
@@ -113,6 +114,10 @@ class Trainable(Protocol):
 
     def place(self, model: Any) -> None:
         """The same for a model whose weights are still to be loaded."""
+        ...
+
+    def complete(self, model: Any) -> None:
+        """Called behind that: fill what the checkpoint did not have."""
         ...
 
     def training(self, model: Any) -> Training:
@@ -138,6 +143,10 @@ class Training(Protocol):
 
     def begin_step(self, done: float) -> None:
         """Called before each step, with the share of the steps that will be done behind it: 1 is the last one."""
+        ...
+
+    def parameter_groups(self, model: Any, learning_rate: float, weight_decay: float) -> list[dict[str, Any]] | None:
+        """Groups of the optimiser, each with its rate and decay; None: those that any model has."""
         ...
 
     def measures(self) -> dict[str, float]:

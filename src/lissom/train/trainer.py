@@ -73,6 +73,17 @@ class CausalTrainer(Trainer):
             _check_teacher(model, teacher, self.distillation)
             self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)
 
+    def create_optimizer(self, model: Any = None) -> Any:
+        """AdamW with the method's groups, or with those that any model has."""
+        if self.optimizer is None and self.training is not None:  # type: ignore[has-type]
+            groups = self.training.parameter_groups(
+                self.model if model is None else model, self.config.learning_rate, self.config.weight_decay
+            )
+            if groups is not None:
+                kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+                self.optimizer = kind(groups, **options)
+        return super().create_optimizer(model)
+
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
         """The learning rate as a function of the step."""
         if self.lr_scheduler is None:

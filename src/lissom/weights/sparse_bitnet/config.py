@@ -34,6 +34,7 @@ class SparseBitNetConfig:
     """
 
     name: ClassVar[str] = "sparse-bitnet"
+    only_fp32: ClassVar[bool] = True
 
     n: int = 2
     m: int = 4
@@ -73,6 +74,9 @@ class SparseBitNetConfig:
         from lissom.weights.sparse_bitnet.apply import place
 
         place(model, self)
+
+    def complete(self, model: PreTrainedModel) -> None:
+        """There is nothing but the weights of plain layers."""
 
     def check_packable(self, model: PreTrainedModel) -> None:
         """See `lissom.weights.sparse_bitnet.apply.check_packable`."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from lissom.training_plugin import mark
@@ -32,6 +33,9 @@ class SparseTraining:
             self._masks = self._frozen()[1]
             if self.settings.sparse_share < 1:
                 mark(self.model, replace(self.settings, sparse_share=1.0))
+
+    def parameter_groups(self, model: nn.Module, learning_rate: float, weight_decay: float) -> None:
+        """Those that any model has."""
 
     def measures(self) -> dict[str, float]:
         """`zeros`, `pruned` and `empty` of the `Census`; and `mask_flips`, the share of places that masks have changed

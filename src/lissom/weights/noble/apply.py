@@ -1,0 +1,160 @@
+"""Branches in a model: choosing layers, putting branches in, and taking them out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from lissom.errors import UserError
+from lissom.kernels.packed import check_finite
+from lissom.models.linear import KINDS, require_original
+from lissom.training_plugin import mark, unmark
+from lissom.weights.noble.config import NobleConfig
+from lissom.weights.noble.layer import Branched, branched, initialise, plain
+
+# Parts of names of linear layers that see no tokens, or choose experts.
+_OTHER = ("norm", "adaln", "modulation", "router", "time_emb", "timestep")
+_ROUTERS = ("gate", "shared_expert_gate")
+logger = logging.getLogger(__name__)
+
+
+def convert(model: nn.Module, settings: NobleConfig) -> nn.Module:
+    """See `NobleConfig.convert`."""
+    if layers_of(model):
+        raise UserError("The model has branches already.")
+    if isinstance(model, PreTrainedModel):
+        require_original(model)
+    origin = _origin(model)
+    if settings.mode == "scratch" and origin:
+        raise UserError(
+            f"The model was loaded from {origin}, and mode='scratch' would draw its weights again: give mode='add-on'."
+        )
+    place(model, settings)
+    for layer in layers_of(model).values():
+        initialise(layer)
+    _mark(model, settings)
+    return model
+
+
+def place(model: nn.Module, settings: NobleConfig) -> None:
+    """Put branches in whose tensors are still to be filled; nothing is changed where one cannot be."""
+    chosen = chosen_layers(model, settings)
+    for name, module in chosen.items():
+        in_features, out_features = _sizes(module)
+        rank = settings.rank_of(in_features, out_features)
+        if rank >= min(in_features, out_features):
+            raise UserError(
+                f"A branch of rank {rank} is no narrower than {name} ({in_features} inputs, {out_features} outputs): "
+                "give a smaller rank or a ratio, or leave the layer out with exclude_modules."
+            )
+        if not module.weight.is_meta:
+            check_finite(module.weight.detach(), name)
+    for name, module in chosen.items():
+        model.set_submodule(name, branched(module, settings, name))
+    if isinstance(model, PreTrainedModel):  # `from_pretrained(dtype=...)` asks for this
+        kept = set(model._keep_in_fp32_modules_strict or ())
+        model._keep_in_fp32_modules_strict = kept | {r"\.noble\.omega_\d", r"\.noble\.phi_\d"}
+
+
+def chosen_layers(model: nn.Module, settings: NobleConfig) -> dict[str, nn.Module]:
+    """The linear layers that `settings` names, by their names in `model`.
+
+    Raises:
+        UserError: there are none, or a pattern fits none.
+    """
+    linear = {name: module for name, module in model.named_modules() if type(module) in KINDS}
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    if settings.target_modules is None:
+        head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+        found = {name: module for name, module in linear.items() if _in_block(model, name) and module is not head}
+    else:
+        found = {}
+        for pattern in settings.target_modules:
+            fitting = {name: module for name, module in linear.items() if _fits(name, pattern, prefix)}
+            if not fitting:
+                raise UserError(f"target_modules: no linear layer is called {pattern!r}; there are {_some(linear)}.")
+            found |= fitting
+    found = {
+        name: module
+        for name, module in found.items()
+        if not any(_fits(name, pattern, prefix) for pattern in settings.exclude_modules)
+    }
+    if not found:
+        known = f"; there are {_some(linear)}" if linear else ""
+        raise UserError(f"{type(model).__name__} has no linear layers that get a branch{known}.")
+    if any(parameter.ndim == 3 and "expert" in name for name, parameter in model.named_parameters()):
+        logger.warning("Experts whose weights lie in one tensor get no branches.")
+    return dict(sorted(found.items()))
+
+
+def layers_of(model: nn.Module) -> dict[str, Any]:
+    """The layers with branches, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Branched)}
+
+
+def prune(model: nn.Module, names: Iterable[str]) -> nn.Module:
+    """Take the branches of the layers `names` out, in place: what they added is gone, and so is what they cost.
+
+    Returns:
+        `model`; `save_pretrained` writes which layers are left with a branch.
+
+    Raises:
+        UserError: a layer has none.
+    """
+    layers, gone = layers_of(model), list(names)
+    for name in gone:
+        if name not in layers:
+            raise UserError(f"{name} has no branch to take out; there are {_some(layers)}.")
+    if not gone:
+        return model
+    settings: NobleConfig = layers[gone[0]].noble.settings
+    for name in gone:
+        model.set_submodule(name, plain(layers[name]))
+    left = tuple(name for name in layers if name not in gone)
+    if left:
+        _mark(model, replace(settings, target_modules=left, exclude_modules=()))
+    elif isinstance(model, PreTrainedModel):
+        unmark(model)
+    return model
+
+
+def _mark(model: nn.Module, settings: NobleConfig) -> None:
+    if isinstance(model, PreTrainedModel):
+        mark(model, settings)
+
+
+def _origin(model: nn.Module) -> str:
+    """Where the weights were loaded from, if anywhere."""
+    config = getattr(model, "config", None)
+    return str(getattr(model, "name_or_path", "") or getattr(config, "_name_or_path", "") or "")
+
+
+def _sizes(module: nn.Module) -> tuple[int, int]:
+    rows, columns = module.weight.shape
+    return (columns, rows) if isinstance(module, nn.Linear) else (rows, columns)
+
+
+def _in_block(model: nn.Module, name: str) -> bool:
+    """Whether a linear layer is part of a block that is repeated, and sees tokens."""
+    parts = name.split(".")
+    if parts[-1] in _ROUTERS or any(word in part.lower() for part in parts for word in _OTHER):
+        return False
+    above = (".".join(parts[:depth]) for depth in range(len(parts)))
+    return any(isinstance(model.get_submodule(parent), nn.ModuleList) for parent in above)
+
+
+def _fits(name: str, pattern: str, prefix: str) -> bool:
+    """Whether a pattern is a layer's name or its end; names may be those of the same model with a head."""
+    return any(fnmatchcase(full, form) for full in (name, prefix + name) for form in (pattern, f"*.{pattern}"))
+
+
+def _some(names: Iterable[str]) -> str:
+    """Some of the names, each kind once."""
+    kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+    return ", ".join(kinds[:12]) or "none"

@@ -1,0 +1,271 @@
+"""A linear layer with a branch beside it, and the pass through both that keeps little for its gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lissom.weights.noble.activation import Tensors, backward, forward, shapes
+from lissom.weights.noble.config import NobleConfig
+from lissom.weights.noble.preset import draw, draw_main, generator, learning_rate_factors
+
+_FEW = 64  # rows: below, a copy of the weight is as much work as the product
+
+
+class Branch(nn.Module):
+    """The tensors of one branch, in the order in which `shapes` names them.
+
+    Attributes:
+        name: of the linear layer in the model, which its random numbers depend on.
+        down: `[rank, in_features]`; down_bias: `[rank]` or None; up: `[out_features, rank]`.
+        omega_0, phi_0, mix_0 ...: of the activation; see `lissom.weights.noble.activation.shapes`.
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+
+    def __init__(
+        self, in_features: int, out_features: int, settings: NobleConfig, name: str, like: torch.Tensor
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.settings, self.name = in_features, out_features, settings, name
+        self.rank = rank = settings.rank_of(in_features, out_features)
+        biases = settings.source.biases
+        self.inner = tuple(name for name, _ in shapes(settings.activation, rank, biases))
+        sizes = {"down": (rank, in_features), **({"down_bias": (rank,)} if biases else {}), "up": (out_features, rank)}
+        for own, shape in (sizes | dict(shapes(settings.activation, rank, biases))).items():
+            dtype = torch.float32 if _is_wave(own) else like.dtype
+            self.register_parameter(own, nn.Parameter(torch.empty(shape, dtype=dtype, device=like.device)))
+
+    @torch.no_grad()
+    def initialise(self, only_missing: bool = False) -> None:
+        """Draw every tensor, or those that no checkpoint has filled. transformers leaves them alone from then on."""
+        for own, parameter in self.named_parameters():
+            if not (only_missing and getattr(parameter, "_is_hf_initialized", False)):
+                parameter.copy_(self.initial(own))
+                parameter._is_hf_initialized = True
+
+    def initial(self, own: str) -> torch.Tensor:
+        """How the tensor `own` began, fp32."""
+        scale = 1 / math.sqrt(self.in_features) if own == "down" else self.settings.up_scale / math.sqrt(self.rank)
+        random = generator(self.settings.seed, f"{self.name}.{own}")
+        return draw(kind_of(own), tuple(getattr(self, own).shape), scale, self.settings.source, random)
+
+    def factors(self) -> dict[str, float]:
+        """What the base learning rate is multiplied by, for each tensor by name."""
+        by_kind = learning_rate_factors(
+            self.in_features, self.out_features, self.rank, self.settings.source, self.settings.two_sided
+        )
+        return {own: by_kind.get(kind_of(own), 1.0) for own, _ in self.named_parameters()}
+
+    def tensors(self) -> Tensors:
+        """Those of the activation."""
+        return {own: getattr(self, own) for own in self.inner}
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Branch:
+        """Frequencies and phases stay fp32, wherever the model goes."""
+        waves = {own: getattr(self, own) for own in self.inner if _is_wave(own)}
+        kept = {own: (parameter.data, parameter.grad) for own, parameter in waves.items()}
+        super()._apply(fn, recurse)
+        for own, (data, gradient) in kept.items():
+            parameter = getattr(self, own)
+            if parameter.dtype != data.dtype:
+                parameter.data = data.to(parameter.device)
+                if gradient is not None:
+                    parameter.grad = gradient.to(parameter.device)
+        return self
+
+    def extra_repr(self) -> str:
+        """See `nn.Module`."""
+        return f"rank={self.rank}, activation={self.settings.activation}"
+
+
+def kind_of(own: str) -> str:
+    """`mix_0` is a `mix`."""
+    head, _, number = own.rpartition("_")
+    return head if number.isdigit() else own
+
+
+def _is_wave(own: str) -> bool:
+    return kind_of(own) in ("omega", "phi")
+
+
+class Branched:
+    """What the two layers below share: a plain linear layer with `noble` beside it.
+
+    Attributes:
+        noble: the branch.
+        fused: False computes it operation by operation, which is what the fast pass is measured and tested against.
+    """
+
+    noble: Branch
+    bias: torch.Tensor | None
+    fused: bool
+
+    def matrix(self) -> torch.Tensor:
+        """The main weight `[out_features, in_features]`."""
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., in_features]` to `[..., out_features]`."""
+        branch = self.noble
+        if not self.fused or torch.compiler.is_exporting():
+            return F.linear(x, self.matrix(), self.bias) + self.branch(x)
+        down_bias = getattr(branch, "down_bias", None)
+        return _Pass.apply(
+            x, self.matrix(), self.bias, branch.down, down_bias, branch.up, branch.settings.activation,
+            branch.settings.subtracts, branch.inner, *branch.tensors().values(),
+        )  # fmt: skip
+
+    def branch(self, x: torch.Tensor) -> torch.Tensor:
+        """What the branch alone adds, by plain operations."""
+        branch, settings = self.noble, self.noble.settings
+        down_bias, tensors = getattr(branch, "down_bias", None), branch.tensors()
+        inside = forward(settings.activation, F.linear(x, branch.down, down_bias).flatten(0, -2), tensors, False)
+        if settings.subtracts:
+            inside = inside - forward(settings.activation, _of_zero(branch.down, down_bias), tensors, False)
+        return F.linear(inside.unflatten(0, x.shape[:-1]) if x.ndim != 2 else inside, branch.up)
+
+
+class BranchedLinear(Branched, nn.Linear):
+    """`nn.Linear` with a branch; its own weight and bias have their usual names."""
+
+    def matrix(self) -> torch.Tensor:
+        return self.weight
+
+
+class BranchedConv1D(Branched, Conv1D):
+    """GPT-2's linear layer, whose weight lies the other way, with a branch."""
+
+    def matrix(self) -> torch.Tensor:
+        return self.weight.T
+
+
+_PLAIN: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: BranchedLinear, Conv1D: BranchedConv1D}
+
+
+def branched(module: nn.Module, settings: NobleConfig, name: str) -> nn.Module:
+    """The layer that takes the place of the plain linear layer `name`, with its parameters and hooks; the branch is not
+    filled yet."""
+    kind: Any = _PLAIN[type(module)]
+    layer = kind.__new__(kind)
+    layer.__dict__.update({key: value.copy() if key == "_modules" else value for key, value in vars(module).items()})
+    weight: torch.Tensor = layer.weight
+    out_features, in_features = layer.matrix().shape
+    layer.noble, layer.fused = Branch(in_features, out_features, settings, name, weight), True
+    return layer
+
+
+def plain(layer: nn.Module) -> nn.Module:
+    """The plain linear layer with the same weight, bias and hooks."""
+    kind: Any = next(plain for plain, own in _PLAIN.items() if isinstance(layer, own))
+    module: nn.Module = kind.__new__(kind)
+    module.__dict__.update({key: value for key, value in vars(layer).items() if key != "fused"})
+    module._modules = {key: value for key, value in layer._modules.items() if key != "noble"}
+    return module
+
+
+@torch.no_grad()
+def initialise(layer: Any) -> None:
+    """Fill the branch, and in mode `scratch` draw the main weight again, half as large, with a bias of 0."""
+    layer.noble.initialise()
+    settings = layer.noble.settings
+    if settings.mode == "scratch":
+        random = generator(settings.seed, f"{layer.noble.name}.weight")
+        layer.weight.copy_(draw_main(tuple(layer.weight.shape), layer.noble.in_features, random))
+        layer.weight._is_hf_initialized = True
+        if layer.bias is not None:
+            layer.bias.zero_()
+            layer.bias._is_hf_initialized = True
+
+
+def _of_zero(down: torch.Tensor, down_bias: torch.Tensor | None) -> torch.Tensor:
+    """`[1, rank]`: what W_down makes of an input of 0."""
+    return down.new_zeros(1, down.shape[0]) if down_bias is None else down_bias[None]
+
+
+class _Pass(torch.autograd.Function):
+    """The layer with its branch. `[W | W_down]` is one product; what is kept is the input and what W_down makes of it,
+    and the backward pass computes the activation again.
+
+    Under autocast products are of its dtype, and phases fp32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        down: torch.Tensor,
+        down_bias: torch.Tensor | None,
+        up: torch.Tensor,
+        kind: str,
+        subtracts: bool,
+        names: tuple[str, ...],
+        *inner: torch.Tensor,
+    ) -> torch.Tensor:
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        with torch.autocast(device, enabled=False):
+            rows = x.reshape(-1, x.shape[-1]).to(dtype)
+            main, h = _products(rows, weight, bias, down, down_bias, dtype)
+            if subtracts:
+                h = torch.cat([h, _of_zero(down, down_bias).to(dtype)])
+            inside = forward(kind, h, dict(zip(names, inner, strict=True)))
+            if subtracts:
+                inside = inside[:-1] - inside[-1]
+            y = main.addmm_(inside, up.to(dtype).T)
+        ctx.save_for_backward(rows, h, weight, down, up, *inner)
+        ctx.settings = kind, subtracts, names, x.shape, x.dtype, bias, down_bias
+        return y.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        rows, h, weight, down, up, *inner = ctx.saved_tensors
+        kind, subtracts, names, shape, x_dtype, bias, down_bias = ctx.settings
+        dtype = rows.dtype
+        with torch.autocast(rows.device.type, enabled=False):
+            of_y = gradients[0].reshape(-1, gradients[0].shape[-1]).to(dtype)
+            of_inside = of_y @ up.to(dtype)
+            if subtracts:
+                of_inside = torch.cat([of_inside, -of_inside.sum(0, keepdim=True)])
+            inside, of_h, found = backward(kind, h, of_inside, dict(zip(names, inner, strict=True)))
+            of_down_bias = None if down_bias is None else of_h.sum(0).to(down_bias.dtype)
+            if subtracts:
+                inside, of_h = inside[:-1] - inside[-1], of_h[:-1]
+            of_x = None
+            if ctx.needs_input_grad[0]:
+                of_x = (of_y @ weight.to(dtype)).addmm_(of_h, down.to(dtype)).view(shape).to(x_dtype)
+            of_weight = (of_y.T @ rows).to(weight.dtype) if ctx.needs_input_grad[1] else None
+            of_bias = None if bias is None else of_y.sum(0).to(bias.dtype)
+            of_down, of_up = (of_h.T @ rows).to(down.dtype), (of_y.T @ inside).to(up.dtype)
+        others = (found[name].to(tensor.dtype) for name, tensor in zip(names, inner, strict=True))
+        return of_x, of_weight, of_bias, of_down, of_down_bias, of_up, None, None, None, *others
+
+
+def _products(
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    down: torch.Tensor,
+    down_bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x W + b `[tokens, out_features]`, which may be overwritten, and x W_down + b_d `[tokens, rank]`."""
+    if rows.shape[0] < _FEW:
+        narrow = [None if part is None else part.to(dtype) for part in (weight, bias, down, down_bias)]
+        return F.linear(rows, narrow[0], narrow[1]), F.linear(rows, narrow[2], narrow[3])
+    both = torch.cat([weight, down]).to(dtype)
+    biases = None
+    if bias is not None or down_bias is not None:
+        parts = (weight.new_zeros(weight.shape[0]) if bias is None else bias, _of_zero(down, down_bias)[0])
+        biases = torch.cat(parts).to(dtype)
+    out = F.linear(rows, both, biases)
+    return out[:, : weight.shape[0]], out[:, weight.shape[0] :].contiguous()
