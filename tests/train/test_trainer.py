@@ -355,8 +355,8 @@ def test_two_processes_give_the_losses_of_one(settings, what, tmp_path):
 
 
 def sharded_losses(rank: int, processes: int, settings: Trainable) -> list[tuple[float, float]]:
-    """Loss of a few steps and what the method measures first, the model's weights spread over the processes by FSDP2 where there are
-    several. (accelerate's own FSDP asks for a GPU.)"""
+    """Loss of a few steps and what the method measures first, the model's weights spread over the processes by FSDP2
+    where there are several. (accelerate's own FSDP asks for a GPU.)"""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 

@@ -42,7 +42,8 @@ def new_tokenizer(texts: Iterable[str], vocabulary: int = 4096) -> PreTrainedTok
 
 def new_model(
     vocabulary: int, hidden: int = 384, layers: int = 6, heads: int = 6, kv_heads: int | None = None,
-    intermediate: int | None = None, context: int = 2048, tied: bool = False, seed: int = 0,
+    intermediate: int | None = None, context: int = 2048, tied: bool = False, biases: bool = False,
+    seed: int = 0,
 ) -> PreTrainedModel:  # fmt: skip
     """A Llama-like decoder with random weights, fp32, of standard deviation sqrt(2 / (5 hidden)) (arXiv 1910.05895).
 
@@ -50,6 +51,7 @@ def new_model(
         kv_heads: default: a third of the heads where that divides, otherwise as many.
         intermediate: of the gated MLP; default: 8/3 of `hidden`, up to the next multiple of 96.
         tied: whether embedding and head are one matrix.
+        biases: whether linear layers have them.
 
     Raises:
         UserError: a size is below 1, or the heads do not divide.
@@ -69,6 +71,8 @@ def new_model(
         max_position_embeddings=context,
         rope_parameters={"rope_type": "default", "rope_theta": 5e5},
         tie_word_embeddings=tied,
+        attention_bias=biases,
+        mlp_bias=biases,
         initializer_range=(0.4 / hidden) ** 0.5,
         bos_token_id=0,
         eos_token_id=0,

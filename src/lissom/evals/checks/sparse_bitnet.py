@@ -9,14 +9,11 @@ itself as the teacher, for as long as an hour allows.
 from __future__ import annotations
 
 import copy
-import signal
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import pairwise
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lissom.evals.arms import train_missing
 from lissom.evals.journal import Journal, scope
 from lissom.evals.perplexity import window_nll
 from lissom.evals.stats import Interval, mean_interval, paired_bootstrap, verdict
@@ -230,31 +228,12 @@ def train_arms(
         for arm in size.arms
         if seed in size.seeds or arm in MAIN
     }
-    missing = {identity: what for identity, what in plan.items() if identity not in known}
-    progress(len(plan) - len(missing), len(plan))
-    pool = _pool()
-    try:
-        futures = {
-            pool.submit(_trained, arm, config_of(arm, seed, size), size, len(tokenizer), windows, held_out): identity
-            for identity, (arm, seed) in missing.items()
-        }
-        for number, future in enumerate(as_completed(futures), 1):
-            known.add(futures[future], future.result())
-            progress(len(plan) - len(missing) + number, len(plan))
-    finally:
-        pool.shutdown(cancel_futures=True)
+    jobs = {
+        identity: (arm, config_of(arm, seed, size), size, len(tokenizer), windows, held_out)
+        for identity, (arm, seed) in plan.items()
+    }
+    train_missing(jobs, _trained, known, progress)
     return {arm: [known[identity] for identity, (own, _) in plan.items() if own == arm] for arm in size.arms}
-
-
-def _pool() -> ProcessPoolExecutor:
-    """Processes of one thread each, which such small models make better use of than one with all; on a GPU one."""
-    workers = 1 if torch.accelerator.is_available() else torch.get_num_threads()
-    return ProcessPoolExecutor(workers, get_context("spawn"), _begin)
-
-
-def _begin() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word: the main process has the last
-    torch.set_num_threads(1)
 
 
 def config_of(arm: str, seed: int, size: Size) -> TrainConfig:

@@ -1,0 +1,410 @@
+"""Whether nonlinear branches make training shorter, and by what: seven arms from scratch, paired.
+
+The paper's claim is that a model with CosNet branches needs fewer steps for the loss that the plain one ends with. Here
+both are trained from scratch, and so is all that could explain it otherwise: an initial scale half as large, biases (a
+new branch gives next to nothing but a constant), a linear branch and one of GELUs of the same rank and learning rates,
+and a model that is wider by as many parameters and operations. All arms of a seed see the same windows in the same
+order and begin with the same random numbers; learning rates are tuned for the plain model and for CosNet apart.
+
+Steps to the target are counted where the learning rate is constant, so that both losses are of models that are still
+being trained; the short decay behind it is the same for all.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lissom.evals.arms import train_missing
+from lissom.evals.journal import Journal, scope
+from lissom.evals.stats import Interval, mean_interval, ratio_interval, verdict
+from lissom.models import assets
+from lissom.train import TokenWindows, TrainConfig, new_model, new_tokenizer, token_windows, train
+from lissom.train.distill import cross_entropy
+from lissom.weights.noble import NobleConfig, noble_parameter_groups
+from lissom.weights.noble.apply import chosen_layers, layers_of
+from lissom.weights.noble.preset import draw_main, generator
+
+STAGES = ("tuning", "training", "timing")
+TEXT = "sotu"
+PLAIN, HALF, BIASED, WIDER = "baseline", "half init", "biases", "wider"
+LINEAR, GELU, COSNET = "linear branch", "GELU branch", "CosNet"
+CENTRED, REPO = "CosNet, centred", "CosNet, repo preset"
+MAIN = (PLAIN, HALF, BIASED, LINEAR, GELU, COSNET, WIDER)  # the arms of the comparison
+CONTROLS = (PLAIN, HALF, BIASED, LINEAR, GELU)  # what CosNet is to beat
+ARMS = (*MAIN, CENTRED, REPO)
+_BRANCHES: Mapping[str, dict[str, Any]] = {
+    LINEAR: {"activation": "identity"},
+    GELU: {"activation": "gelu-net"},
+    COSNET: {},
+    CENTRED: {"centred": True},
+    REPO: {"preset": "repo"},
+}
+_SMOOTHED = 3  # measurements that a smoothed one is the mean of
+EAGER = "CosNet, operation by operation"
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is measured.
+
+    Attributes:
+        arms: of `ARMS`.
+        seeds: of random weights and of the order of windows: the units of all intervals.
+        config: of the training; its seed and learning rates are the arm's.
+        rates: learning rates that are tried, for the plain model and for CosNet, on another seed.
+        tuning_steps: of each of those runs.
+        rank: of the branches.
+        model: keywords of `new_model`.
+        vocabulary: of the tokenizer, which is learned from the text.
+        held_out: every how manieth window is measured on instead of trained on.
+        rounds: of the timing.
+    """
+
+    arms: Sequence[str]
+    seeds: Sequence[int]
+    config: TrainConfig
+    rates: Sequence[float]
+    tuning_steps: int
+    rank: int
+    model: Mapping[str, Any] = field(default_factory=lambda: {"hidden": 128, "layers": 4, "heads": 4})
+    vocabulary: int = 1024
+    held_out: int = 100
+    rounds: int = 15
+
+
+def _config(steps: int, every: int, context: int = 128, batch_size: int = 16) -> TrainConfig:
+    return TrainConfig(
+        steps=steps, context=context, batch_size=batch_size, warmup_steps=max(1, steps // 20), schedule="wsd",
+        decay_share=0.2, logging_steps=every, eval_steps=every, save_steps=steps,
+    )  # fmt: skip
+
+
+_SMALL_MODEL = {"hidden": 64, "layers": 3, "heads": 2}
+QUICK = Size(
+    MAIN, (0, 1), _config(6, 2, 32, 2), (8e-3, 4e-3), 2, 2, {"hidden": 48, "layers": 1, "heads": 3}, 300, 4000, rounds=2
+)
+SMALL = Size(MAIN, (0, 1, 2), _config(600, 30), (4e-3, 8e-3, 1.6e-2), 200, 4, _SMALL_MODEL, 512)
+DEFAULT = Size(ARMS, (0, 1, 2), _config(1600, 50), (2e-3, 4e-3, 8e-3, 1.6e-2), 500, 8)
+# 250 M parameters at a context of 1024, ranks of the paper. Its text is not at hand: the same one, many times over.
+PAPER = Size(
+    ARMS, (0, 1, 2), _config(20_000, 500, 1024, 64), (1e-4, 3e-4, 1e-3), 4000, 64,
+    {"hidden": 1024, "layers": 16, "heads": 16, "kv_heads": 16}, 32_768,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a check measured.
+
+    Attributes:
+        rates: the tuned learning rate, by `PLAIN` and `COSNET`, and `tuning`: held-out NLL by arm and rate.
+        trained: by arm, one record per seed: `held_out` ([step, nats per token], in order), `seed`.
+        parameters: of each arm.
+        seconds: of a training step by arm, one number per round.
+        kept: bytes that the forward pass keeps for the gradients, by arm.
+        operations: of a training step's matrix products, by arm.
+    """
+
+    size: Size
+    rates: dict[str, Any]
+    trained: dict[str, list[dict[str, Any]]]
+    parameters: dict[str, int]
+    seconds: dict[str, list[float]]
+    kept: dict[str, int]
+    operations: dict[str, float]
+
+    def final(self, arm: str) -> np.ndarray:
+        """Nats per token of held-out text at the end, one number per seed."""
+        return np.array([record["held_out"][-1][1] for record in self.trained[arm]])
+
+    def above(self, arm: str, base: str) -> Interval:
+        """Final NLL of an arm minus that of another, paired by seed."""
+        return mean_interval(self.final(arm) - self.final(base))
+
+    def speedups(self, arm: str, base: str = PLAIN) -> np.ndarray:
+        """By how many times fewer steps the arm comes to the loss that `base` has where its rate begins to fall; below
+        1 where it needs more. One number per seed."""
+        end = constant_until(self.size.config)
+        found = []
+        for ours, theirs in zip(self.trained[arm], self.trained[base], strict=True):
+            found.append(speedup(smoothed(ours["held_out"], end), smoothed(theirs["held_out"], end)))
+        return np.array(found)
+
+    def speedup(self, arm: str, base: str = PLAIN) -> Interval:
+        """The geometric mean over seeds, with its interval."""
+        return _geometric(np.log(self.speedups(arm, base)))
+
+    def step_time(self, arm: str, base: str = PLAIN) -> Interval:
+        """Time of a step over that of another arm's, of the same rounds."""
+        return ratio_interval(self.seconds[arm], self.seconds[base])
+
+    def net(self, arm: str) -> Interval:
+        """By how many times less time it comes to the baseline's loss: fewer steps over longer steps, the interval that
+        of the steps."""
+        steps, time = self.speedup(arm), self.step_time(arm).estimate
+        return Interval(steps.estimate / time, steps.low / time, steps.high / time)
+
+
+def constant_until(config: TrainConfig) -> int:
+    """The last step before the learning rate falls."""
+    return round(config.steps * (1 - config.decay_share))
+
+
+def smoothed(measured: Sequence[Sequence[float]], end: int) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and losses up to `end`, each the mean of some measurements that follow each other."""
+    points = np.array([entry for entry in measured if entry[0] <= end], dtype=float)
+    width = min(_SMOOTHED, len(points))
+    kernel = np.ones(width) / width
+    return np.convolve(points[:, 0], kernel, "valid"), np.convolve(points[:, 1], kernel, "valid")
+
+
+def first_step(curve: tuple[np.ndarray, np.ndarray], target: float) -> float | None:
+    """The first step at which a curve is at `target` or below, interpolated; None where it never is."""
+    steps, losses = curve
+    below = np.flatnonzero(losses <= target)
+    if not len(below):
+        return None
+    at = int(below[0])
+    if at == 0:
+        return float(steps[0])
+    share = (losses[at - 1] - target) / (losses[at - 1] - losses[at])
+    return float(steps[at - 1] + share * (steps[at] - steps[at - 1]))
+
+
+def speedup(ours: tuple[np.ndarray, np.ndarray], theirs: tuple[np.ndarray, np.ndarray]) -> float:
+    """Steps of `theirs` to its best loss over those of ours to the same; where ours never comes there, the same of the
+    other way round."""
+    target = float(theirs[1].min())
+    reached = first_step(ours, target)
+    if reached is not None:
+        return float(first_step(theirs, target)) / reached  # type: ignore[arg-type]
+    best = float(ours[1].min())
+    return float(first_step(theirs, best)) / float(first_step(ours, best))  # type: ignore[arg-type]
+
+
+def _geometric(logarithms: np.ndarray) -> Interval:
+    found = mean_interval(logarithms)
+    return Interval(*(float(np.exp(value)) for value in (found.estimate, found.low, found.high)))
+
+
+def run(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    size: Size,
+    journal: Path,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> Run:
+    """The whole check; a run that was stopped goes on behind the last arm and seed in `journal`.
+
+    Args:
+        model: whatever measurements shall be known by; the arms are new models.
+    """
+    known = Journal(journal)
+    windows, held_out = texts(size)
+    rates = tune(model, size, windows, held_out, known, partial(progress, STAGES[0]))
+    jobs, plan = {}, {}
+    for seed in size.seeds:
+        for arm in size.arms:
+            config = config_of(size, seed, rates[COSNET if arm in _BRANCHES else PLAIN])
+            identity = _identity(model, size, arm, config)
+            jobs[identity], plan[identity] = (arm, config, size, windows, held_out), arm
+    train_missing(jobs, _trained, known, partial(progress, STAGES[1]))
+    trained = {arm: [known[identity] for identity, own in plan.items() if own == arm] for arm in size.arms}
+    timed = time_steps(model, size, known, partial(progress, STAGES[2]))
+    return Run(size, rates, trained, timed["parameters"], timed["seconds"], timed["kept"], timed["operations"])
+
+
+def texts(size: Size) -> tuple[TokenWindows, TokenWindows]:
+    """Windows to train on, each once, and windows from all over the same text to measure on.
+
+    Raises:
+        ValueError: some would be seen twice.
+    """
+    path = assets.path(TEXT)
+    tokenizer = new_tokenizer((text for _, text in assets.corpus(TEXT)), size.vocabulary)
+    context, batch = size.config.context, size.config.batch_size
+    all_of = token_windows(path, tokenizer, context)
+    rows = np.asarray(all_of.tokens[: len(all_of) * context]).reshape(-1, context)
+    held = np.arange(len(rows)) % size.held_out == size.held_out - 1
+    count = max(1, int(held.sum()) // batch) * batch
+    if size is not PAPER and size.config.steps * batch > int((~held).sum()):
+        raise ValueError("The text is too short for so many steps: windows would be seen twice.")
+    return TokenWindows(rows[~held].ravel(), context), TokenWindows(rows[held].ravel(), context, 0, count)
+
+
+def _identity(model: PreTrainedModel, size: Size, arm: str, config: TrainConfig) -> str:
+    shape = size.vocabulary, sorted(size.model.items()), size.held_out, size.rank
+    return f"{arm}/{config.seed}/{scope(model, shape, asdict(config))}"
+
+
+def config_of(size: Size, seed: int, rate: float, steps: int | None = None) -> TrainConfig:
+    """Of one training."""
+    changes: dict[str, Any] = {"seed": seed, "learning_rate": rate, "min_learning_rate": rate / 30}
+    if steps is not None:
+        changes |= {"steps": steps, "warmup_steps": max(1, steps // 20), "eval_steps": steps, "save_steps": steps}
+        changes |= {"logging_steps": steps}
+    return TrainConfig(**asdict(size.config) | changes)
+
+
+def tune(
+    model: PreTrainedModel,
+    size: Size,
+    windows: TokenWindows,
+    held_out: TokenWindows,
+    known: Journal,
+    progress: Callable[[int, int], None],
+) -> dict[str, Any]:
+    """The best of the learning rates for the plain model and for CosNet, in short runs on a seed of their own."""
+    seed, jobs, plan = max(size.seeds) + 1000, {}, {}
+    for rate in size.rates:
+        for arm in (PLAIN, COSNET):
+            config = config_of(size, seed, rate, size.tuning_steps)
+            identity = f"tuning/{_identity(model, size, arm, config)}"
+            jobs[identity], plan[identity] = (arm, config, size, windows, held_out), (arm, rate)
+    train_missing(jobs, _trained, known, progress)
+    found: dict[str, Any] = {"tuning": {PLAIN: {}, COSNET: {}}}
+    for identity, (arm, rate) in plan.items():
+        found["tuning"][arm][rate] = known[identity]["held_out"][-1][1]
+    for arm, losses in found["tuning"].items():
+        found[arm] = min(losses, key=losses.get)
+    return found
+
+
+def build(arm: str, size: Size, seed: int) -> PreTrainedModel:
+    """The model of an arm, with random weights."""
+    shape = dict(size.model) | {"biases": arm == BIASED}
+    if arm == WIDER:
+        shape["intermediate"] = wider(size)
+    model = new_model(size.vocabulary, **shape, context=size.config.context, seed=seed)
+    if arm in _BRANCHES:
+        NobleConfig(rank=size.rank, seed=seed, **_BRANCHES[arm]).convert(model)
+    if arm == HALF:
+        with torch.no_grad():
+            for name, module in chosen_layers(model, NobleConfig(rank=size.rank)).items():
+                random = generator(seed, f"{name}.weight")
+                module.weight.copy_(draw_main(tuple(module.weight.shape), module.weight.shape[1], random))
+    return model
+
+
+def wider(size: Size) -> int:
+    """Width of the MLP that has as many parameters more as CosNet's branches, to the nearest one."""
+    plain = new_model(size.vocabulary, **size.model, context=size.config.context)
+    branched = NobleConfig(rank=size.rank).convert(
+        new_model(size.vocabulary, **size.model, context=size.config.context)
+    )
+    added = sum(p.numel() for p in branched.parameters()) - sum(p.numel() for p in plain.parameters())
+    config = plain.config
+    return config.intermediate_size + round(added / (3 * config.hidden_size * config.num_hidden_layers))
+
+
+def _trained(
+    arm: str, config: TrainConfig, size: Size, windows: TokenWindows, held_out: TokenWindows
+) -> dict[str, Any]:
+    model = build(arm, size, config.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        history = train(config, model, None, windows, held_out, Path(folder))
+    measured = [[entry["step"], entry["eval_loss"]] for entry in history if "eval_loss" in entry]
+    return {"arm": arm, "seed": config.seed, "held_out": measured, "history": history}
+
+
+def time_steps(
+    model: PreTrainedModel, size: Size, known: Journal, progress: Callable[[int, int], None]
+) -> dict[str, Any]:
+    """Time of a training step of each arm with all threads, the arms in turn in each round; and what they keep."""
+    arms = (*size.arms, EAGER) if COSNET in size.arms else tuple(size.arms)
+    shape = size.vocabulary, sorted(size.model.items()), size.rank, asdict(size.config), size.rounds, arms
+    identity = f"timing/{scope(model, shape)}"
+    if identity not in known:
+        ids = torch.randint(size.vocabulary, (size.config.batch_size, size.config.context))
+        models = {arm: _timed_model(arm, size) for arm in arms}
+        optimizers = {
+            arm: torch.optim.AdamW(noble_parameter_groups(own, 1e-4, 0.1), fused=True) for arm, own in models.items()
+        }
+        seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+        for number in range(size.rounds + 1):
+            for arm, own in models.items():
+                begin = time.perf_counter()
+                cross_entropy(own(input_ids=ids, use_cache=False).logits, ids).backward()
+                optimizers[arm].step()
+                optimizers[arm].zero_grad()
+                if number:
+                    seconds[arm].append(time.perf_counter() - begin)
+            progress(number, size.rounds)
+        tokens = size.config.batch_size * size.config.context
+        known.add(
+            identity,
+            {
+                "seconds": seconds,
+                "parameters": {arm: sum(p.numel() for p in own.parameters()) for arm, own in models.items()},
+                "kept": {arm: kept_bytes(own, ids) for arm, own in models.items()},
+                "operations": {arm: operations(own) * tokens for arm, own in models.items()},
+            },
+        )
+    progress(size.rounds, size.rounds)
+    return known[identity]
+
+
+def _timed_model(arm: str, size: Size) -> PreTrainedModel:
+    model = build(COSNET if arm == EAGER else arm, size, 0)
+    if arm == EAGER:
+        for layer in layers_of(model).values():
+            layer.fused = False
+    return model
+
+
+def kept_bytes(model: PreTrainedModel, ids: torch.Tensor) -> int:
+    """What a forward pass keeps for the gradients beside the parameters, each storage once."""
+    held: dict[int, int] = {}
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            held[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)  # or its place in memory would be another tensor's
+        return tensor
+
+    alive: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        cross_entropy(model(input_ids=ids, use_cache=False).logits, ids)
+    return sum(held.values())
+
+
+def operations(model: PreTrainedModel) -> float:
+    """Floating point operations of a training step's products with weights, per token: 6 for each entry of a matrix."""
+    embedding = model.get_input_embeddings().weight
+    return 6.0 * sum(p.numel() for p in model.parameters() if p.ndim == 2 and p is not embedding)
+
+
+def verdicts(run: Run) -> list[tuple[str, str]]:
+    """What the paper claims, in words, and what it comes to here."""
+    found = []
+    words = {
+        PLAIN: "CosNet ends at a lower loss than the tuned baseline",
+        HALF: "CosNet ends at a lower loss than half as large initial weights do",
+        BIASED: "CosNet ends at a lower loss than biases do",
+        LINEAR: "CosNet ends at a lower loss than a linear branch of its rank",
+        GELU: "CosNet ends at a lower loss than a branch of GELUs of its rank",
+        WIDER: "CosNet ends at a lower loss than a model wider by as many parameters and operations",
+    }
+    for arm, claim in words.items():
+        if {arm, COSNET} <= set(run.trained):
+            found.append((claim, verdict([run.above(COSNET, arm)], strict=True)))
+    steps, net = run.speedup(COSNET), run.net(COSNET)
+    for claim, interval, least in (
+        ("CosNet needs at least 1.10 times fewer steps to the baseline's loss", steps, 1.10),
+        ("CosNet needs less time to the baseline's loss", net, 1.0),
+    ):
+        below = Interval(least - interval.estimate, least - interval.high, least - interval.low)
+        found.append((f"{claim}: {interval.estimate:.2f} [{interval.low:.2f}, {interval.high:.2f}]", verdict([below])))
+    return found
