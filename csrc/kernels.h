@@ -198,6 +198,16 @@ struct AttentionStatistics {
   float scale;
 };
 
+// See cosnet.inc. With a gradient it is the backward pass, which computes everything again.
+struct CosNet {
+  const float *h, *gradient;                       // [tokens][rank]; null: forward
+  const float *omega_0, *phi_0, *omega_1, *phi_1;  // [rank]
+  const float *mix, *mix_bias;                     // [rank][rank], [rank] or null
+  float *value, *of_h;                             // [tokens][rank]; the latter only backward
+  float* sums;  // [chunks][rank * (rank + 5)]: gradients of omega_0, phi_0, omega_1, phi_1, mix_bias and mix
+  int64_t tokens, rank, chunk;
+};
+
 // ---- A decoder (decoder.cpp) ----
 
 struct Layer {
@@ -267,6 +277,8 @@ struct Kernels {
   void (*row)(const Matrix&, int64_t row, float* out);  // one row of the matrix, dequantised
   void (*norm)(const float* in, const float* weight, float epsilon, int64_t size, float* out);
   void (*rotate)(float* vector, const float* cosine, const float* sine, int64_t rotated);
+  void (*cosnet)(const CosNet&, int64_t chunk, float* scratch);
+  int64_t (*cosnet_scratch)(const CosNet&);  // floats
 };
 
 namespace portable {

@@ -117,6 +117,16 @@ int attention_statistics(const AttentionStatistics& s, int threads) {
   return 0;
 }
 
+int cosnet(const CosNet& c, int threads) {
+  const Kernels& isa = kernels();
+  const int64_t chunks = (c.tokens + c.chunk - 1) / c.chunk;
+  // Waking a thread costs about as much as some hundred thousand multiply-adds; a cosine is worth about twenty.
+  const int64_t work = c.tokens * c.rank * (c.rank + 40) * (c.gradient ? 3 : 1);
+  share_out(chunks, std::min<int64_t>(work / 300000 + 1, threads), isa.cosnet_scratch(c),
+            [&](int64_t chunk, float* scratch) { isa.cosnet(c, chunk, scratch); });
+  return 0;
+}
+
 // target = m x for vectors [rows][columns rounded up to kGroup].
 int multiply(const Matrix& m, const float* values, int64_t rows, int64_t planes, float* out, int threads) {
   const Kernels& isa = kernels();
@@ -167,8 +177,8 @@ int lissom_set_isa(int isa) {
 int64_t lissom_sizeof(int which) {
   constexpr int64_t sizes[] = {sizeof(Matrix), sizeof(KeyValues), sizeof(Attention), sizeof(AttentionStatistics),
                                sizeof(Layer),  sizeof(Rope),      sizeof(Plan),      sizeof(Step),
-                               sizeof(Sparse)};
-  return which >= 0 && which < 9 ? sizes[which] : -1;
+                               sizeof(Sparse), sizeof(CosNet)};
+  return which >= 0 && which < 10 ? sizes[which] : -1;
 }
 
 // Each kernel returns 0, -1 for arguments that do not fit together, or -2 where there is not enough memory.
@@ -178,6 +188,10 @@ int lissom_ragged_attention(const Attention* arguments, int threads) {
 
 int lissom_attention_statistics(const AttentionStatistics* arguments, int threads) {
   return guarded([&] { return attention_statistics(*arguments, threads); });
+}
+
+int lissom_cosnet(const CosNet* arguments, int threads) {
+  return guarded([&] { return cosnet(*arguments, threads); });
 }
 
 int lissom_multiply(const Matrix* matrix, const float* vectors, int64_t rows, int64_t planes, float* out, int threads) {

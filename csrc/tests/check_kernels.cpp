@@ -14,6 +14,7 @@ int lissom_get_isa();
 int lissom_set_isa(int isa);
 int lissom_ragged_attention(const Attention* arguments, int threads);
 int lissom_attention_statistics(const AttentionStatistics* arguments, int threads);
+int lissom_cosnet(const CosNet* arguments, int threads);
 int lissom_multiply(const Matrix* matrix, const float* vectors, int64_t rows, int64_t planes, float* out, int threads);
 int lissom_unpack(const Matrix* matrix, float* out, int threads);
 int lissom_decode(const Plan* plan, const Step* step, int threads);
@@ -315,6 +316,68 @@ void check_sparse(Random& random) {
           else if (lse[index] != -INFINITY)
             throw std::runtime_error(what + ": a query that sees nothing has mass");
         }
+  }
+}
+
+void check_cosnet(Random& random) {
+  for (int trial = 0; trial < 12; ++trial) {
+    CosNet c{};
+    c.tokens = random.between(1, 300);
+    c.rank = random.one_of<int64_t>({1, 3, 4, 8, 17, 32});
+    c.chunk = random.between(1, 200);
+    const int64_t rank = c.rank, count = c.tokens * rank, width = rank * (rank + 5), threads = random.between(1, 3);
+    const int64_t chunks = (c.tokens + c.chunk - 1) / c.chunk;
+    const bool biased = random.chance();
+    const double size = random.one_of<double>({2.0, 50.0});  // of arguments
+    const std::vector<float> h = random.floats(count, size), gradient = random.floats(count);
+    const std::vector<float> omega_0 = random.floats(rank, 2.0), phi_0 = random.floats(rank, 4.0);
+    const std::vector<float> omega_1 = random.floats(rank, 2.0), phi_1 = random.floats(rank, 4.0);
+    const std::vector<float> mix = random.floats(rank * rank), bias = random.floats(rank);
+    std::vector<float> value(count, NAN), again(value), of_h(value), sums(chunks * width, NAN);
+    c.h = h.data();
+    c.omega_0 = omega_0.data(), c.phi_0 = phi_0.data(), c.omega_1 = omega_1.data(), c.phi_1 = phi_1.data();
+    c.mix = mix.data();
+    c.mix_bias = biased ? bias.data() : nullptr;
+    c.value = value.data();
+    const std::string what = described({{"tokens", c.tokens}, {"rank", rank}, {"chunk", c.chunk}, {"biased", biased},
+                                        {"size", static_cast<int64_t>(size)}, {"threads", threads}});
+    must(lissom_cosnet(&c, static_cast<int>(threads)), what);
+    c.gradient = gradient.data();
+    c.value = again.data();
+    c.of_h = of_h.data();
+    c.sums = sums.data();
+    must(lissom_cosnet(&c, static_cast<int>(threads)), what);
+    std::vector<double> wanted(width), inner(rank), mixed(rank), flow(rank);
+    const double tolerance = 2e-6 * size * static_cast<double>(rank + 1);
+    for (int64_t token = 0; token < c.tokens; ++token) {
+      const float *in = h.data() + token * rank, *of = gradient.data() + token * rank;
+      for (int64_t i = 0; i < rank; ++i) inner[i] = std::cos(static_cast<double>(omega_0[i]) * in[i] + phi_0[i]);
+      for (int64_t o = 0; o < rank; ++o) {
+        mixed[o] = biased ? bias[o] : 0.0;
+        for (int64_t i = 0; i < rank; ++i) mixed[o] += static_cast<double>(mix[o * rank + i]) * inner[i];
+        const double angle = static_cast<double>(omega_1[o]) * mixed[o] + phi_1[o], down = -std::sin(angle) * of[o];
+        expect(what, token * rank + o, value[token * rank + o], std::cos(angle), tolerance);
+        expect(what + ", again", token * rank + o, again[token * rank + o], std::cos(angle), tolerance);
+        wanted[2 * rank + o] += down * mixed[o];
+        wanted[3 * rank + o] += down;
+        flow[o] = down * omega_1[o];
+        wanted[4 * rank + o] += flow[o];
+        for (int64_t i = 0; i < rank; ++i) wanted[5 * rank + o * rank + i] += flow[o] * inner[i];
+      }
+      for (int64_t i = 0; i < rank; ++i) {
+        double down = 0.0;
+        for (int64_t o = 0; o < rank; ++o) down += mix[o * rank + i] * flow[o];
+        down *= -std::sin(static_cast<double>(omega_0[i]) * in[i] + phi_0[i]);
+        wanted[i] += down * in[i];
+        wanted[rank + i] += down;
+        expect(what + ", gradient", token * rank + i, of_h[token * rank + i], down * omega_0[i], 20 * tolerance);
+      }
+    }
+    for (int64_t i = 0; i < width; ++i) {
+      double found = 0.0;
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) found += sums[chunk * width + i];
+      expect(what + ", sums", i, found, wanted[i], 20 * tolerance * static_cast<double>(c.tokens));
+    }
   }
 }
 
@@ -675,7 +738,8 @@ int main() {
   const std::pair<const char*, std::function<void(Random&)>> checks[] = {
       {"multiply", check_multiply},   {"unpack", check_unpack},         {"targets", check_targets},
       {"attention", check_attention}, {"sparse", check_sparse},         {"statistics", check_statistics},
-      {"decode", check_decode},       {"threads", check_threads},
+      {"cosnet", check_cosnet},       {"decode", check_decode},
+      {"threads", check_threads},
   };
   for (int isa = 0; isa <= lissom_best_isa(); ++isa) {
     lissom_set_isa(isa);
