@@ -70,7 +70,7 @@ def test_a_token_does_not_see_others(tokens, rank, seed):
     assert torch.equal(whole[-1:], one)
 
 
-@pytest.mark.parametrize("size", [30.0, 1e3, 1e5])
+@pytest.mark.parametrize("size", [30.0, 1e3, 1e4])
 def test_large_arguments_keep_what_fp32_can_tell(isa, size):
     given = case(200, 4, False, size)
     h, omega, phi = given["h"], given["omega_0"], given["phi_0"]

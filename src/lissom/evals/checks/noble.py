@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lissom.devices.meters import interleaved
 from lissom.evals.arms import train_missing
 from lissom.evals.journal import Journal, scope
 from lissom.evals.stats import Interval, mean_interval, ratio_interval, verdict
@@ -233,12 +234,18 @@ def texts(size: Size) -> tuple[TokenWindows, TokenWindows]:
     path = assets.path(TEXT)
     tokenizer = new_tokenizer((text for _, text in assets.corpus(TEXT)), size.vocabulary)
     context, batch = size.config.context, size.config.batch_size
-    all_of = token_windows(path, tokenizer, context)
-    rows = np.asarray(all_of.tokens[: len(all_of) * context]).reshape(-1, context)
-    held = np.arange(len(rows)) % size.held_out == size.held_out - 1
-    count = max(1, int(held.sum()) // batch) * batch
-    if size is not PAPER and size.config.steps * batch > int((~held).sum()):
+    windows, held_out = apart(token_windows(path, tokenizer, context), size.held_out, batch)
+    if size is not PAPER and size.config.steps * batch > len(windows):
         raise ValueError("The text is too short for so many steps: windows would be seen twice.")
+    return windows, held_out
+
+
+def apart(windows: TokenWindows, every: int, batch: int) -> tuple[TokenWindows, TokenWindows]:
+    """`windows` without each `every`th one, and those, as many as fill batches."""
+    context = windows.context
+    rows = np.asarray(windows.tokens[: len(windows) * context]).reshape(-1, context)
+    held = np.arange(len(rows)) % every == every - 1
+    count = max(1, int(held.sum()) // batch) * batch
     return TokenWindows(rows[~held].ravel(), context), TokenWindows(rows[held].ravel(), context, 0, count)
 
 
@@ -320,38 +327,56 @@ def _trained(
 def time_steps(
     model: PreTrainedModel, size: Size, known: Journal, progress: Callable[[int, int], None]
 ) -> dict[str, Any]:
-    """Time of a training step of each arm with all threads, the arms in turn in each round; and what they keep."""
-    arms = (*size.arms, EAGER) if COSNET in size.arms else tuple(size.arms)
-    shape = size.vocabulary, sorted(size.model.items()), size.rank, asdict(size.config), size.rounds, arms
+    """See `timed`."""
+    shape = size.vocabulary, sorted(size.model.items()), size.rank, asdict(size.config), size.rounds, tuple(size.arms)
     identity = f"timing/{scope(model, shape)}"
     if identity not in known:
-        ids = torch.randint(size.vocabulary, (size.config.batch_size, size.config.context))
-        models = {arm: _timed_model(arm, size) for arm in arms}
-        optimizers = {
-            arm: torch.optim.AdamW(noble_parameter_groups(own, 1e-4, 0.1), fused=True) for arm, own in models.items()
-        }
-        seconds: dict[str, list[float]] = {arm: [] for arm in arms}
-        for number in range(size.rounds + 1):
-            for arm, own in models.items():
-                begin = time.perf_counter()
-                cross_entropy(own(input_ids=ids, use_cache=False).logits, ids).backward()
-                optimizers[arm].step()
-                optimizers[arm].zero_grad()
-                if number:
-                    seconds[arm].append(time.perf_counter() - begin)
-            progress(number, size.rounds)
-        tokens = size.config.batch_size * size.config.context
-        known.add(
-            identity,
-            {
-                "seconds": seconds,
-                "parameters": {arm: sum(p.numel() for p in own.parameters()) for arm, own in models.items()},
-                "kept": {arm: kept_bytes(own, ids) for arm, own in models.items()},
-                "operations": {arm: operations(own) * tokens for arm, own in models.items()},
-            },
-        )
+        known.add(identity, timed(size, None, progress))
     progress(size.rounds, size.rounds)
     return known[identity]
+
+
+def timed(
+    size: Size, device: torch.device | None, progress: Callable[[int, int], None] = lambda done, total: None
+) -> dict[str, Any]:
+    """Seconds of a training step of each arm, the arms in turn in each round, with all threads or on `device`; what the
+    forward pass keeps for the gradients; parameters; and operations of a step."""
+    ids = torch.randint(size.vocabulary, (size.config.batch_size, size.config.context), device=device)
+    models = {arm: _timed_model(arm, size).to(device) for arm in _timed_arms(size)}
+    optimizers = {
+        arm: torch.optim.AdamW(noble_parameter_groups(own, 1e-4, 0.1), fused=True) for arm, own in models.items()
+    }
+
+    def loss(arm: str) -> torch.Tensor:
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=size.config.precision == "bf16"):
+            return cross_entropy(models[arm](input_ids=ids, use_cache=False).logits, ids)
+
+    def step(arm: str) -> float:
+        begin = time.perf_counter()
+        loss(arm).backward()
+        optimizers[arm].step()
+        optimizers[arm].zero_grad()
+        if device is not None:
+            torch.accelerator.synchronize()
+        return time.perf_counter() - begin
+
+    seconds: dict[str, list[float]] = {arm: [] for arm in models}
+    works = {arm: partial(step, arm) for arm in models}
+    for number, (arm, taken) in enumerate(interleaved(works, size.rounds + 1)):
+        if number >= len(models):
+            seconds[arm].append(taken)
+        progress(number // len(models), size.rounds)
+    tokens = ids.numel()
+    return {
+        "seconds": seconds,
+        "parameters": {arm: sum(p.numel() for p in own.parameters()) for arm, own in models.items()},
+        "kept": {arm: kept_bytes(own, partial(loss, arm)) for arm, own in models.items()},
+        "operations": {arm: operations(own) * tokens for arm, own in models.items()},
+    }
+
+
+def _timed_arms(size: Size) -> tuple[str, ...]:
+    return (*size.arms, EAGER) if COSNET in size.arms else tuple(size.arms)
 
 
 def _timed_model(arm: str, size: Size) -> PreTrainedModel:
@@ -362,8 +387,8 @@ def _timed_model(arm: str, size: Size) -> PreTrainedModel:
     return model
 
 
-def kept_bytes(model: PreTrainedModel, ids: torch.Tensor) -> int:
-    """What a forward pass keeps for the gradients beside the parameters, each storage once."""
+def kept_bytes(model: PreTrainedModel, work: Callable[[], Any]) -> int:
+    """What `work`, a forward pass of `model`, keeps for the gradients beside the parameters, each storage once."""
     held: dict[int, int] = {}
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
@@ -376,7 +401,7 @@ def kept_bytes(model: PreTrainedModel, ids: torch.Tensor) -> int:
 
     alive: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        cross_entropy(model(input_ids=ids, use_cache=False).logits, ids)
+        work()
     return sum(held.values())
 
 
