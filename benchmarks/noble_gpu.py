@@ -26,7 +26,7 @@ from lissom.train import TokenWindows, TrainConfig, new_tokenizer, token_windows
 
 CORPORA = ("sotu", "kernel-docs", "python-docs")
 ARMS = (study.PLAIN, study.COSNET, study.BIASED, study.LINEAR, study.WIDER)
-RATES = (1e-3, 2e-3, 4e-3)
+RATES = (5e-4, 1e-3, 2e-3)
 SIZE = study.Size(
     ARMS, (0, 1, 2),
     TrainConfig(steps=600, context=512, batch_size=32, warmup_steps=30, schedule="wsd", decay_share=0.2,

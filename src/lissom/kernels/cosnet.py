@@ -1,12 +1,14 @@
 """cos(omega_1 (cos(omega_0 h + phi_0) mix^T + mix_bias) + phi_1) in one pass over the tokens, and its gradients in
-another that computes everything in between again: native, on CPUs in fp32.
+another that computes everything in between again: native on CPUs in fp32, Triton on a GPU.
 
-What else there is computes the same operation by operation: `lissom.weights.noble.activation`.
+The reference, operation by operation, is `lissom.weights.noble.activation`.
 """
 
 from __future__ import annotations
 
 import ctypes
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 
@@ -15,7 +17,9 @@ from lissom.kernels import native
 Gradients = tuple[
     torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
 ]
-_CHUNK = 512  # tokens whose sums are kept apart: the unit of work of a thread
+_CHUNK = 512  # tokens whose sums are kept apart: the unit of work of a thread of the CPU
+_MOST = 128  # channels on a GPU; see cosnet_triton.py
+_GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class _CosNet(ctypes.Structure):
@@ -34,15 +38,19 @@ class _CosNet(ctypes.Structure):
 native.mirror(9, _CosNet)
 
 
-def has_native(h: torch.Tensor) -> bool:
+def has_kernel(h: torch.Tensor) -> bool:
     """Whether there is a kernel for such a tensor. A graph that is compiled has PyTorch's operations, which the
     compiler fuses itself."""
-    return (
-        not torch.compiler.is_compiling()
-        and h.device.type == "cpu"
-        and h.dtype == torch.float32
-        and native.library() is not None
-    )
+    if torch.compiler.is_compiling():
+        return False
+    if h.device.type == "cuda":
+        return h.dtype in _GPU_DTYPES and h.shape[1] <= _MOST and _has_triton()
+    return h.device.type == "cpu" and h.dtype == torch.float32 and native.library() is not None
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def cosnet(
@@ -54,10 +62,15 @@ def cosnet(
     omega_1: torch.Tensor,
     phi_1: torch.Tensor,
 ) -> torch.Tensor:
-    """`h` and what is returned are `[tokens, rank]`, fp32 (see `has_native`); `mix` is `[rank, rank]`, others `[rank]`.
+    """`h` and what is returned are `[tokens, rank]` (see `has_kernel`); `mix` is `[rank, rank]`, others are `[rank]`.
     It has no gradient of its own: see `cosnet_backward`."""
-    h, value = h.contiguous(), torch.empty(h.shape)
-    _run(h, None, (omega_0, phi_0, omega_1, phi_1, mix, mix_bias), value, None, None)
+    h, parameters = h.contiguous(), _ready(omega_0, phi_0, omega_1, phi_1, mix, mix_bias)
+    if h.device.type == "cuda":
+        from lissom.kernels import cosnet_triton
+
+        return cosnet_triton.forward(h, parameters)
+    value = torch.empty(h.shape)
+    _run(h, None, parameters, value, None, None)
     return value
 
 
@@ -76,13 +89,25 @@ def cosnet_backward(
     Args:
         gradient: of what `cosnet` gave, `[tokens, rank]`.
     """
-    tokens, rank = h.shape
-    h, gradient, value, of_h = h.contiguous(), gradient.contiguous(), torch.empty(h.shape), torch.empty(h.shape)
-    sums = torch.empty(-(-tokens // _CHUNK), rank * (rank + 5))
-    _run(h, gradient, (omega_0, phi_0, omega_1, phi_1, mix, mix_bias), value, of_h, sums)
-    vectors, of_mix = sums.sum(0).split((5 * rank, rank * rank))
-    of_omega_0, of_phi_0, of_omega_1, of_phi_1, of_bias = (part.clone() for part in vectors.split(rank))
-    return value, of_h, of_omega_0, of_phi_0, of_mix.reshape(rank, rank).clone(), of_bias, of_omega_1, of_phi_1
+    h, gradient = h.contiguous(), gradient.contiguous()
+    parameters = _ready(omega_0, phi_0, omega_1, phi_1, mix, mix_bias)
+    if h.device.type == "cuda":
+        from lissom.kernels import cosnet_triton
+
+        value, of_h, vectors, of_mix = cosnet_triton.backward(h, gradient, parameters)
+    else:
+        tokens, rank = h.shape
+        value, of_h = torch.empty(h.shape), torch.empty(h.shape)
+        sums = torch.empty(-(-tokens // _CHUNK), rank * (rank + 5))
+        _run(h, gradient, parameters, value, of_h, sums)
+        whole = sums.sum(0)
+        vectors, of_mix = whole[: 5 * rank].view(5, rank), whole[5 * rank :].view(rank, rank)
+    of_omega_0, of_phi_0, of_omega_1, of_phi_1, of_bias = vectors.unbind()
+    return value, of_h, of_omega_0, of_phi_0, of_mix, of_bias, of_omega_1, of_phi_1
+
+
+def _ready(*parameters: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    return tuple(None if part is None else part.detach().float().contiguous() for part in parameters)
 
 
 def _run(
@@ -93,7 +118,5 @@ def _run(
     of_h: torch.Tensor | None,
     sums: torch.Tensor | None,
 ) -> None:
-    given = [None if part is None else part.detach().float().contiguous() for part in parameters]
-    parts = (h, gradient, *given, value, of_h, sums)
-    places = (None if part is None else part.data_ptr() for part in parts)
+    places = (None if part is None else part.data_ptr() for part in (h, gradient, *parameters, value, of_h, sums))
     native.call("cosnet", _CosNet(*places, *h.shape, _CHUNK))

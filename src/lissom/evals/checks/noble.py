@@ -95,7 +95,7 @@ QUICK = Size(
     MAIN, (0, 1), _config(6, 2, 32, 2), (8e-3, 4e-3), 2, 2, {"hidden": 48, "layers": 1, "heads": 3}, 300, 4000, rounds=2
 )
 SMALL = Size(MAIN, (0, 1, 2), _config(600, 30), (4e-3, 8e-3, 1.6e-2), 200, 4, _SMALL_MODEL, 512)
-DEFAULT = Size(ARMS, (0, 1, 2), _config(1200, 40), (2e-3, 4e-3, 8e-3, 1.6e-2), 500, 8)
+DEFAULT = Size(ARMS, (0, 1, 2), _config(1200, 40), (1e-3, 2e-3, 4e-3, 8e-3), 500, 8)
 # 250 M parameters at a context of 1024, ranks of the paper. Its text is not at hand: the same one, many times over.
 PAPER = Size(
     ARMS, (0, 1, 2), _config(20_000, 500, 1024, 64), (1e-4, 3e-4, 1e-3), 4000, 64,

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F
 
-from lissom.kernels.cosnet import cosnet, cosnet_backward, has_native
+from lissom.kernels.cosnet import cosnet, cosnet_backward, has_kernel
 
 Kind = Literal["cosnet", "identity", "gelu-net", "silu-net", "tanh-net", "cosine", "three-cosine"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -58,7 +58,7 @@ def forward(kind: str, h: torch.Tensor, tensors: Tensors, fused: bool = True) ->
     Args:
         fused: whether a kernel may be used, whose gradients are those of `backward` alone.
     """
-    if fused and kind == "cosnet" and has_native(h):
+    if fused and kind == "cosnet" and has_kernel(h):
         return cosnet(h, *_of_cosnet(tensors))
     return _stages(kind, h, tensors)[-1].to(h.dtype)
 
@@ -71,7 +71,7 @@ def backward(
     Args:
         gradient: `[tokens, rank]`, of what `forward` gives.
     """
-    if kind == "cosnet" and has_native(h):
+    if kind == "cosnet" and has_kernel(h):
         value, of_h, *others = cosnet_backward(h, gradient, *_of_cosnet(tensors))
         names = ("omega_0", "phi_0", "mix_0", "mix_bias_0", "omega_1", "phi_1")
         return value, of_h, {name: own for name, own in zip(names, others, strict=True) if name in tensors}
