@@ -31,6 +31,8 @@ from lissom.models.gguf.architecture import (
     of_model_type,
     pair_rows,
 )
+from lissom.models.method import Packable
+from lissom.training_plugin import method_in_training
 
 TYPES = ("auto", "f16", "bf16", "q8_0", "q4_0", "q4_1", "tq2_0", "tq1_0")
 _OF_DTYPE = {torch.float32: Kind.F32, torch.float16: Kind.F16, torch.bfloat16: Kind.BF16}
@@ -82,6 +84,12 @@ def export_gguf(
     """
     if type not in TYPES:
         raise UserError(f"type={type!r}: expected one of {', '.join(TYPES)}.")
+    trained = method_in_training(model)
+    if trained is not None and not isinstance(trained, Packable):
+        raise UserError(
+            f"llama.cpp has no place for what {trained.name} adds to layers, and without it the model is another one: "
+            "export it as ONNX, or take it out."
+        )
     architecture = of_model_type(model.config.model_type)
     metadata = {f"{architecture.name}.{key}": value for key, value in metadata_of(model.config).items()}
     vocabulary = tokenizer_metadata(tokenizer, model.config.vocab_size)

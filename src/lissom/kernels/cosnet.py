@@ -18,8 +18,7 @@ Gradients = tuple[
     torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
 ]
 _CHUNK = 512  # tokens whose sums are kept apart: the unit of work of a thread of the CPU
-_MOST = 128  # channels on a GPU; see cosnet_triton.py
-_GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MOST = {torch.float32: 64, torch.bfloat16: 128, torch.float16: 128}  # channels that fit into a GPU's shared memory
 
 
 class _CosNet(ctypes.Structure):
@@ -44,7 +43,7 @@ def has_kernel(h: torch.Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
     if h.device.type == "cuda":
-        return h.dtype in _GPU_DTYPES and h.shape[1] <= _MOST and _has_triton()
+        return h.shape[1] <= _MOST.get(h.dtype, 0) and _has_triton()
     return h.device.type == "cpu" and h.dtype == torch.float32 and native.library() is not None
 
 

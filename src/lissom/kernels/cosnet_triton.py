@@ -12,7 +12,6 @@ import torch
 import triton
 import triton.language as tl
 
-MOST = 128  # channels: the gradient of their matrix is held in registers
 _TOKENS = 64  # of a tile
 _PROGRAMS = 264  # that the backward pass shares the tiles out to: two for each multiprocessor of a large GPU
 _WIDENED = os.environ.get("TRITON_INTERPRET") == "1"  # the interpreter's products of bf16 are wrong

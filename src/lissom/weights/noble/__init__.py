@@ -10,6 +10,7 @@ branch stays when the model runs: it costs parameters and time for ever, in exch
 
 from lissom.weights.noble.apply import prune
 from lissom.weights.noble.config import NobleConfig
+from lissom.weights.noble.diagnostics import BranchReport, report, useless
 from lissom.weights.noble.training import noble_parameter_groups
 
-__all__ = ["NobleConfig", "noble_parameter_groups", "prune"]
+__all__ = ["BranchReport", "NobleConfig", "noble_parameter_groups", "prune", "report", "useless"]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from lissom.models.parameter_groups import parameter_groups
 from lissom.weights.noble.apply import layers_of
 from lissom.weights.noble.config import NobleConfig
+from lissom.weights.noble.diagnostics import omega_drift
 from lissom.weights.noble.layer import Branch, kind_of
 
 
@@ -36,12 +36,6 @@ class NobleTraining:
 
     def __init__(self, model: nn.Module, settings: NobleConfig) -> None:
         self.model = model
-        self._initial = {
-            f"{name}.{own}": layer.noble.initial(own)
-            for name, layer in layers_of(model).items()
-            for own, _ in layer.noble.named_parameters()
-            if kind_of(own) == "omega"
-        }
 
     def begin_step(self, done: float) -> None:
         """Nothing depends on the step."""
@@ -52,12 +46,5 @@ class NobleTraining:
 
     def measures(self) -> dict[str, float]:
         """`omega_drift`: mean distance of frequencies from where they began."""
-        drifts = []
-        for name, layer in layers_of(self.model).items():
-            for own, parameter in layer.noble.named_parameters():
-                begun = self._initial.get(f"{name}.{own}")
-                if begun is not None:
-                    now = parameter.detach()
-                    now = now.full_tensor() if hasattr(now, "full_tensor") else now
-                    drifts.append((now.cpu() - begun).abs().mean())
-        return {"omega_drift": float(torch.stack(drifts).mean())} if drifts else {}
+        drifts = [omega_drift(layer) for layer in layers_of(self.model).values()]
+        return {"omega_drift": sum(drifts) / len(drifts)} if drifts else {}
