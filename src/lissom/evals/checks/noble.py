@@ -288,11 +288,14 @@ def tune(
 
 
 def build(arm: str, size: Size, seed: int) -> PreTrainedModel:
-    """The model of an arm, with random weights."""
-    shape = dict(size.model) | {"biases": arm == BIASED}
-    if arm == WIDER:
-        shape["intermediate"] = wider(size)
-    model = new_model(size.vocabulary, **shape, context=size.config.context, seed=seed)
+    """The model of an arm, with random weights: those of the baseline wherever they have the same shape."""
+    model = plain = new_model(size.vocabulary, **size.model, context=size.config.context, seed=seed)
+    if arm in (BIASED, WIDER):
+        changes = {"biases": True} if arm == BIASED else {"intermediate": wider(size)}
+        model = new_model(size.vocabulary, **dict(size.model) | changes, context=size.config.context, seed=seed)
+        own = model.state_dict()
+        same = {name: value for name, value in plain.state_dict().items() if own[name].shape == value.shape}
+        model.load_state_dict(same, strict=False)
     if arm in _BRANCHES:
         NobleConfig(rank=size.rank, seed=seed, **_BRANCHES[arm]).convert(model)
     if arm == HALF:
