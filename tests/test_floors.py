@@ -16,6 +16,7 @@ FLOORS = (
     ("hook",),
     ("models",),
     ("training_plugin",),
+    ("diffusers_plugin",),
     ("attention", "kv", "weights"),
     ("decode", "train"),  # decode runs over the storage of kv
     ("recipes", "export"),

@@ -1,6 +1,7 @@
-"""Registers what lissom adds to transformers as soon as that is imported, so that `import lissom` stays light.
+"""Registers what lissom adds to transformers and diffusers as soon as they are imported, so that `import lissom` stays
+light.
 
-transformers has no entry points for quantisers and attention functions: whoever has one must register it before a
+They have no entry points for quantisers and attention functions: whoever has one must register it before a
 model is loaded.
 """
 
@@ -13,10 +14,11 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
-# Where transformers keeps its registries, and the modules that register themselves there when they are imported.
+# Where they keep their registries, and the modules that register themselves there when they are imported.
 _AFTER = {
     "transformers.quantizers.auto": ("lissom.plugin", "lissom.training_plugin"),
     "transformers.modeling_utils": ("lissom.attention.plugin",),
+    "diffusers.quantizers.auto": ("lissom.diffusers_plugin",),
 }
 
 
@@ -41,7 +43,7 @@ class _AfterRegistry(MetaPathFinder):
 
 
 def install() -> None:
-    """Register now where transformers' registries are loaded, otherwise as soon as they are."""
+    """Register now where the registries are loaded, otherwise as soon as they are."""
     sys.meta_path.insert(0, _AfterRegistry())
     for registry in _AFTER:
         if registry in sys.modules:

@@ -7,6 +7,7 @@ imported while transformers itself is being imported, so it takes the rest of li
 from __future__ import annotations
 
 import logging
+import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -96,7 +97,14 @@ class TrainingQuantizer(HfQuantizer):
 
 
 def mark(model: nn.Module, method: Trainable) -> None:
-    """Let transformers know that `model` has the method's trainable layers: `from_pretrained` makes them again."""
+    """Let transformers or diffusers know that `model` has the method's trainable layers: `from_pretrained` makes them
+    again. A module of neither has no checkpoints of its own."""
+    if _is_of_diffusers(model):
+        from lissom import diffusers_plugin
+
+        diffusers_plugin.mark(model, method)
+    if not hasattr(model, "get_input_embeddings"):
+        return
     from lissom.plugin import adopt  # here: it may be in the middle of importing transformers
 
     adopt(model, TrainingQuantizer(TrainingConfig(method.name, asdict(method))))  # type: ignore[call-overload]
@@ -104,6 +112,12 @@ def mark(model: nn.Module, method: Trainable) -> None:
 
 def unmark(model: nn.Module) -> None:
     """The model has no such layers any more: it is saved as the plain model that it is."""
+    if _is_of_diffusers(model):
+        from lissom import diffusers_plugin
+
+        diffusers_plugin.unmark(model)
+    if method_in_training(model) is None:
+        return
     del model.config.quantization_config
     model.hf_quantizer = None
     model.is_quantized, model.quantization_method = False, None
@@ -111,8 +125,13 @@ def unmark(model: nn.Module) -> None:
 
 def method_in_training(model: nn.Module) -> Trainable | None:
     """The method that `model` is in training with, if any."""
-    config = getattr(model.config, "quantization_config", None)
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
     return config.build() if isinstance(config, TrainingConfig) else None
+
+
+def _is_of_diffusers(model: nn.Module) -> bool:
+    diffusers = sys.modules.get("diffusers")
+    return diffusers is not None and isinstance(model, diffusers.ModelMixin)
 
 
 def _register() -> None:

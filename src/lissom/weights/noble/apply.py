@@ -38,7 +38,7 @@ def convert(model: nn.Module, settings: NobleConfig) -> nn.Module:
     place(model, settings)
     for layer in layers_of(model).values():
         initialise(layer)
-    _mark(model, settings)
+    mark(model, settings)
     return model
 
 
@@ -118,15 +118,10 @@ def prune(model: nn.Module, names: Iterable[str]) -> nn.Module:
         model.set_submodule(name, plain(layers[name]))
     left = tuple(name for name in layers if name not in gone)
     if left:
-        _mark(model, replace(settings, target_modules=left, exclude_modules=()))
-    elif isinstance(model, PreTrainedModel):
+        mark(model, replace(settings, target_modules=left, exclude_modules=()))
+    else:
         unmark(model)
     return model
-
-
-def _mark(model: nn.Module, settings: NobleConfig) -> None:
-    if isinstance(model, PreTrainedModel):
-        mark(model, settings)
 
 
 def _origin(model: nn.Module) -> str:

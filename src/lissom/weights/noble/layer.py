@@ -41,7 +41,9 @@ class Branch(nn.Module):
         sizes = {"down": (rank, in_features), **({"down_bias": (rank,)} if biases else {}), "up": (out_features, rank)}
         for own, shape in (sizes | dict(shapes(settings.activation, rank, biases))).items():
             dtype = torch.float32 if _is_wave(own) else like.dtype
-            self.register_parameter(own, nn.Parameter(torch.empty(shape, dtype=dtype, device=like.device)))
+            parameter = nn.Parameter(torch.empty(shape, dtype=dtype, device=like.device))
+            parameter.keeps_fp32 = _is_wave(own)
+            self.register_parameter(own, parameter)
 
     @torch.no_grad()
     def initialise(self, only_missing: bool = False) -> None:
