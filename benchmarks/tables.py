@@ -8,6 +8,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -506,6 +507,39 @@ def sparse_bitnet_conversion() -> str:
     return f"{table}\n\n{facts['conversion tokens'] / 1e3:.0f} thousand tokens. {stamp(facts)}"
 
 
+def noble_cost(device: str) -> str:
+    """Layers and a step, a line each: without branches, operation by operation and fused; and what they keep."""
+    facts, rows = load(f"noble-cost-{device}")
+    plain, eager, fused = "plain", "operation by operation", "fused"
+    lines = []
+    for place in dict.fromkeys("/".join(name[:2]) for name in (*_of(rows, "layer"), *_of(rows, "step"))):
+        for end in ("", ", compiled"):
+            found = [rows.get(f"{place}/{arm}{end}") for arm in (plain, eager, fused)]
+            if found[0] is None:
+                continue
+            times = [row["value"] for row in found]
+            against = rows.get(f"{place}/{fused} against {eager}") if not end else None
+            ratio = f"{times[1] / times[2]:.2f}x"
+            if against is not None:
+                ratio = f"{against['ratio']:.2f}x [{against['low']:.2f}, {against['high']:.2f}]"
+            title = place.replace("layer/", "").replace("step/", "a step, ") + end
+            shares = [f"{time:.3g} ({time / times[0] - 1:+.0%})" for time in times[1:]]
+            lines.append([title, f"{times[0]:.3g}", *shares, ratio])
+    table = markdown(["ms, forward and backward", "without branches", eager, fused, f"{fused} against that"], lines)
+    step = next(name[1] for name in _of(rows, "step"))
+    words = []
+    for what, title in (("operations", "operations"), ("parameters", "parameters"), ("kept", "kept for the gradients")):
+        shares = [rows[f"step/{step}/{what}/{arm}"] for arm in (eager, fused)]
+        one, other = (row["value"] / row["baseline"] - 1 for row in shares)
+        words.append(f"{title} {other:+.1%}" if one == other else f"{title} {one:+.1%} and, fused, {other:+.1%}")
+    where = (
+        stamp(facts)
+        if device == "cpu"
+        else (f"{facts['machine']['gpu']}, torch {facts['versions']['torch']}, {facts['date'][:10]}.")
+    )
+    return f"{verdicts(facts)}\n\n{table}\n\nOf the step, against no branches: {'; '.join(words)}. {where}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "attention-matching": attention_matching,
     "attention-matching-options": attention_matching_options,
@@ -521,6 +555,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "native-decode": native_decode,
     "native-decode-first": native_decode_first,
     "native-decode-billion": native_decode_billion,
+    "noble-cost-cpu": partial(noble_cost, "cpu"),
+    "noble-cost-cuda": partial(noble_cost, "cuda"),
     "quantize": quantize,
     "sparse-bitnet-conversion": sparse_bitnet_conversion,
     "sparse-bitnet-kernels": sparse_bitnet_kernels,

@@ -68,6 +68,29 @@ def test_a_new_ternary_model_is_trained_packed_and_used(lissom_cli, text, tmp_pa
     assert packed.returncode == 2 and "packed weights" in packed.stderr
 
 
+def test_a_new_model_with_branches_is_trained_and_used(lissom_cli, text, tmp_path):
+    command = ("train", "new", "--text", text, *SMALL, *NEW, "--method", "noble")
+    wide = lissom_cli(*command, "-o", tmp_path / "wide")
+    assert wide.returncode == 2 and "rank 64 is no narrower than" in wide.stderr
+    done = lissom_cli(*command, "--set", "ratio=0.0625", "-o", tmp_path / "run")
+    assert done.returncode == 0 and "omega_drift" in done.stderr, done.stderr
+    used = lissom_cli("generate", tmp_path / "run", "The cat", "--max-new-tokens", 4)
+    assert used.returncode == 0, used.stderr
+    exported = lissom_cli("export", "gguf", tmp_path / "run", "-o", tmp_path / "model.gguf")
+    assert exported.returncode == 2 and "no place for what noble adds" in exported.stderr
+    packed = lissom_cli("export", "packed", tmp_path / "run", "-o", tmp_path / "packed")
+    assert packed.returncode == 2 and not (tmp_path / "packed").exists()
+    further = lissom_cli("train", tmp_path / "run", "--text", text, *SMALL, "-o", tmp_path / "further")
+    assert further.returncode == 0 and "omega_drift" in further.stderr, further.stderr
+    plain = lissom_cli("train", "new", "--text", text, *SMALL, *NEW, "-o", tmp_path / "plain")
+    assert plain.returncode == 0, plain.stderr
+    on = ("train", tmp_path / "plain", "--text", text, *SMALL, "--method", "noble", "--set", "rank=2")
+    refused = lissom_cli(*on, "-o", tmp_path / "on")
+    assert refused.returncode == 2 and "mode='add-on'" in refused.stderr
+    added = lissom_cli(*on, "--set", "mode=add-on", "-o", tmp_path / "on")
+    assert added.returncode == 0, added.stderr
+
+
 def test_a_model_is_trained_on_with_itself_as_the_teacher(lissom_cli, tiny_folder, text, tmp_path):
     done = lissom_cli(
         "train", tiny_folder, "--teacher", tiny_folder, "--text", text, "-o", tmp_path / "run", *SMALL,

@@ -16,6 +16,7 @@ from lissom.weights.noble.config import NobleConfig
 from lissom.weights.noble.preset import draw, draw_main, generator, learning_rate_factors
 
 _FEW = 64  # rows: below, a copy of the weight is as much work as the product
+_NARROW = 16  # columns; see `_into_few`
 
 
 class Branch(nn.Module):
@@ -235,7 +236,7 @@ class _Pass(torch.autograd.Function):
         dtype = rows.dtype
         with torch.autocast(rows.device.type, enabled=False):
             of_y = gradients[0].reshape(-1, gradients[0].shape[-1]).to(dtype)
-            of_inside = of_y @ up.to(dtype)
+            of_inside = _into_few(of_y, up.to(dtype))
             if subtracts:
                 of_inside = torch.cat([of_inside, -of_inside.sum(0, keepdim=True)])
             inside, of_h, found = backward(kind, h, of_inside, dict(zip(names, inner, strict=True)))
@@ -247,9 +248,16 @@ class _Pass(torch.autograd.Function):
                 of_x = (of_y @ weight.to(dtype)).addmm_(of_h, down.to(dtype)).view(shape).to(x_dtype)
             of_weight = (of_y.T @ rows).to(weight.dtype) if ctx.needs_input_grad[1] else None
             of_bias = None if bias is None else of_y.sum(0).to(bias.dtype)
-            of_down, of_up = (of_h.T @ rows).to(down.dtype), (of_y.T @ inside).to(up.dtype)
+            of_down, of_up = (of_h.T @ rows).to(down.dtype), _into_few(of_y.T, inside).to(up.dtype)
         others = (found[name].to(tensor.dtype) for name, tensor in zip(names, inner, strict=True))
         return of_x, of_weight, of_bias, of_down, of_down_bias, of_up, None, None, None, *others
+
+
+def _into_few(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left @ right, where `right` has few columns. On a CPU such a product takes several times as long as the same one
+    turned over, which has few rows."""
+    turned = right.shape[1] <= _NARROW and left.device.type == "cpu"
+    return (right.T @ left.T).T if turned else left @ right
 
 
 def _products(
