@@ -9,6 +9,7 @@ from dataclasses import asdict
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
+import torch
 from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import nn
@@ -41,7 +42,14 @@ class DiffusersTrainingQuantizer(DiffusersQuantizer):
         kwargs.get("keep_in_fp32_modules", []).extend(sorted(wanted))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        pass
+        for module in model.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if parameter.is_meta:  # the file did not have it
+                    setattr(module, name, nn.Parameter(torch.empty_like(parameter, device="cpu")))
+                else:
+                    parameter._is_hf_initialized = True
+        config: Any = self.quantization_config
+        config.build().complete(model)
 
     @property
     def is_serializable(self) -> bool:

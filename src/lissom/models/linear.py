@@ -54,6 +54,9 @@ def logical_rows(model: PreTrainedModel, name: str, rows: int) -> tuple[int, ...
 
 
 def require_original(model: PreTrainedModel) -> None:
-    """Raise a `UserError` where the weights of `model` are quantised."""
+    """Raise a `UserError` where the weights of `model` are quantised, or layers of another method are in it."""
+    method = getattr(getattr(model.config, "quantization_config", None), "method", None)
+    if method:
+        raise UserError(f"The model has the layers of {method} in it: start from a plain one.")
     if getattr(model, "is_quantized", False) or any(isinstance(m, PackedLinear) for m in model.modules()):
         raise UserError("The model is quantised already: start from its original weights.")

@@ -9,6 +9,7 @@ import torch
 from tiny import ALL_ARCHITECTURES, tiny_model
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     BertConfig,
@@ -348,6 +349,10 @@ def test_quantised_models_are_refused():
 
     with pytest.raises(UserError, match="quantised already"):
         NOBLE.convert(lissom.Quantize(method="rtn").convert(tiny_model("llama")))
+    with pytest.raises(UserError, match="layers of noble"):
+        lissom.Quantize(method="rtn").convert(NOBLE.convert(tiny_model("llama")))
+    with pytest.raises(UserError, match="layers of noble"):
+        lissom.SparseBitNetConfig().convert(NOBLE.convert(tiny_model("llama")))
 
 
 def test_it_is_found_by_its_name_and_is_not_for_recipes():
@@ -378,3 +383,26 @@ def test_nothing_is_said_of_layers_that_are_all_there(caplog):
     with caplog.at_level(logging.WARNING):
         NOBLE.convert(tiny_model("llama"))
     assert not caplog.text
+
+
+def test_a_new_model_of_a_known_config_is_begun_from_scratch(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    NOBLE.convert(AutoModelForCausalLM.from_config(config))
+    with pytest.raises(UserError, match="loaded from a checkpoint"):
+        NOBLE.convert(nn.Sequential(AutoModelForCausalLM.from_pretrained(tmp_path)))
+
+
+def test_drift_is_none_in_a_model_without_its_head(tmp_path):
+    from lissom.weights.noble.diagnostics import omega_drift
+
+    NOBLE.convert(tiny_model("llama")).save_pretrained(tmp_path)
+    bare = AutoModel.from_pretrained(tmp_path)
+    assert all(omega_drift(layer) == 0 for layer in layers_of(bare).values())
+
+
+def test_a_whole_name_means_one_layer():
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(8, 8)])})
+    model["encoder"] = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(8, 8)])})
+    NobleConfig(rank=2, target_modules=("layers.0",)).convert(model)
+    assert list(layers_of(model)) == ["layers.0"]

@@ -93,3 +93,16 @@ def test_gradients_reach_every_branch():
         assert all(bool(parameter.grad.any()) for parameter in layer.noble.parameters())
     groups = noble_parameter_groups(model, 1e-3)
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
+def test_a_plain_checkpoint_with_noble_in_its_config_gets_new_branches(tmp_path):
+    model, inputs = dit()
+    model.save_pretrained(tmp_path)
+    settings = NobleConfig(rank=4, mode="add-on")
+    wanted = output(settings.convert(model), inputs)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "lissom_training", "method": "noble", "version": 1, "settings": {"rank": 4, "mode": "add-on"},
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert torch.equal(output(type(model).from_pretrained(tmp_path), inputs), wanted)

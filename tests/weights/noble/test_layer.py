@@ -60,8 +60,7 @@ def test_both_passes_give_what_the_formulas_say(kind, preset, centred, conv, row
 def test_gradients_are_those_of_plain_operations_in_float64(kind, preset, centred, bias, rows):
     layer = layer_of(kind, bias=bias, preset=preset, centred=centred)
     exact = copy.deepcopy(layer)
-    for parameter in exact.parameters():
-        parameter.data = parameter.data.double()
+    exact.double()
     exact.fused = False
     x, of_y = torch.randn(2, rows, 20), torch.randn(2, rows, 12)
     found = []
@@ -76,8 +75,6 @@ def test_gradients_are_those_of_plain_operations_in_float64(kind, preset, centre
 
 def test_float64_gradients_pass_gradcheck():
     layer = layer_of(rows=5, columns=6, rank=3).double()
-    for name in ("omega_0", "phi_0", "omega_1", "phi_1"):
-        getattr(layer.noble, name).data = getattr(layer.noble, name).data.double()
     x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *layer.parameters()), atol=1e-4, eps=1e-4)
 
@@ -195,3 +192,35 @@ def test_torch_compile_gives_the_same(kind):
 
 def test_only_layers_with_branches_are_counted():
     assert not layers_of(nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize("tokens", [3, 100])
+@pytest.mark.parametrize("fused", [True, False])
+def test_what_comes_out_is_as_a_plain_layers(fused, tokens):
+    layer = layer_of()
+    layer.fused = fused
+    y = layer(torch.randn(2, tokens, 20))
+    assert y.is_contiguous() and y.view(2, -1).shape == (2, tokens * 12)
+    y += 1
+    y.sum().backward()
+    assert layer(torch.randn(20)).shape == (12,) and layer(torch.randn(0, 20)).shape == (0, 12)
+
+
+def test_second_derivatives_are_refused_rather_than_wrong():
+    layer = layer_of()
+    x = torch.randn(3, 20, requires_grad=True)
+    (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+    layer.fused = False  # computes them
+    (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias", "noble.down", "noble.omega_0"])
+def test_what_is_frozen_has_no_gradient(frozen):
+    layer = layer_of()
+    layer.get_parameter(frozen).requires_grad_(False)
+    layer(torch.randn(70, 20)).sum().backward()
+    for name, parameter in layer.named_parameters():
+        assert (parameter.grad is None) == (name == frozen), name

@@ -41,7 +41,6 @@ PLAIN, HALF, BIASED, WIDER = "baseline", "half init", "biases", "wider"
 LINEAR, GELU, COSNET = "linear branch", "GELU branch", "CosNet"
 CENTRED, REPO = "CosNet, centred", "CosNet, repo preset"
 MAIN = (PLAIN, HALF, BIASED, LINEAR, GELU, COSNET, WIDER)  # the arms of the comparison
-CONTROLS = (PLAIN, HALF, BIASED, LINEAR, GELU)  # what CosNet is to beat
 ARMS = (*MAIN, CENTRED, REPO)
 _BRANCHES: Mapping[str, dict[str, Any]] = {
     LINEAR: {"activation": "identity"},
@@ -251,7 +250,8 @@ def apart(windows: TokenWindows, every: int, batch: int) -> tuple[TokenWindows, 
 
 def _identity(model: PreTrainedModel, size: Size, arm: str, config: TrainConfig) -> str:
     shape = size.vocabulary, sorted(size.model.items()), size.held_out, size.rank
-    return f"{arm}/{config.seed}/{scope(model, shape, asdict(config))}"
+    settings = [sorted(_BRANCHES[arm].items())] if _BRANCHES.get(arm) else []
+    return f"{arm}/{config.seed}/{scope(model, shape, asdict(config), *settings)}"
 
 
 def config_of(size: Size, seed: int, rate: float, steps: int | None = None) -> TrainConfig:
@@ -301,7 +301,7 @@ def build(arm: str, size: Size, seed: int) -> PreTrainedModel:
     if arm == HALF:
         with torch.no_grad():
             for name, module in chosen_layers(model, NobleConfig(rank=size.rank)).items():
-                random = generator(seed, f"{name}.weight")
+                random = generator(seed, f"{name.removeprefix('model.')}.weight")  # CosNet's
                 module.weight.copy_(draw_main(tuple(module.weight.shape), module.weight.shape[1], random))
     return model
 

@@ -30,10 +30,10 @@ def convert(model: nn.Module, settings: NobleConfig) -> nn.Module:
         raise UserError("The model has branches already.")
     if isinstance(model, PreTrainedModel):
         require_original(model)
-    origin = _origin(model)
-    if settings.mode == "scratch" and origin:
+    if settings.mode == "scratch" and (loaded := _loaded(model, chosen_layers(model, settings))):
         raise UserError(
-            f"The model was loaded from {origin}, and mode='scratch' would draw its weights again: give mode='add-on'."
+            f"{loaded} was loaded from a checkpoint, and mode='scratch' would draw its weights again: "
+            "give mode='add-on'."
         )
     place(model, settings)
     for layer in layers_of(model).values():
@@ -55,8 +55,10 @@ def place(model: nn.Module, settings: NobleConfig) -> None:
             )
         if not module.weight.is_meta:
             check_finite(module.weight.detach(), name)
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
     for name, module in chosen.items():
-        model.set_submodule(name, branched(module, settings, name))
+        own = name.removeprefix(prefix)  # the same with and without a head: what is drawn depends on it
+        model.set_submodule(name, branched(module, settings, own))
     if isinstance(model, PreTrainedModel):  # `from_pretrained(dtype=...)` asks for this
         kept = set(model._keep_in_fp32_modules_strict or ())
         model._keep_in_fp32_modules_strict = kept | {r"\.noble\.omega_\d", r"\.noble\.phi_\d"}
@@ -76,7 +78,9 @@ def chosen_layers(model: nn.Module, settings: NobleConfig) -> dict[str, nn.Modul
     else:
         found = {}
         for pattern in settings.target_modules:
-            fitting = {name: module for name, module in linear.items() if _fits(name, pattern, prefix)}
+            whole = [name for name in (pattern, pattern.removeprefix(prefix)) if name in linear]
+            names = whole or [name for name in linear if _fits(name, pattern, prefix)]
+            fitting = {name: linear[name] for name in names}
             if not fitting:
                 raise UserError(f"target_modules: no linear layer is called {pattern!r}; there are {_some(linear)}.")
             found |= fitting
@@ -124,10 +128,13 @@ def prune(model: nn.Module, names: Iterable[str]) -> nn.Module:
     return model
 
 
-def _origin(model: nn.Module) -> str:
-    """Where the weights were loaded from, if anywhere."""
-    config = getattr(model, "config", None)
-    return str(getattr(model, "name_or_path", "") or getattr(config, "_name_or_path", "") or "")
+def _loaded(model: nn.Module, layers: dict[str, nn.Module]) -> str:
+    """The name of a layer whose weight came from a checkpoint, if any: transformers marks such weights, and models of
+    diffusers know where they came from."""
+    if getattr(getattr(model, "config", None), "_name_or_path", None) and not isinstance(model, PreTrainedModel):
+        return type(model).__name__
+    marked = (name for name, module in layers.items() if getattr(module.weight, "_is_hf_initialized", False))
+    return next(marked, "")
 
 
 def _sizes(module: nn.Module) -> tuple[int, int]:

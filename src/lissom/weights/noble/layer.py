@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from lissom.weights.noble.activation import Tensors, backward, forward, shapes
@@ -72,13 +73,13 @@ class Branch(nn.Module):
         return {own: getattr(self, own) for own in self.inner}
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Branch:
-        """Frequencies and phases stay fp32, wherever the model goes."""
+        """Frequencies and phases keep fp32 where the rest of the model goes to 16 bits."""
         waves = {own: getattr(self, own) for own in self.inner if _is_wave(own)}
         kept = {own: (parameter.data, parameter.grad) for own, parameter in waves.items()}
         super()._apply(fn, recurse)
         for own, (data, gradient) in kept.items():
             parameter = getattr(self, own)
-            if parameter.dtype != data.dtype:
+            if parameter.dtype.itemsize < data.dtype.itemsize:
                 parameter.data = data.to(parameter.device)
                 if gradient is not None:
                     parameter.grad = gradient.to(parameter.device)
@@ -121,19 +122,21 @@ class Branched:
         if not self.fused or torch.compiler.is_exporting():
             return F.linear(x, self.matrix(), self.bias) + self.branch(x)
         down_bias = getattr(branch, "down_bias", None)
-        return _Pass.apply(
-            x, self.matrix(), self.bias, branch.down, down_bias, branch.up, branch.settings.activation,
-            branch.settings.subtracts, branch.inner, *branch.tensors().values(),
+        y: torch.Tensor = _Pass.apply(
+            x.reshape(-1, x.shape[-1]), self.matrix(), self.bias, branch.down, down_bias, branch.up,
+            branch.settings.activation, branch.settings.subtracts, branch.inner, *branch.tensors().values(),
         )  # fmt: skip
+        return y.view(*x.shape[:-1], branch.out_features)
 
     def branch(self, x: torch.Tensor) -> torch.Tensor:
         """What the branch alone adds, by plain operations."""
         branch, settings = self.noble, self.noble.settings
         down_bias, tensors = getattr(branch, "down_bias", None), branch.tensors()
-        inside = forward(settings.activation, F.linear(x, branch.down, down_bias).flatten(0, -2), tensors, False)
+        rows = F.linear(x, branch.down, down_bias).reshape(-1, branch.rank)
+        inside = forward(settings.activation, rows, tensors, False)
         if settings.subtracts:
             inside = inside - forward(settings.activation, _of_zero(branch.down, down_bias), tensors, False)
-        return F.linear(inside.unflatten(0, x.shape[:-1]) if x.ndim != 2 else inside, branch.up)
+        return F.linear(inside, branch.up).view(*x.shape[:-1], branch.out_features)
 
 
 class BranchedLinear(Branched, nn.Linear):
@@ -194,8 +197,8 @@ def _of_zero(down: torch.Tensor, down_bias: torch.Tensor | None) -> torch.Tensor
 
 
 class _Pass(torch.autograd.Function):
-    """The layer with its branch. `[W | W_down]` is one product; what is kept is the input and what W_down makes of it,
-    and the backward pass computes the activation again.
+    """The layer with its branch, for `[tokens, in_features]`. `[W | W_down]` is one product; what is kept is the input
+    and what W_down makes of it, and the backward pass computes the activation again.
 
     Under autocast products are of its dtype, and phases fp32.
     """
@@ -217,25 +220,26 @@ class _Pass(torch.autograd.Function):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         with torch.autocast(device, enabled=False):
-            rows = x.reshape(-1, x.shape[-1]).to(dtype)
+            rows = x.to(dtype)
             main, h = _products(rows, weight, bias, down, down_bias, dtype)
             if subtracts:
                 h = torch.cat([h, _of_zero(down, down_bias).to(dtype)])
             inside = forward(kind, h, dict(zip(names, inner, strict=True)))
             if subtracts:
                 inside = inside[:-1] - inside[-1]
-            y = main.addmm_(inside, up.to(dtype).T)
+            y = torch.addmm(main, inside, up.to(dtype).T)
         ctx.save_for_backward(rows, h, weight, down, up, *inner)
-        ctx.settings = kind, subtracts, names, x.shape, x.dtype, bias, down_bias
-        return y.view(*x.shape[:-1], weight.shape[0])
+        ctx.settings = kind, subtracts, names, x.dtype, bias, down_bias
+        return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Any) -> Any:
         rows, h, weight, down, up, *inner = ctx.saved_tensors
-        kind, subtracts, names, shape, x_dtype, bias, down_bias = ctx.settings
+        kind, subtracts, names, x_dtype, bias, down_bias = ctx.settings
         dtype = rows.dtype
         with torch.autocast(rows.device.type, enabled=False):
-            of_y = gradients[0].reshape(-1, gradients[0].shape[-1]).to(dtype)
+            of_y = gradients[0].to(dtype)
             of_inside = _into_few(of_y, up.to(dtype))
             if subtracts:
                 of_inside = torch.cat([of_inside, -of_inside.sum(0, keepdim=True)])
@@ -245,7 +249,7 @@ class _Pass(torch.autograd.Function):
                 inside, of_h = inside[:-1] - inside[-1], of_h[:-1]
             of_x = None
             if ctx.needs_input_grad[0]:
-                of_x = (of_y @ weight.to(dtype)).addmm_(of_h, down.to(dtype)).view(shape).to(x_dtype)
+                of_x = (of_y @ weight.to(dtype)).addmm_(of_h, down.to(dtype)).to(x_dtype)
             of_weight = (of_y.T @ rows).to(weight.dtype) if ctx.needs_input_grad[1] else None
             of_bias = None if bias is None else of_y.sum(0).to(bias.dtype)
             of_down, of_up = (of_h.T @ rows).to(down.dtype), _into_few(of_y.T, inside).to(up.dtype)
@@ -268,11 +272,11 @@ def _products(
     down_bias: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x W + b `[tokens, out_features]`, which may be overwritten, and x W_down + b_d `[tokens, rank]`."""
+    """x W + b `[tokens, out_features]`, and x W_down + b_d `[tokens, rank]`."""
     if rows.shape[0] < _FEW:
         narrow = [None if part is None else part.to(dtype) for part in (weight, bias, down, down_bias)]
         return F.linear(rows, narrow[0], narrow[1]), F.linear(rows, narrow[2], narrow[3])
-    both = torch.cat([weight, down]).to(dtype)
+    both = torch.cat([weight.to(dtype), down.to(dtype)])
     biases = None
     if bias is not None or down_bias is not None:
         parts = (weight.new_zeros(weight.shape[0]) if bias is None else bias, _of_zero(down, down_bias)[0])
