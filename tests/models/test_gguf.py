@@ -15,7 +15,7 @@ from lissom.errors import UserError
 from lissom.kernels.packed import unpack
 from lissom.kernels.packed_layers import PackedEmbedding, PackedLinear
 from lissom.models import assets
-from lissom.models.gguf import GgufFile, blocks, load_packed
+from lissom.models.gguf import GgufFile, blocks, load_dense, load_packed
 
 KINDS = (Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q4_K, Kind.Q6_K)
 
@@ -251,3 +251,10 @@ def test_the_embedded_model(smollm2):
         error = (packed(ids).logits - dense(ids).logits).norm() / dense(ids).logits.norm()
     assert error < 0.1
     assert (assets.cache_dir() / "smollm2-135m-gguf" / assets.GGUF_NAME).is_file()
+
+
+def test_methods_that_begin_from_scratch_know_a_file_when_they_see_one(tmp_path):
+    path = gguf_files.write(tmp_path / "m.gguf", gguf_files.model_of("llama"), Kind.F32, "llama")
+    model, _ = load_dense(path)
+    with pytest.raises(UserError, match="loaded from a checkpoint"):
+        lissom.NobleConfig(rank=4).convert(model)

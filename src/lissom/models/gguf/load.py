@@ -110,6 +110,8 @@ def load_model(
     missing = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if missing:
         raise UserError(f"{file.path} cannot be used: nothing in it is known to be {missing[0]} of the model.")
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True  # as `from_pretrained` marks what it has loaded
     if packed:
         attach(model)
     return model.eval()
