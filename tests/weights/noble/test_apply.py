@@ -14,6 +14,8 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertModel,
+    MambaConfig,
+    MambaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -406,3 +408,30 @@ def test_a_whole_name_means_one_layer():
     model["encoder"] = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(8, 8)])})
     NobleConfig(rank=2, target_modules=("layers.0",)).convert(model)
     assert list(layers_of(model)) == ["layers.0"]
+
+
+def test_a_layer_with_two_names_stays_one():
+    shared = nn.Linear(8, 8)
+    model = NobleConfig(rank=2).convert(nn.ModuleList([shared, shared]))
+    assert model[0] is model[1] and list(layers_of(model)) == ["0"]
+
+
+def test_layers_whose_weights_other_code_reads_are_left_out():
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
+    with pytest.raises(UserError, match="no linear layers that get a branch"):
+        NobleConfig(rank=2, mode="add-on").convert(encoder)
+    mamba = MambaForCausalLM(MambaConfig(hidden_size=64, num_hidden_layers=1, vocab_size=64, state_size=4))
+    NobleConfig(rank=2).convert(mamba)
+    mamba(torch.arange(9)[None]).logits.sum().backward()
+    assert not any("dt_proj" in name for name in layers_of(mamba))
+    for name, layer in layers_of(mamba).items():
+        assert layer.noble.up.grad is not None and bool(layer.noble.up.grad.any()), name
+
+
+def test_models_with_adapters_and_bare_layers_are_refused():
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(target_modules=["q_proj"], r=8))
+    with pytest.raises(UserError, match="adapters"):
+        NOBLE.convert(adapted)
+    with pytest.raises(UserError, match="linear layer itself"):
+        NOBLE.convert(nn.Linear(24, 24))

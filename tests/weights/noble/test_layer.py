@@ -224,3 +224,23 @@ def test_what_is_frozen_has_no_gradient(frozen):
     layer(torch.randn(70, 20)).sum().backward()
     for name, parameter in layer.named_parameters():
         assert (parameter.grad is None) == (name == frozen), name
+
+
+def test_16_bits_keep_the_gradients_of_frequencies_too():
+    layer = layer_of()
+    layer(torch.randn(9, 20)).sum().backward()
+    before = layer.noble.omega_0.grad.clone()
+    layer.bfloat16()
+    assert torch.equal(layer.noble.omega_0.grad, before) and layer.noble.mix_0.grad.dtype == torch.bfloat16
+
+
+def test_another_dtype_is_refused_as_plain_layers_refuse_it():
+    layer = layer_of()
+    for rows in (3, 100):
+        with pytest.raises(RuntimeError, match="dtype"):
+            layer(torch.zeros(rows, 20, dtype=torch.float64))
+
+
+def test_shapes_are_known_without_numbers():
+    layer = layer_of().to("meta")
+    assert layer(torch.zeros(3, 20, device="meta")).shape == (3, 12)

@@ -21,6 +21,7 @@ from lissom.weights.noble.layer import Branched, branched, initialise, plain
 # Parts of names of linear layers that see no tokens, or choose experts.
 _OTHER = ("norm", "adaln", "modulation", "router", "time_emb", "timestep")
 _ROUTERS = ("gate", "shared_expert_gate")
+_READ_ELSEWHERE = ("dt_proj",)  # of Mamba, whose code multiplies with the weight itself
 logger = logging.getLogger(__name__)
 
 
@@ -28,6 +29,8 @@ def convert(model: nn.Module, settings: NobleConfig) -> nn.Module:
     """See `NobleConfig.convert`."""
     if layers_of(model):
         raise UserError("The model has branches already.")
+    if hasattr(model, "peft_config"):
+        raise UserError("The model has adapters: put branches in first, and adapters on top, or merge them.")
     if isinstance(model, PreTrainedModel):
         require_original(model)
     if settings.mode == "scratch" and (loaded := _loaded(model, chosen_layers(model, settings))):
@@ -58,7 +61,9 @@ def place(model: nn.Module, settings: NobleConfig) -> None:
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     for name, module in chosen.items():
         own = name.removeprefix(prefix)  # the same with and without a head: what is drawn depends on it
-        model.set_submodule(name, branched(module, settings, own))
+        layer = branched(module, settings, own)
+        for place_of in [found for found, other in model.named_modules(remove_duplicate=False) if other is module]:
+            model.set_submodule(place_of, layer)
     if isinstance(model, PreTrainedModel):  # `from_pretrained(dtype=...)` asks for this
         kept = set(model._keep_in_fp32_modules_strict or ())
         model._keep_in_fp32_modules_strict = kept | {r"\.noble\.omega_\d", r"\.noble\.phi_\d"}
@@ -70,7 +75,13 @@ def chosen_layers(model: nn.Module, settings: NobleConfig) -> dict[str, nn.Modul
     Raises:
         UserError: there are none, or a pattern fits none.
     """
-    linear = {name: module for name, module in model.named_modules() if type(module) in KINDS}
+    if type(model) in KINDS:
+        raise UserError("The model is a linear layer itself: put it into a module.")
+    linear = {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) in KINDS and not _is_read_elsewhere(model, name)
+    }
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     if settings.target_modules is None:
         head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
@@ -140,6 +151,12 @@ def _loaded(model: nn.Module, layers: dict[str, nn.Module]) -> str:
 def _sizes(module: nn.Module) -> tuple[int, int]:
     rows, columns = module.weight.shape
     return (columns, rows) if isinstance(module, nn.Linear) else (rows, columns)
+
+
+def _is_read_elsewhere(model: nn.Module, name: str) -> bool:
+    """Whether other code multiplies with the layer's weight, past whatever the layer does."""
+    parent, _, own = name.rpartition(".")
+    return own in _READ_ELSEWHERE or isinstance(model.get_submodule(parent), nn.TransformerEncoderLayer)
 
 
 def _in_block(model: nn.Module, name: str) -> bool:

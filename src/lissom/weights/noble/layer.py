@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -74,15 +75,15 @@ class Branch(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Branch:
         """Frequencies and phases keep fp32 where the rest of the model goes to 16 bits."""
-        waves = {own: getattr(self, own) for own in self.inner if _is_wave(own)}
-        kept = {own: (parameter.data, parameter.grad) for own, parameter in waves.items()}
-        super()._apply(fn, recurse)
-        for own, (data, gradient) in kept.items():
-            parameter = getattr(self, own)
-            if parameter.dtype.itemsize < data.dtype.itemsize:
-                parameter.data = data.to(parameter.device)
-                if gradient is not None:
-                    parameter.grad = gradient.to(parameter.device)
+        waves = [getattr(self, own) for own in self.inner if _is_wave(own)]
+        kept = [*waves, *(wave.grad for wave in waves)]
+
+        def widest(tensor: torch.Tensor) -> torch.Tensor:
+            applied = fn(tensor)
+            narrowed = applied.dtype.itemsize < tensor.dtype.itemsize and any(tensor is own for own in kept)
+            return tensor.to(applied.device) if narrowed else applied
+
+        super()._apply(widest, recurse)
         return self
 
     def extra_repr(self) -> str:
@@ -217,10 +218,12 @@ class _Pass(torch.autograd.Function):
         names: tuple[str, ...],
         *inner: torch.Tensor,
     ) -> torch.Tensor:
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        with torch.autocast(device, enabled=False):
+        device, dtype, rows = x.device.type, weight.dtype, x
+        autocasts = torch.amp.is_autocast_available(device)
+        if autocasts and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
             rows = x.to(dtype)
+        with torch.autocast(device, enabled=False) if autocasts else nullcontext():
             main, h = _products(rows, weight, bias, down, down_bias, dtype)
             if subtracts:
                 h = torch.cat([h, _of_zero(down, down_bias).to(dtype)])
