@@ -40,6 +40,8 @@ def counted(threads: int) -> str:
 def stamp(facts: dict[str, Any]) -> str:
     """Where, with what and when it was measured."""
     machine, versions = facts["machine"], facts["versions"]
+    if "gpu" in machine:
+        return f"{machine['gpu']}, torch {versions['torch']}, {facts['date'][:10]}."
     return (
         f"{machine['cpu']}, {counted(machine['threads'])}, torch {versions['torch']}, "
         f"transformers {versions['transformers']}, {facts['date'][:10]}."
@@ -408,8 +410,7 @@ def flash_prefill_gpu() -> str:
                 cell += f" ({row['ratio']:.2f}x, {rows[f'{entries}/{arm}/density']['value']:.0%})"
             line.append(cell)
         lines.append([*line, f"{rows[f'{entries}/flashprefill/choosing']['value']:.2f}"])
-    where = f"{facts['machine']['gpu']}, torch {facts['versions']['torch']}, {facts['date'][:10]}."
-    return f"{markdown(['entries', *arms, 'choosing'], lines)}\n\n{where}"
+    return f"{markdown(['entries', *arms, 'choosing'], lines)}\n\n{stamp(facts)}"
 
 
 def _prompt(rows: Rows, entries: int) -> list[float]:
@@ -532,12 +533,7 @@ def noble_cost(device: str) -> str:
         shares = [rows[f"step/{step}/{what}/{arm}"] for arm in (eager, fused)]
         one, other = (row["value"] / row["baseline"] - 1 for row in shares)
         words.append(f"{title} {other:+.1%}" if one == other else f"{title} {one:+.1%} and, fused, {other:+.1%}")
-    where = (
-        stamp(facts)
-        if device == "cpu"
-        else (f"{facts['machine']['gpu']}, torch {facts['versions']['torch']}, {facts['date'][:10]}.")
-    )
-    return f"{verdicts(facts)}\n\n{table}\n\nOf the step, against no branches: {'; '.join(words)}. {where}"
+    return f"{verdicts(facts)}\n\n{table}\n\nOf the step, against no branches: {'; '.join(words)}. {stamp(facts)}"
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -308,10 +308,7 @@ def build(arm: str, size: Size, seed: int) -> PreTrainedModel:
 
 def wider(size: Size) -> int:
     """Width of the MLP that has as many parameters more as CosNet's branches, to the nearest one."""
-    plain = new_model(size.vocabulary, **size.model, context=size.config.context)
-    branched = NobleConfig(rank=size.rank).convert(
-        new_model(size.vocabulary, **size.model, context=size.config.context)
-    )
+    plain, branched = (build(arm, size, 0) for arm in (PLAIN, COSNET))
     added = sum(p.numel() for p in branched.parameters()) - sum(p.numel() for p in plain.parameters())
     config = plain.config
     return config.intermediate_size + round(added / (3 * config.hidden_size * config.num_hidden_layers))

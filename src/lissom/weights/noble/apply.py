@@ -33,12 +33,13 @@ def convert(model: nn.Module, settings: NobleConfig) -> nn.Module:
         raise UserError("The model has adapters: put branches in first, and adapters on top, or merge them.")
     if isinstance(model, PreTrainedModel):
         require_original(model)
-    if settings.mode == "scratch" and (loaded := _loaded(model, chosen_layers(model, settings))):
+    chosen = chosen_layers(model, settings)
+    if settings.mode == "scratch" and (loaded := _loaded(model, chosen)):
         raise UserError(
             f"{loaded} was loaded from a checkpoint, and mode='scratch' would draw its weights again: "
             "give mode='add-on'."
         )
-    place(model, settings)
+    _put_in(model, settings, chosen)
     for layer in layers_of(model).values():
         initialise(layer)
     mark(model, settings)
@@ -47,7 +48,10 @@ def convert(model: nn.Module, settings: NobleConfig) -> nn.Module:
 
 def place(model: nn.Module, settings: NobleConfig) -> None:
     """Put branches in whose tensors are still to be filled; nothing is changed where one cannot be."""
-    chosen = chosen_layers(model, settings)
+    _put_in(model, settings, chosen_layers(model, settings))
+
+
+def _put_in(model: nn.Module, settings: NobleConfig, chosen: dict[str, nn.Module]) -> None:
     for name, module in chosen.items():
         in_features, out_features = _sizes(module)
         rank = settings.rank_of(in_features, out_features)

@@ -28,8 +28,7 @@ class NobleConfig:
         preset: where the sources conflict. `paper`: what two re-implementations that cite the paper agree on;
             `repo`: the published code. They differ in learning rates, in how the inner matrix begins, and in biases.
         target_modules: names of linear layers, or their ends (`q_proj`), with `*` for anything; a whole name means that
-            layer alone. None: all linear layers
-            of the model's blocks but routers and modulations.
+            layer alone. None: all linear layers of the model's blocks but routers and modulations.
         exclude_modules: likewise, of layers that stay plain.
         mode: `scratch` (paper): for a new model, whose main weights are drawn again, half as large. `add-on`
             (extension): for a trained one, whose weights stay; branches are centred.
