@@ -93,8 +93,7 @@ def main() -> None:
                     f"{row.name}: {row.value:.4g} {row.unit}" + (f" ({row.ratio:.2f}x)" if row.ratio else ""),
                     flush=True,
                 )
-    facts = describe()
-    facts["machine"]["gpu"] = torch.cuda.get_device_name()
+    facts = describe(gpu=True)
     if given.json:
         Result("flash-prefill-gpu", rows, facts=facts).write(given.json)
 

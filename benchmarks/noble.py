@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -18,11 +17,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lissom.devices.machine import describe
-from lissom.devices.meters import interleaved
-from lissom.evals.checks.noble import kept_bytes, operations
 from lissom.evals.stats import Interval, ratio_interval, verdict
+from lissom.evals.training_steps import kept_bytes, loss_of, operations, rounds_of, step
 from lissom.report.rows import Claim, Result, Row
-from lissom.train.distill import cross_entropy
 from lissom.weights.noble import NobleConfig, noble_parameter_groups
 from lissom.weights.noble.apply import layers_of
 
@@ -41,26 +38,6 @@ MODELS = {
 }  # fmt: skip
 
 
-def rounds_of(works: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each, in turn in every round, behind two rounds that do not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in works}
-    timed = {name: partial(_seconds, work, device) for name, work in works.items()}
-    for number, (name, taken) in enumerate(interleaved(timed, rounds + 2)):
-        if number >= 2 * len(works):
-            seconds[name].append(taken)
-    return seconds
-
-
-def _seconds(work: Callable[[], Any], device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    begin = time.perf_counter()
-    work()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
-
-
 def layer_rows(columns: int, rows: int, rank: int, rounds: int, device: str) -> list[Row]:
     """One layer, forward and backward."""
     tokens, dtype = TOKENS[device], torch.bfloat16 if device == "cuda" else torch.float32
@@ -72,7 +49,7 @@ def layer_rows(columns: int, rows: int, rank: int, rounds: int, device: str) -> 
     x = torch.randn(tokens, columns, device=device, dtype=dtype, requires_grad=True)
     gradient = torch.randn(tokens, rows, device=device, dtype=dtype)
     works = {name: lambda layer=layer: layer(x).backward(gradient) for name, layer in layers.items()}
-    seconds = rounds_of(works, rounds, device)
+    seconds = rounds_of(works, rounds)
     title = f"layer/{columns} to {rows}, rank {rank}"
     found = [_row(f"{title}/{name}", seconds, name, PLAIN) for name in layers]
     found.append(_row(f"{title}/{FUSED} against {EAGER}", seconds, FUSED, EAGER))
@@ -84,7 +61,7 @@ def step_rows(rounds: int, device: str, quick: bool) -> list[Row]:
     config, rank, shape = MODELS[device]
     if quick:
         config = LlamaConfig(**config.to_diff_dict() | {"num_hidden_layers": 1})
-    ids = torch.randint(config.vocab_size, shape, device=device)
+    ids, bf16 = torch.randint(config.vocab_size, shape, device=device), device == "cuda"
     models = {}
     for name in (PLAIN, EAGER, FUSED):
         torch.manual_seed(0)
@@ -94,15 +71,11 @@ def step_rows(rounds: int, device: str, quick: bool) -> list[Row]:
     for layer in layers_of(models[EAGER]).values():
         layer.fused = False
 
-    def loss_of(model: Any) -> torch.Tensor:
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            return cross_entropy(model(input_ids=ids, use_cache=False).logits, ids)
-
     flops = {name: operations(model) for name, model in models.items()}
     counts = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
     kept = {}
     for name, model in models.items():
-        kept[name] = kept_bytes(model, partial(loss_of, model))
+        kept[name] = kept_bytes(model, partial(loss_of, model, ids, bf16))
     runs: dict[str, Any] = dict(models)
     if device == "cuda":
         runs |= {COMPILED[name]: torch.compile(models[name]) for name in models}
@@ -110,13 +83,9 @@ def step_rows(rounds: int, device: str, quick: bool) -> list[Row]:
         name: torch.optim.AdamW(noble_parameter_groups(model, 1e-4, 0.1), fused=True) for name, model in models.items()
     }
 
-    def step(name: str) -> None:
-        optimizer = optimizers[next(own for own in models if name in (own, COMPILED[own]))]
-        loss_of(runs[name]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    seconds = rounds_of({name: lambda name=name: step(name) for name in runs}, rounds, device)
+    optimizers |= {COMPILED[name]: own for name, own in optimizers.items()}
+    works = {name: partial(step, model, optimizers[name], ids, bf16) for name, model in runs.items()}
+    seconds = rounds_of(works, rounds)
     title = f"step/{counts[PLAIN] / 1e6:.0f}M parameters, rank {rank}"
     found = [_row(f"{title}/{name}", seconds, name, PLAIN) for name in runs]
     found.append(_row(f"{title}/{FUSED} against {EAGER}", seconds, FUSED, EAGER))
@@ -165,10 +134,7 @@ def main() -> None:
     for shape in SHAPES[given.device][: 1 if given.quick else None]:
         rows += layer_rows(*shape, rounds, given.device)
     rows += step_rows(rounds, given.device, given.quick)
-    facts = describe()
-    if given.device == "cuda":
-        facts["machine"]["gpu"] = torch.cuda.get_device_name()
-    result = Result(f"noble-cost-{given.device}", rows, claims(rows), facts)
+    result = Result(f"noble-cost-{given.device}", rows, claims(rows), describe(gpu=given.device == "cuda"))
     if given.json:
         result.write(given.json)
     if given.json != "-":

@@ -2,27 +2,23 @@
 
 A Llama-like model of 28 million parameters on 10 million tokens of three kinds of text, each seen once, in bf16. Where
 the machine with the GPU has no network, `--prepare FILE` writes the tokens on another one, and `--tokens FILE` reads
-them. Runs are made seed by seed, and none is begun behind `--seconds`.
+them. A run that was stopped goes on behind the last arm and seed in its journal.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
-import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
+from rich.console import Console
 
-from lissom.devices.machine import describe
 from lissom.evals.checks import noble as study
-from lissom.evals.journal import Journal
 from lissom.files import atomic_path
-from lissom.train import TokenWindows, TrainConfig, new_tokenizer, token_windows, train
+from lissom.report.checks.noble import result, tables
+from lissom.train import TokenWindows, TrainConfig, new_tokenizer, token_windows
 
 CORPORA = ("sotu", "kernel-docs", "python-docs")
 ARMS = (study.PLAIN, study.COSNET, study.BIASED, study.LINEAR, study.WIDER)
@@ -50,43 +46,14 @@ def prepare(file: Path) -> None:
         np.savez_compressed(stream, tokens=np.concatenate(tokens))
 
 
-def measure(size: study.Size, tokens: np.ndarray, journal: Path, seconds: float) -> None:
-    """Every run that is not in the journal yet, as long as there is time."""
-    known, begin = Journal(journal), time.monotonic()
+def measure(size: study.Size, tokens: np.ndarray, journal: Path) -> study.Run:
+    """Every run that is not in the journal yet."""
     windows, held_out = study.apart(TokenWindows(tokens, size.config.context), size.held_out, size.config.batch_size)
-    if "timing" not in known:
-        known.add("timing", study.timed(size, torch.accelerator.current_accelerator()))
-
-    def run(identity: str, arm: str, config: TrainConfig) -> None:
-        if identity in known or time.monotonic() - begin > seconds:
-            return
-        started = time.monotonic()
-        model = study.build(arm, size, config.seed)
-        with tempfile.TemporaryDirectory() as folder:
-            history = train(config, model, None, windows, held_out, Path(folder))
-        measured = [[entry["step"], entry["eval_loss"]] for entry in history if "eval_loss" in entry]
-        taken = time.monotonic() - started
-        known.add(identity, {"arm": arm, "seed": config.seed, "held_out": measured, "seconds": taken})
-        print(f"{identity}: {measured[-1][1]:.4f} in {taken:.0f} s", flush=True)
-
-    for rate in size.rates:
-        for arm in (study.PLAIN, study.COSNET):
-            run(f"tuning/{arm}/{rate}", arm, study.config_of(size, 1000, rate, size.tuning_steps))
-    best = {}
-    for arm in (study.PLAIN, study.COSNET):
-        best[arm] = min(size.rates, key=lambda rate, arm=arm: known[f"tuning/{arm}/{rate}"]["held_out"][-1][1])
-    for seed in size.seeds:
-        for arm in size.arms:
-            rate = best[study.COSNET if arm in (study.COSNET, study.LINEAR) else study.PLAIN]
-            run(f"{arm}/{seed}", arm, study.config_of(size, seed, rate))
+    return study.measure(study.build(study.PLAIN, size, 0), size, windows, held_out, journal, _tell)
 
 
-def result(size: study.Size, journal: Path) -> dict[str, Any]:
-    """What is in the journal, for the tables."""
-    facts = describe()
-    if torch.cuda.is_available():
-        facts["machine"]["gpu"] = torch.cuda.get_device_name()
-    return {"name": "noble-gpu", **facts, "config": asdict(size.config), "records": Journal(journal).records}
+def _tell(stage: str, done: int, total: int) -> None:
+    print(f"{stage}: {done} of {total}", flush=True)
 
 
 def main() -> None:
@@ -95,8 +62,7 @@ def main() -> None:
     parser.add_argument("--prepare", type=Path, metavar="FILE", help="write the tokens, and end")
     parser.add_argument("--tokens", type=Path, metavar="FILE", help="what --prepare has written")
     parser.add_argument("--journal", type=Path, default=Path("lissom-check/noble-gpu.jsonl"))
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no run after these")
-    parser.add_argument("--json", metavar="FILE", help="write the records")
+    parser.add_argument("--json", metavar="FILE", help="write the result")
     given = parser.parse_args()
     if given.prepare:
         prepare(given.prepare)
@@ -105,9 +71,11 @@ def main() -> None:
         given.tokens = Path(tempfile.mkdtemp()) / "tokens.npz"
         prepare(given.tokens)
     size = QUICK if given.quick else SIZE
-    measure(size, np.load(given.tokens)["tokens"], given.journal, given.seconds)
+    run = measure(size, np.load(given.tokens)["tokens"], given.journal)
+    for table in tables(run):
+        Console().print(table)
     if given.json:
-        Path(given.json).write_text(json.dumps(result(size, given.journal)))
+        replace(result(run), name="noble-gpu").write(given.json)
 
 
 if __name__ == "__main__":

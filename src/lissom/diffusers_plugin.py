@@ -14,7 +14,7 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import nn
 
-from lissom.training_plugin import NAME, TrainingConfig
+from lissom.training_plugin import NAME, OTHER_HOSTS, Host, TrainingConfig
 
 if TYPE_CHECKING:
     from lissom.models.method import Trainable
@@ -67,15 +67,19 @@ class DiffusersTrainingQuantizer(DiffusersQuantizer):
         return True
 
 
-def mark(model: Any, method: Trainable) -> None:
-    """Let diffusers know that `model` has the method's trainable layers: `from_pretrained` makes them again."""
+def _made(model: nn.Module) -> bool:
+    from diffusers import ModelMixin  # here: diffusers may be in the middle of importing it
+
+    return isinstance(model, ModelMixin)
+
+
+def _mark(model: Any, method: Trainable) -> None:
     config = DiffusersTrainingConfig(method.name, asdict(method))  # type: ignore[call-overload]
     model.register_to_config(quantization_config=config)
     model.hf_quantizer = DiffusersTrainingQuantizer(config)
 
 
-def unmark(model: Any) -> None:
-    """The model has no such layers any more."""
+def _unmark(model: Any) -> None:
     left = {name: value for name, value in model.config.items() if name != "quantization_config"}
     model._internal_dict = FrozenDict(left)
     del model.hf_quantizer
@@ -86,6 +90,7 @@ def _register() -> None:
 
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(NAME, DiffusersTrainingConfig)
     auto.AUTO_QUANTIZER_MAPPING.setdefault(NAME, DiffusersTrainingQuantizer)
+    OTHER_HOSTS.append(Host(_made, _mark, _unmark))
 
 
 _register()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -133,10 +134,21 @@ def attach(model: nn.Module) -> None:
 
 def adopt(model: nn.Module, quantizer: HfQuantizer) -> None:
     """Let transformers think that it has loaded `model` with `quantizer`, whose config it then saves."""
+    _own_config(model)
     model.config.quantization_config = quantizer.quantization_config
     model.hf_quantizer = quantizer
     model.is_quantized, model.quantization_method = True, quantizer.quantization_config.quant_method
     _assign_is_quantized(model)
+
+
+def _own_config(model: nn.Module) -> None:
+    """Give `model` a config that no other model has been made of."""
+    copies: dict[int, Any] = {}
+    deepcopy(model.config, copies)
+    for module in model.modules():
+        config = vars(module).get("config")
+        if id(config) in copies:
+            module.config = copies[id(config)]
 
 
 def _described(model: nn.Module) -> PackedConfig:

@@ -7,8 +7,8 @@ imported while transformers itself is being imported, so it takes the rest of li
 from __future__ import annotations
 
 import logging
-import sys
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +22,18 @@ if TYPE_CHECKING:
 NAME = "lissom_training"
 _VERSION = 1
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Host:
+    """A library beside transformers that saves and loads models: `made` says whether one is of it."""
+
+    made: Callable[[nn.Module], bool]
+    mark: Callable[[Any, Trainable], None]
+    unmark: Callable[[Any], None]
+
+
+OTHER_HOSTS: list[Host] = []  # those that have been imported
 
 
 class TrainingConfig(QuantizationConfigMixin):
@@ -99,10 +111,9 @@ class TrainingQuantizer(HfQuantizer):
 def mark(model: nn.Module, method: Trainable) -> None:
     """Let transformers or diffusers know that `model` has the method's trainable layers: `from_pretrained` makes them
     again. A module of neither has no checkpoints of its own."""
-    if _is_of_diffusers(model):
-        from lissom import diffusers_plugin
-
-        diffusers_plugin.mark(model, method)
+    for host in OTHER_HOSTS:
+        if host.made(model):
+            host.mark(model, method)
     if not hasattr(model, "get_input_embeddings"):
         return
     from lissom.plugin import adopt  # here: it may be in the middle of importing transformers
@@ -112,10 +123,9 @@ def mark(model: nn.Module, method: Trainable) -> None:
 
 def unmark(model: nn.Module) -> None:
     """The model has no such layers any more: it is saved as the plain model that it is."""
-    if _is_of_diffusers(model):
-        from lissom import diffusers_plugin
-
-        diffusers_plugin.unmark(model)
+    for host in OTHER_HOSTS:
+        if host.made(model):
+            host.unmark(model)
     if method_in_training(model) is None:
         return
     del model.config.quantization_config
@@ -127,11 +137,6 @@ def method_in_training(model: nn.Module) -> Trainable | None:
     """The method that `model` is in training with, if any."""
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     return config.build() if isinstance(config, TrainingConfig) else None
-
-
-def _is_of_diffusers(model: nn.Module) -> bool:
-    diffusers = sys.modules.get("diffusers")
-    return diffusers is not None and isinstance(model, diffusers.ModelMixin)
 
 
 def _register() -> None:

@@ -83,28 +83,7 @@ def test_arms_are_what_they_say():
     assert kinds[study.LINEAR] == {"identity"} and kinds[study.GELU] == {"gelu-net"} and not kinds[study.WIDER]
 
 
-def curve(*losses: float):
-    return np.arange(1, len(losses) + 1) * 10.0, np.array(losses)
-
-
-def test_steps_to_a_target_are_interpolated():
-    assert study.first_step(curve(5, 4, 3), 3.5) == 25
-    assert study.first_step(curve(5, 4, 3), 4) == 20
-    assert study.first_step(curve(5, 4, 3), 6) == 10
-    assert study.first_step(curve(5, 4, 3), 2) is None
-
-
-def test_speedups_are_ratios_of_steps_either_way():
-    theirs = curve(5, 4, 3)
-    assert study.speedup(curve(4, 3, 2), theirs) == 30 / 20
-    assert study.speedup(theirs, curve(4, 3, 2)) == 20 / 30
-    assert study.speedup(theirs, theirs) == 1
-
-
-def test_smoothed_curves_are_means_of_what_was_measured_before_the_rate_falls():
-    steps, losses = study.smoothed([[10, 4.0], [20, 3.0], [30, 2.0], [40, 1.5], [50, 0.1]], 40)
-    np.testing.assert_allclose(steps, [20, 30])
-    np.testing.assert_allclose(losses, [3, 6.5 / 3])
+def test_the_rate_is_constant_until_it_falls():
     assert study.constant_until(study.DEFAULT.config) == 960
 
 

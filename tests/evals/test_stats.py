@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from lissom.evals.stats import paired_bootstrap
+from lissom.evals.stats import geometric_interval, paired_bootstrap
 
 
 def test_interval_agrees_with_scipy():
@@ -25,3 +25,14 @@ def test_pairing_removes_what_both_share():
 def test_bad_shapes_are_refused():
     with pytest.raises(ValueError, match="one number per unit"):
         paired_bootstrap(np.zeros((2, 2)))
+
+
+def test_geometric_means_are_of_ratios():
+    values = np.array([1.2, 1.5, 0.9, 1.1])
+    got = geometric_interval(values)
+    assert got.estimate == pytest.approx(scipy.stats.gmean(values))
+    logs = np.log(values)
+    wanted = np.exp(scipy.stats.t.interval(0.95, 3, logs.mean(), scipy.stats.sem(logs)))
+    assert (got.low, got.high) == pytest.approx(tuple(wanted))
+    turned = geometric_interval(1 / values)
+    assert (turned.low, turned.high) == pytest.approx((1 / got.high, 1 / got.low))

@@ -21,8 +21,12 @@ from lissom.kernels import pages
 FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd", "asimddp")
 
 
-def describe() -> dict[str, Any]:
-    """CPU, flags, cores, threads, memory in bytes, system, versions and date: what every measured result carries."""
+def describe(gpu: bool = False) -> dict[str, Any]:
+    """CPU, flags, cores, threads, memory in bytes, system, versions and date: what every measured result carries.
+
+    Args:
+        gpu: whether it is measured on a GPU where there is one.
+    """
     name, flags = _cpu()
     return {
         "machine": {
@@ -32,6 +36,7 @@ def describe() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "memory": psutil.virtual_memory().total,
             "system": platform.platform(),
+            **({"gpu": torch.cuda.get_device_name()} if gpu and torch.cuda.is_available() else {}),
         },
         "versions": {"python": platform.python_version()}
         | {package: version(package) for package in ("lissom", "torch", "transformers")},

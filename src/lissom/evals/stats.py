@@ -43,6 +43,12 @@ def mean_interval(values: np.ndarray, level: float = 0.95) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
+def geometric_interval(values: np.ndarray, level: float = 0.95) -> Interval:
+    """Geometric mean of positive values with Student's interval of their logarithms."""
+    found = mean_interval(np.log(values), level)
+    return Interval(float(np.exp(found.estimate)), float(np.exp(found.low)), float(np.exp(found.high)))
+
+
 def median_interval(values: Sequence[float], samples: int = 4000, level: float = 0.95, seed: int = 0) -> Interval:
     """Median with its percentile bootstrap interval; of few values that is next to their range."""
     known = np.asarray(values, dtype=float)

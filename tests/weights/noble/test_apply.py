@@ -315,6 +315,7 @@ def test_patterns_choose_layers():
         ({"rank": 64}, "no narrower"),
         ({"rank": 2.5}, "rank=2.5"),
         ({"ratio": 1.5}, "ratio=1.5"),
+        ({"rank": 4, "ratio": 0.1}, "expected one of them"),
         ({"activation": "relu"}, "activation"),
         ({"preset": "mine"}, "preset"),
         ({"up_scale": -1.0}, "up_scale"),
@@ -393,6 +394,17 @@ def test_a_new_model_of_a_known_config_is_begun_from_scratch(tmp_path):
     NOBLE.convert(AutoModelForCausalLM.from_config(config))
     with pytest.raises(UserError, match="loaded from a checkpoint"):
         NOBLE.convert(nn.Sequential(AutoModelForCausalLM.from_pretrained(tmp_path)))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2"])
+def test_another_model_of_the_same_config_stays_plain(architecture, tmp_path):
+    plain = tiny_model(architecture)
+    branched = type(plain)(plain.config)
+    NobleConfig(rank=2).convert(branched)
+    assert branched.config is branched.base_model.config and branched.config is not plain.config
+    plain.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    NobleConfig(rank=2).convert(plain)
 
 
 def test_drift_is_none_in_a_model_without_its_head(tmp_path):

@@ -13,7 +13,6 @@ being trained; the short decay behind it is the same for all.
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -24,13 +23,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lissom.devices.meters import interleaved
 from lissom.evals.arms import train_missing
 from lissom.evals.journal import Journal, scope
-from lissom.evals.stats import Interval, mean_interval, ratio_interval, verdict
+from lissom.evals.stats import Interval, geometric_interval, mean_interval, ratio_interval, verdict
+from lissom.evals.targets import smoothed, speedup
+from lissom.evals.training_steps import kept_bytes, loss_of, operations, rounds_of, step
 from lissom.models import assets
 from lissom.train import TokenWindows, TrainConfig, new_model, new_tokenizer, token_windows, train
-from lissom.train.distill import cross_entropy
 from lissom.weights.noble import NobleConfig, noble_parameter_groups
 from lissom.weights.noble.apply import chosen_layers, layers_of
 from lissom.weights.noble.preset import draw_main, generator
@@ -49,7 +48,6 @@ _BRANCHES: Mapping[str, dict[str, Any]] = {
     CENTRED: {"centred": True},
     REPO: {"preset": "repo"},
 }
-_SMOOTHED = 3  # measurements that a smoothed one is the mean of
 EAGER = "CosNet, operation by operation"
 
 
@@ -142,7 +140,7 @@ class Run:
 
     def speedup(self, arm: str, base: str = PLAIN) -> Interval:
         """The geometric mean over seeds, with its interval."""
-        return _geometric(np.log(self.speedups(arm, base)))
+        return geometric_interval(self.speedups(arm, base))
 
     def step_time(self, arm: str, base: str = PLAIN) -> Interval:
         """Time of a step over that of another arm's, of the same rounds."""
@@ -160,43 +158,6 @@ def constant_until(config: TrainConfig) -> int:
     return round(config.steps * (1 - config.decay_share))
 
 
-def smoothed(measured: Sequence[Sequence[float]], end: int) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and losses up to `end`, each the mean of some measurements that follow each other."""
-    points = np.array([entry for entry in measured if entry[0] <= end], dtype=float)
-    width = min(_SMOOTHED, len(points))
-    kernel = np.ones(width) / width
-    return np.convolve(points[:, 0], kernel, "valid"), np.convolve(points[:, 1], kernel, "valid")
-
-
-def first_step(curve: tuple[np.ndarray, np.ndarray], target: float) -> float | None:
-    """The first step at which a curve is at `target` or below, interpolated; None where it never is."""
-    steps, losses = curve
-    below = np.flatnonzero(losses <= target)
-    if not len(below):
-        return None
-    at = int(below[0])
-    if at == 0:
-        return float(steps[0])
-    share = (losses[at - 1] - target) / (losses[at - 1] - losses[at])
-    return float(steps[at - 1] + share * (steps[at] - steps[at - 1]))
-
-
-def speedup(ours: tuple[np.ndarray, np.ndarray], theirs: tuple[np.ndarray, np.ndarray]) -> float:
-    """Steps of `theirs` to its best loss over those of ours to the same; where ours never comes there, the same of the
-    other way round."""
-    target = float(theirs[1].min())
-    reached = first_step(ours, target)
-    if reached is not None:
-        return float(first_step(theirs, target)) / reached  # type: ignore[arg-type]
-    best = float(ours[1].min())
-    return float(first_step(theirs, best)) / float(first_step(ours, best))  # type: ignore[arg-type]
-
-
-def _geometric(logarithms: np.ndarray) -> Interval:
-    found = mean_interval(logarithms)
-    return Interval(*(float(np.exp(value)) for value in (found.estimate, found.low, found.high)))
-
-
 def run(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -209,8 +170,19 @@ def run(
     Args:
         model: whatever measurements shall be known by; the arms are new models.
     """
+    return measure(model, size, *texts(size), journal, progress)
+
+
+def measure(
+    model: PreTrainedModel,
+    size: Size,
+    windows: TokenWindows,
+    held_out: TokenWindows,
+    journal: Path,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> Run:
+    """The same on any text."""
     known = Journal(journal)
-    windows, held_out = texts(size)
     rates = tune(model, size, windows, held_out, known, partial(progress, STAGES[0]))
     jobs, plan = {}, {}
     for seed in size.seeds:
@@ -220,8 +192,8 @@ def run(
             jobs[identity], plan[identity] = (arm, config, size, windows, held_out), arm
     train_missing(jobs, _trained, known, partial(progress, STAGES[1]))
     trained = {arm: [known[identity] for identity, own in plan.items() if own == arm] for arm in size.arms}
-    timed = time_steps(model, size, known, partial(progress, STAGES[2]))
-    return Run(size, rates, trained, timed["parameters"], timed["seconds"], timed["kept"], timed["operations"])
+    costs = time_steps(model, size, known, partial(progress, STAGES[2]))
+    return Run(size, rates, trained, costs["parameters"], costs["seconds"], costs["kept"], costs["operations"])
 
 
 def texts(size: Size) -> tuple[TokenWindows, TokenWindows]:
@@ -331,47 +303,27 @@ def time_steps(
     shape = size.vocabulary, sorted(size.model.items()), size.rank, asdict(size.config), size.rounds, tuple(size.arms)
     identity = f"timing/{scope(model, shape)}"
     if identity not in known:
-        known.add(identity, timed(size, None, progress))
+        known.add(identity, timed(size, progress))
     progress(size.rounds, size.rounds)
     return known[identity]
 
 
-def timed(
-    size: Size, device: torch.device | None, progress: Callable[[int, int], None] = lambda done, total: None
-) -> dict[str, Any]:
-    """Seconds of a training step of each arm, the arms in turn in each round, with all threads or on `device`; what the
-    forward pass keeps for the gradients; parameters; and operations of a step."""
+def timed(size: Size, progress: Callable[[int, int], None] = lambda done, total: None) -> dict[str, Any]:
+    """Seconds of a training step of each arm, where and in what precision arms are trained; what the forward pass keeps
+    for the gradients; parameters; and operations of a step."""
+    bf16 = size.config.precision == "bf16"
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     ids = torch.randint(size.vocabulary, (size.config.batch_size, size.config.context), device=device)
     models = {arm: _timed_model(arm, size).to(device) for arm in _timed_arms(size)}
     optimizers = {
         arm: torch.optim.AdamW(noble_parameter_groups(own, 1e-4, 0.1), fused=True) for arm, own in models.items()
     }
-
-    def loss(arm: str) -> torch.Tensor:
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=size.config.precision == "bf16"):
-            return cross_entropy(models[arm](input_ids=ids, use_cache=False).logits, ids)
-
-    def step(arm: str) -> float:
-        begin = time.perf_counter()
-        loss(arm).backward()
-        optimizers[arm].step()
-        optimizers[arm].zero_grad()
-        if device is not None:
-            torch.accelerator.synchronize()
-        return time.perf_counter() - begin
-
-    seconds: dict[str, list[float]] = {arm: [] for arm in models}
-    works = {arm: partial(step, arm) for arm in models}
-    for number, (arm, taken) in enumerate(interleaved(works, size.rounds + 1)):
-        if number >= len(models):
-            seconds[arm].append(taken)
-        progress(number // len(models), size.rounds)
-    tokens = ids.numel()
+    works = {arm: partial(step, own, optimizers[arm], ids, bf16) for arm, own in models.items()}
     return {
-        "seconds": seconds,
+        "seconds": rounds_of(works, size.rounds, progress),
         "parameters": {arm: sum(p.numel() for p in own.parameters()) for arm, own in models.items()},
-        "kept": {arm: kept_bytes(own, partial(loss, arm)) for arm, own in models.items()},
-        "operations": {arm: operations(own) * tokens for arm, own in models.items()},
+        "kept": {arm: kept_bytes(own, partial(loss_of, own, ids, bf16)) for arm, own in models.items()},
+        "operations": {arm: operations(own) * ids.numel() for arm, own in models.items()},
     }
 
 
@@ -385,30 +337,6 @@ def _timed_model(arm: str, size: Size) -> PreTrainedModel:
         for layer in layers_of(model).values():
             layer.fused = False
     return model
-
-
-def kept_bytes(model: PreTrainedModel, work: Callable[[], Any]) -> int:
-    """What `work`, a forward pass of `model`, keeps for the gradients beside the parameters, each storage once."""
-    held: dict[int, int] = {}
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            held[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)  # or its place in memory would be another tensor's
-        return tensor
-
-    alive: list[torch.Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        work()
-    return sum(held.values())
-
-
-def operations(model: PreTrainedModel) -> float:
-    """Floating point operations of a training step's products with weights, per token: 6 for each entry of a matrix."""
-    embedding = model.get_input_embeddings().weight
-    return 6.0 * sum(p.numel() for p in model.parameters() if p.ndim == 2 and p is not embedding)
 
 
 def verdicts(run: Run) -> list[tuple[str, str]]:

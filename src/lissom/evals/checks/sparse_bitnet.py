@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lissom.evals.arms import train_missing
 from lissom.evals.journal import Journal, scope
 from lissom.evals.perplexity import window_nll
-from lissom.evals.stats import Interval, mean_interval, paired_bootstrap, verdict
+from lissom.evals.stats import Interval, geometric_interval, mean_interval, paired_bootstrap, verdict
 from lissom.models import assets
 from lissom.train import TokenWindows, TrainConfig, new_model, new_tokenizer, token_windows, train
 from lissom.weights.sparse_bitnet import SparseBitNetConfig
@@ -165,8 +165,7 @@ class Run:
         increases = self.increase(FLOAT_SPARSE, FLOAT), self.increase(SPARSE, TERNARY)
         if min(values.min() for values in increases) <= 0:
             return None
-        found = mean_interval(np.log(increases[0] / increases[1]))
-        return Interval(*(float(np.exp(value)) for value in (found.estimate, found.low, found.high)))
+        return geometric_interval(increases[0] / increases[1])
 
     def measured(self, arm: str, what: str) -> list[tuple[int, float]]:
         """(step, mean over seeds) of what is logged while an arm is trained."""

@@ -19,7 +19,7 @@ SOURCE = "arXiv 2603.06492"
 def result(run: study.Run) -> Result:
     """Every arm: what it ends at and how far that is from CosNet, steps and time to the baseline's loss, what a step
     costs; and the learning rates that were tried."""
-    facts = describe() | {
+    facts = describe(gpu=True) | {
         "steps": run.size.config.steps,
         "tokens": run.size.config.steps * run.size.config.batch_size * run.size.config.context,
         "rank": run.size.rank,

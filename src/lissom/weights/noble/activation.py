@@ -18,6 +18,7 @@ from lissom.kernels.cosnet import cosnet, cosnet_backward, has_kernel
 Kind = Literal["cosnet", "identity", "gelu-net", "silu-net", "tanh-net", "cosine", "three-cosine"]
 KINDS: tuple[str, ...] = get_args(Kind)
 _WAVES = {"cosine": 1, "cosnet": 2, "three-cosine": 3}
+_COSNET = ("omega_0", "phi_0", "mix_0", "mix_bias_0", "omega_1", "phi_1")  # as its kernels take them
 _aten = torch.ops.aten
 
 
@@ -73,8 +74,7 @@ def backward(
     """
     if kind == "cosnet" and has_kernel(h):
         value, of_h, *others = cosnet_backward(h, gradient, *_of_cosnet(tensors))
-        names = ("omega_0", "phi_0", "mix_0", "mix_bias_0", "omega_1", "phi_1")
-        return value, of_h, {name: own for name, own in zip(names, others, strict=True) if name in tensors}
+        return value, of_h, {name: own for name, own in zip(_COSNET, others, strict=True) if name in tensors}
     if kind == "identity":
         return h, gradient, {}
     values = _stages(kind, h, tensors)
@@ -121,4 +121,4 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
 
 
 def _of_cosnet(tensors: Tensors) -> tuple[torch.Tensor | None, ...]:
-    return tuple(tensors.get(name) for name in ("omega_0", "phi_0", "mix_0", "mix_bias_0", "omega_1", "phi_1"))
+    return tuple(tensors.get(name) for name in _COSNET)

@@ -14,6 +14,8 @@ from lissom.weights.noble.preset import PRESETS, Preset
 if TYPE_CHECKING:
     from torch import nn
 
+_RANK = 64  # the paper's smallest
+
 
 @dataclass(frozen=True)
 class NobleConfig:
@@ -21,7 +23,8 @@ class NobleConfig:
     the model and kept when it runs.
 
     Attributes:
-        rank: width of the branches (paper: 64 to 256). It must be below both sides of every layer.
+        rank: width of the branches (paper: 64 to 256); 64 where there is no `ratio` either. It must be below both sides
+            of every layer.
         ratio: instead of `rank`: the width is this share of a layer's smaller side, at least 1.
         activation: `cosnet` (the paper's best), or another of the paper's search: `identity` (a linear branch),
             `cosine` (one), `three-cosine`, and `gelu-net`, `silu-net`, `tanh-net` (function, matrix, function).
@@ -46,7 +49,7 @@ class NobleConfig:
     name: ClassVar[str] = "noble"
     only_fp32: ClassVar[bool] = False
 
-    rank: int = 64
+    rank: int | None = None
     ratio: float | None = None
     activation: Kind = "cosnet"
     preset: Literal["paper", "repo"] = "paper"
@@ -63,7 +66,11 @@ class NobleConfig:
             if isinstance(getattr(self, field), list):
                 object.__setattr__(self, field, tuple(getattr(self, field)))
         check_types(self)
-        if self.rank < 1:
+        if self.rank is None and self.ratio is None:
+            object.__setattr__(self, "rank", _RANK)
+        if self.rank is not None and self.ratio is not None:
+            raise UserError(f"rank={self.rank} and ratio={self.ratio}: expected one of them.")
+        if self.rank is not None and self.rank < 1:
             raise UserError(f"rank={self.rank}: expected at least 1.")
         if self.ratio is not None and not 0 < self.ratio < 1:
             raise UserError(f"ratio={self.ratio}: expected a share above 0 and below 1.")
@@ -84,9 +91,10 @@ class NobleConfig:
 
     def rank_of(self, in_features: int, out_features: int) -> int:
         """Width of the branch of a layer."""
-        if self.ratio is None:
-            return self.rank
-        return max(1, round(self.ratio * min(in_features, out_features)))
+        if self.ratio is not None:
+            return max(1, round(self.ratio * min(in_features, out_features)))
+        assert self.rank is not None
+        return self.rank
 
     def convert(self, model: nn.Module) -> nn.Module:
         """Put branches beside the linear layers of `model`, a model of transformers or of diffusers or any module.
