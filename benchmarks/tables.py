@@ -508,6 +508,46 @@ def sparse_bitnet_conversion() -> str:
     return f"{table}\n\n{facts['conversion tokens'] / 1e3:.0f} thousand tokens. {stamp(facts)}"
 
 
+def noble() -> str:
+    """Every arm from scratch, what its steps cost, and the learning rates that were tried."""
+    facts, rows = load("noble")
+    lines = []
+    for arm in arms_of(rows, "training"):
+        gap = rows.get(f"training/{arm}/NLL of CosNet above it")
+        times = [rows.get(f"training/{arm}/{what} to the baseline's loss") for what in ("steps", "time")]
+        costs = [rows[f"step/{arm}/{what}"] for what in ("parameters", "operations", "time")]
+        lines.append(
+            [
+                arm,
+                number(rows[f"training/{arm}/NLL"]),
+                "" if gap is None else interval(gap),
+                *("" if row is None else f"{row['ratio']:.2f}x [{row['low']:.2f}, {row['high']:.2f}]" for row in times),
+                *(f"{row['value'] / row['baseline'] - 1:+.1%}" for row in costs),
+            ]
+        )
+    heads = [
+        "arm",
+        "NLL at the end",
+        "CosNet above it [95 %]",
+        "fewer steps [95 %]",
+        "less time [95 %]",
+        "parameters",
+        "operations",
+        "time of a step",
+    ]
+    tried = _of(rows, "tuning")
+    rates = list(dict.fromkeys(name[2] for name in tried))
+    tuned = [
+        [arm, *(number(rows[f"tuning/{arm}/{rate}"]) for rate in rates)] for arm in dict.fromkeys(n[1] for n in tried)
+    ]
+    words = (
+        f"{int(rows['training/baseline/NLL']['n'])} seeds, rank {facts['rank']}, {facts['tokens'] / 1e6:.2f} million "
+        f"tokens in {facts['steps']} steps. {stamp(facts)}"
+    )
+    rest = markdown(["NLL of short runs, learning rate", *rates], tuned)
+    return "\n\n".join([verdicts(facts), markdown(heads, lines), words, rest])
+
+
 def noble_cost(device: str) -> str:
     """Layers and a step, a line each: without branches, operation by operation and fused; and what they keep."""
     facts, rows = load(f"noble-cost-{device}")
@@ -551,6 +591,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "native-decode": native_decode,
     "native-decode-first": native_decode_first,
     "native-decode-billion": native_decode_billion,
+    "noble": noble,
     "noble-cost-cpu": partial(noble_cost, "cpu"),
     "noble-cost-cuda": partial(noble_cost, "cuda"),
     "quantize": quantize,
