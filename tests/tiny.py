@@ -16,7 +16,10 @@ from transformers import (
     SmolLM3Config,
 )
 
+from lissom.train import new_tokenizer
+
 VOCAB = 128
+STUDY_TEXT = "the quick brown fox jumps over the lazy dog while 12 others look on and count to 34; " * 100
 _SHAPE = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -72,6 +75,12 @@ def tiny_model(architecture: str, attn_implementation: str = "sdpa", **changes: 
                 parameter.add_(0.2 * torch.randn_like(parameter))
     model.generation_config.pad_token_id = 0
     return model
+
+
+def study_material() -> tuple[PreTrainedModel, object]:
+    """A model and a tokenizer as studies are given."""
+    tokenizer = new_tokenizer([STUDY_TEXT], 300)
+    return tiny_model("llama", vocab_size=len(tokenizer)), tokenizer
 
 
 def random_ids(tokens: int, rows: int = 1, seed: int = 0) -> torch.Tensor:

@@ -9,42 +9,20 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from tiny import tiny_model
+from tiny import study_material
 
 from lissom.evals.checks import noble as study
 from lissom.report.checks import check_of
 from lissom.report.checks import noble as report
-from lissom.train import TokenWindows, new_tokenizer
+from lissom.train import TokenWindows
 from lissom.weights.noble.apply import layers_of
 
-TEXT = "the quick brown fox jumps over the lazy dog while 12 others look on and count to 34; "
 SIZE = replace(study.QUICK, held_out=10, arms=study.ARMS)
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    """Instead of what would be fetched."""
-    folder = tmp_path_factory.mktemp("text")
-    (folder / "a.txt").write_text(TEXT * 100)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study.assets, "path", lambda name: folder)
-        patch.setattr(study.assets, "corpus", lambda name: [("a", TEXT * 100)])
-        yield
-
-
-@pytest.fixture(scope="module")
-def journal(tmp_path_factory):
-    return tmp_path_factory.mktemp("check") / "journal.jsonl"
-
-
-def material():
-    tokenizer = new_tokenizer([TEXT], 300)
-    return tiny_model("llama", vocab_size=len(tokenizer)), tokenizer
-
-
-@pytest.fixture(scope="module")
 def run(text, journal):
-    return study.run(*material(), SIZE, journal)
+    return study.run(*study_material(), SIZE, journal)
 
 
 def test_a_run_has_every_arm_and_seed_and_is_not_made_again(run, text, journal, monkeypatch):
@@ -55,7 +33,7 @@ def test_a_run_has_every_arm_and_seed_and_is_not_made_again(run, text, journal, 
     assert run.rates[study.PLAIN] in SIZE.rates and len(run.rates["tuning"][study.COSNET]) == 2
     monkeypatch.setattr(study, "train", lambda *given, **named: pytest.fail("made again"))
     monkeypatch.setattr(study, "timed", lambda *given, **named: pytest.fail("made again"))
-    again = study.run(*material(), SIZE, journal)
+    again = study.run(*study_material(), SIZE, journal)
     assert again == run
 
 

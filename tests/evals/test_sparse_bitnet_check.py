@@ -9,16 +9,15 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from scipy import stats
-from tiny import tiny_model
+from tiny import study_material
 
 from lissom.evals.checks import sparse_bitnet as study
 from lissom.evals.stats import mean_interval
 from lissom.report.checks import check_of
 from lissom.report.checks import sparse_bitnet as report
-from lissom.train import TrainConfig, new_tokenizer
+from lissom.train import TrainConfig
 from lissom.weights.sparse_bitnet import SparseBitNetConfig
 
-TEXT = "the quick brown fox jumps over the lazy dog while 12 others look on and count to 34; "
 SIZE = replace(
     study.QUICK,
     held_out=0.1,
@@ -31,29 +30,8 @@ SIZE = replace(
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    """Instead of what would be fetched."""
-    folder = tmp_path_factory.mktemp("text")
-    (folder / "a.txt").write_text(TEXT * 100)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study.assets, "path", lambda name: folder)
-        patch.setattr(study.assets, "corpus", lambda name: [("a", TEXT * 100)])
-        yield
-
-
-@pytest.fixture(scope="module")
-def journal(tmp_path_factory):
-    return tmp_path_factory.mktemp("check") / "journal.jsonl"
-
-
-def material():
-    tokenizer = new_tokenizer([TEXT], 300)
-    return tiny_model("llama", vocab_size=len(tokenizer)), tokenizer
-
-
-@pytest.fixture(scope="module")
 def run(text, journal):
-    return study.run(*material(), SIZE, journal)
+    return study.run(*study_material(), SIZE, journal)
 
 
 def record(nll: float) -> dict:
@@ -79,12 +57,12 @@ def test_a_run_has_every_arm_and_seed_and_is_not_made_again(run, journal, monkey
     assert not run.measured(study.FLOAT, "zeros")
     monkeypatch.setattr(study, "train", lambda *given, **named: pytest.fail("made again"))
     seen = []
-    assert study.run(*material(), SIZE, journal, lambda *at: seen.append(at)) == run
+    assert study.run(*study_material(), SIZE, journal, lambda *at: seen.append(at)) == run
     assert seen[-1] == ("conversion", 2, 2)
 
 
 def test_a_converted_model_is_left_behind_and_its_teacher_stays_as_it_is(text, tmp_path):
-    model, tokenizer = material()
+    model, tokenizer = study_material()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     found = study.run(model, tokenizer, replace(SIZE, arms=()), tmp_path / "journal.jsonl").converted
     assert all((before[name] == value).all() for name, value in model.state_dict().items())
@@ -129,7 +107,7 @@ def test_text_that_is_seen_again_is_not_what_is_compared():
     again = replace(run, size=replace(run.size, one_pass=False))
     np.testing.assert_allclose(again.nll(study.SPARSE), [4.0, 4.1])
     with pytest.raises(ValueError, match="seen twice"):
-        study.train_arms(material()[0], replace(SIZE, config=replace(SIZE.config, steps=10**6)), None, None)
+        study.train_arms(study_material()[0], replace(SIZE, config=replace(SIZE.config, steps=10**6)), None, None)
 
 
 def test_a_null_is_said():
