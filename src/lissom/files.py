@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -16,6 +17,11 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from lissom.errors import UserError
+
+# What PyTorch's archives and tokenizers say, in errors of no class of their own.
+_UNWRITTEN = re.compile(
+    r"inline_container|PytorchStreamWriter|^File too large|^No space left|^Disk quota|\(os error \d+\)"
+)
 
 
 def require_writable(path: str | Path) -> None:
@@ -82,17 +88,27 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         raise UserError(f"Cannot write to {target.parent}: {error.strerror or error}.") from error
     temporary = scratch / target.name
     try:
-        yield temporary
-        _finish(temporary)
-        if temporary.is_dir() and target.is_dir():
-            target.rename(scratch / "replaced")
-        temporary.replace(target)
-        _sync_entry(target.parent)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error).removeprefix("Error while serializing: ")
-        raise UserError(f"Cannot write {target}: {reason}.") from error
+        with writing(target):
+            yield temporary
+            _finish(temporary)
+            if temporary.is_dir() and target.is_dir():
+                target.rename(scratch / "replaced")
+            temporary.replace(target)
+            _sync_entry(target.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def writing(target: str | Path) -> Iterator[None]:
+    """Raise a `UserError` where a full disk or the like ends the block, in which libraries write to `target`."""
+    try:
+        yield
+    except Exception as error:
+        if not (isinstance(error, OSError | SafetensorError) or _UNWRITTEN.search(str(error))):
+            raise
+        reason = getattr(error, "strerror", None) or str(error).removeprefix("Error while serializing: ").split("\n")[0]
+        raise UserError(f"Cannot write {target}: {reason.removesuffix('.')}.") from error
 
 
 def move_into(target: Path, source: Path, last: str) -> None:

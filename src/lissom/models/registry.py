@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import fields
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -42,7 +42,7 @@ def registered(group: str, key: str, what: str) -> Any:
 
 
 def build(key: str, settings: Mapping[str, Any]) -> Any:
-    """The method `key` with `settings`.
+    """The method `key` with `settings`; names of several things may be one text, with commas between them.
 
     Raises:
         UserError: the method or a setting is unknown, or a value has the wrong type or range.
@@ -53,11 +53,19 @@ def build(key: str, settings: Mapping[str, Any]) -> Any:
         if name not in known:
             raise UserError(f"{key} has no setting {name!r}.{_nearest(name, known)}")
     try:
-        return TypeAdapter(kind).validate_python(dict(settings))
+        hints = get_type_hints(kind)
+        values = {name: _listed(value, hints[name]) for name, value in settings.items()}
+        return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
         raise UserError(f"{key}: {explained(error)}") from error
     except UserError as error:
         raise UserError(f"{key}: {error}") from error
+
+
+def _listed(value: Any, hint: Any) -> Any:
+    if isinstance(value, str) and tuple[str, ...] in (hint, *get_args(hint)):
+        return tuple(part.strip() for part in value.split(","))
+    return value
 
 
 def _nearest(name: str, known: list[str]) -> str:

@@ -45,12 +45,13 @@ class RunFolder:
             UserError: it holds something else, a run of other facts that has begun, or one that has ended; or another
                 run is going on in it.
         """
+        facts = json.loads(json.dumps(dict(facts)))  # as they will be read again
         alone_in_it = alone(_lock(path, "run"), f"Another process is training in {path}.")
         with alone_in_it if is_first() else nullcontext():
             with alone(_lock(path, "open")):
                 _check(path, facts)
                 require_writable(path / RECORD)
-                write_json(dict(facts), str(path / RECORD))
+                write_json(facts, str(path / RECORD))
             yield cls(path, facts)
 
     def tokenizer(self, text: Path, vocabulary: int) -> PreTrainedTokenizerBase:

@@ -63,8 +63,9 @@ class NobleConfig:
 
     def __post_init__(self) -> None:
         for field in ("target_modules", "exclude_modules"):  # config.json and recipes have lists
-            if isinstance(getattr(self, field), list):
-                object.__setattr__(self, field, tuple(getattr(self, field)))
+            given = getattr(self, field)
+            if isinstance(given, list | str):
+                object.__setattr__(self, field, (given,) if isinstance(given, str) else tuple(given))
         check_types(self)
         if self.rank is None and self.ratio is None:
             object.__setattr__(self, "rank", _RANK)
