@@ -8,21 +8,21 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from tiny import tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, MixtralConfig
 
 from lissom import NobleConfig
 from lissom.errors import UserError
 from lissom.models.method import Trainable
 from lissom.train import Distillation, TokenWindows, TrainConfig, new_model, train
 from lissom.train.distill import cross_entropy, kl_divergence
-from lissom.train.folder import CHECKPOINTS, last_checkpoint
+from lissom.train.folder import CHECKPOINTS, RunFolder, last_checkpoint
 from lissom.train.trainer import CausalTrainer
 from lissom.training_plugin import method_in_training
 from lissom.weights.sparse_bitnet import SparseBitNetConfig
@@ -83,6 +83,53 @@ def test_a_run_that_was_killed_goes_on_as_if_nothing_had_happened(settings, tmp_
     assert losses(again) == losses(whole)
     for one, two in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(one, two)
+
+
+_SIZES = {"vocab_size": VOCABULARY, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPTNeoXConfig(**_SIZES, intermediate_size=96, max_position_embeddings=32),
+        MixtralConfig(**_SIZES, intermediate_size=32, num_key_value_heads=3, num_local_experts=2),
+    ],
+    ids=["gpt_neox", "mixtral"],
+)
+def test_models_whose_files_name_tensors_otherwise_go_on(config, tmp_path):
+    def made():
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config)
+
+    whole, model = run(tmp_path / "whole", model=made())
+    shutil.copytree(
+        tmp_path / "whole" / CHECKPOINTS / "checkpoint-8", tmp_path / "parts" / CHECKPOINTS / "checkpoint-8"
+    )
+    again, other = run(tmp_path / "parts", model=made())
+    assert losses(again) == losses(whole)
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_a_folder_knows_lists_again(tmp_path):
+    facts = {"method": asdict(NobleConfig(rank=2, target_modules=("q_proj", "v_proj")))}
+    for _ in range(2):
+        with RunFolder.open(tmp_path / "run", facts):
+            (tmp_path / "run" / CHECKPOINTS).mkdir(exist_ok=True)
+    with (
+        pytest.raises(UserError, match="target_modules"),
+        RunFolder.open(tmp_path / "run", {"method": asdict(NobleConfig(rank=2))}),
+    ):
+        pass
+
+
+def test_a_full_disk_is_a_sentence(tmp_path, monkeypatch):
+    def full(*given: object, **named: object) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match="Cannot write"):
+        run(tmp_path)
 
 
 def test_a_run_that_was_killed_behind_its_last_step_makes_no_other(tmp_path):
@@ -303,7 +350,7 @@ _HEAD = """
 import sys
 sys.path[:0] = [{tests!r}, {here!r}]
 from pathlib import Path
-from dataclasses import replace
+from dataclasses import asdict, replace
 import json, torch
 from test_trainer import CONFIG, fresh, sharded_losses, windows
 from lissom.train import CausalTrainer

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from lissom.recipes import Recipe
 
 
+_NEW_TOKENS = 128
+
+
 def register(app: typer.Typer) -> None:
     app.command()(generate)
 
@@ -26,7 +29,9 @@ def generate(
     recipe: Path = typer.Option(None, "--recipe", help="Recipe file: dtype, threads and methods to run with."),
     document: Path = typer.Option(None, "--document", "-d", help="Text file that the question is about."),
     kv_budget: str = typer.Option(None, metavar="SIZE", help="Keep the KV cache within this, e.g. 8MB."),
-    max_new_tokens: int = typer.Option(128, min=1, help="Tokens to generate at most."),
+    max_new_tokens: int = typer.Option(
+        None, min=1, help="Tokens to generate at most. [default: 128, or as many as the model has room for]"
+    ),
     temperature: float = typer.Option(0.0, min=0.0, help="0 is greedy."),
     top_k: int = typer.Option(0, min=0, help="Draw from the k most likely tokens only; 0 is all."),
     top_p: float = typer.Option(1.0, min=0.0, max=1.0, help="Draw from the likeliest tokens of this mass only."),
@@ -91,9 +96,11 @@ def generate(
         tokens = document_ids(tokenizer, text)
     ids = torch.cat([tokens, question_ids(tokenizer, prompt, follows_document=tokens.numel() > 0)], 1)
     limit = describe_decoder(network).max_position_embeddings
-    if ids.shape[1] + max_new_tokens > limit:
+    room = limit - ids.shape[1]
+    new_tokens = max(1, min(_NEW_TOKENS, room)) if max_new_tokens is None else max_new_tokens
+    if new_tokens > room:
         raise UserError(
-            f"The prompt has {ids.shape[1]} tokens and {max_new_tokens} are to come; the model reads at most {limit}. "
+            f"The prompt has {ids.shape[1]} tokens and {new_tokens} are to come; the model reads at most {limit}. "
             "Shorten the document or --max-new-tokens."
         )
     with chosen.running(network) as reports:
@@ -101,7 +108,7 @@ def generate(
             network,
             tokenizer,
             ids.to(network.device),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=new_tokens,
             sampling=sampling,
             cache=stored,
             stop_strings=stop,

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.utils import logging
 
 from lissom.errors import UserError
-from lissom.files import move_into
+from lissom.files import move_into, writing
 from lissom.train.config import Distillation, TrainConfig
 from lissom.train.data import TokenWindows
 from lissom.train.folder import CHECKPOINTS, last_checkpoint, step_of
@@ -93,12 +93,13 @@ def _end(
     if trainer.is_fsdp_enabled:  # by itself accelerate would write shards
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     unfinished = output / _UNFINISHED
-    trainer.save_model(str(unfinished))
-    if trainer.is_world_process_zero():
-        if tokenizer is not None:
-            tokenizer.save_pretrained(unfinished)
-        (unfinished / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody needs
-        move_into(output, unfinished, last="config.json")  # without which there is no model
+    with writing(output):
+        trainer.save_model(str(unfinished))
+        if trainer.is_world_process_zero():
+            if tokenizer is not None:
+                tokenizer.save_pretrained(unfinished)
+            (unfinished / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody needs
+            move_into(output, unfinished, last="config.json")  # without which there is no model
     return [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
 
 

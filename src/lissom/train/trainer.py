@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from lissom.errors import UserError
+from lissom.files import writing
 from lissom.train.config import Distillation, TrainConfig
 from lissom.train.data import TokenWindows
 from lissom.train.distill import cross_entropy, hidden_distance, kl_divergence
@@ -146,6 +147,24 @@ class CausalTrainer(Trainer):
         """Load the weights and the log of a checkpoint behind which there is nothing left to train."""
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / STATE))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """As `from_pretrained` does: in files of some architectures tensors have other names, or are of other shapes,
+        than in the model, and transformers' own would pass them over."""
+        target = self.model if model is None else model
+        if self.is_fsdp_enabled or not isinstance(target, PreTrainedModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        loaded, found = type(target).from_pretrained(
+            resume_from_checkpoint, dtype=target.dtype, output_loading_info=True
+        )
+        if found["missing_keys"] or found["mismatched_keys"]:
+            raise ValueError("tensors are missing")
+        target.load_state_dict(loaded.state_dict())
+
+    def _save_checkpoint(self, *arguments: Any, **options: Any) -> None:
+        with writing(self.args.output_dir):
+            super()._save_checkpoint(*arguments, **options)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the parts of the loss, and what methods measure of themselves."""

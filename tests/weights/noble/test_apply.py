@@ -320,7 +320,7 @@ def test_patterns_choose_layers():
         ({"preset": "mine"}, "preset"),
         ({"up_scale": -1.0}, "up_scale"),
         ({"target_modules": ("qproj",)}, "no linear layer is called 'qproj'"),
-        ({"exclude_modules": ("*",)}, "no linear layers that get a branch"),
+        ({"exclude_modules": "*"}, "leaves no linear layer"),
         ({"seed": -1}, "seed"),
     ],
 )

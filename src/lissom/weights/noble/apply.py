@@ -97,16 +97,24 @@ def chosen_layers(model: nn.Module, settings: NobleConfig) -> dict[str, nn.Modul
             names = whole or [name for name in linear if _fits(name, pattern, prefix)]
             fitting = {name: linear[name] for name in names}
             if not fitting:
-                raise UserError(f"target_modules: no linear layer is called {pattern!r}; there are {_some(linear)}.")
+                raise UserError(
+                    f"target_modules: no linear layer is called {pattern!r}; there are {_some(linear)}."
+                    + _of_other_classes(model)
+                )
             found |= fitting
-    found = {
+    kept = {
         name: module
         for name, module in found.items()
         if not any(_fits(name, pattern, prefix) for pattern in settings.exclude_modules)
     }
+    if found and not kept:
+        raise UserError(f"exclude_modules leaves no linear layer: all of {_some(found)} are excluded.")
+    found = kept
     if not found:
         known = f"; there are {_some(linear)}" if linear else ""
-        raise UserError(f"{type(model).__name__} has no linear layers that get a branch{known}.")
+        raise UserError(
+            f"{type(model).__name__} has no linear layers that get a branch{known}.{_of_other_classes(model)}"
+        )
     if any(parameter.ndim == 3 and "expert" in name for name, parameter in model.named_parameters()):
         logger.warning("Experts whose weights lie in one tensor get no branches.")
     return dict(sorted(found.items()))
@@ -175,6 +183,12 @@ def _in_block(model: nn.Module, name: str) -> bool:
 def _fits(name: str, pattern: str, prefix: str) -> bool:
     """Whether a pattern is a layer's name or its end; names may be those of the same model with a head."""
     return any(fnmatchcase(full, form) for full in (name, prefix + name) for form in (pattern, f"*.{pattern}"))
+
+
+def _of_other_classes(model: nn.Module) -> str:
+    """A sentence about linear layers that may do something of their own, as Falcon's."""
+    others = sorted({type(m).__name__ for m in model.modules() if isinstance(m, nn.Linear) and type(m) not in KINDS})
+    return f" Layers of other classes than nn.Linear ({', '.join(others)}) get none." if others else ""
 
 
 def _some(names: Iterable[str]) -> str:
