@@ -14,6 +14,8 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertModel,
+    FalconConfig,
+    FalconForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     T5Config,
@@ -438,6 +440,19 @@ def test_layers_whose_weights_other_code_reads_are_left_out():
     assert not any("dt_proj" in name for name in layers_of(mamba))
     for name, layer in layers_of(mamba).items():
         assert layer.noble.up.grad is not None and bool(layer.noble.up.grad.any()), name
+
+
+def test_linear_layers_of_other_classes_are_named():
+    model = FalconForCausalLM(FalconConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=4))
+    for changes in ({}, {"target_modules": ("query_key_value",)}):
+        with pytest.raises(UserError, match="FalconLinear"):
+            NobleConfig(rank=2, **changes).convert(model)
+
+
+def test_names_may_be_one_text():
+    assert NobleConfig(rank=2, target_modules="q_proj").target_modules == ("q_proj",)
+    built = build("noble", {"rank": 2, "target_modules": "q_proj, v_proj", "exclude_modules": ["x"]})
+    assert built == NobleConfig(rank=2, target_modules=("q_proj", "v_proj"), exclude_modules=("x",))
 
 
 def test_models_with_adapters_and_bare_layers_are_refused():
