@@ -73,16 +73,13 @@ def step_rows(rounds: int, device: str, quick: bool) -> list[Row]:
 
     flops = {name: operations(model) for name, model in models.items()}
     counts = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
-    kept = {}
-    for name, model in models.items():
-        kept[name] = kept_bytes(model, partial(loss_of, model, ids, bf16))
+    kept = {name: kept_bytes(model, partial(loss_of, model, ids, bf16)) for name, model in models.items()}
     runs: dict[str, Any] = dict(models)
     if device == "cuda":
         runs |= {COMPILED[name]: torch.compile(models[name]) for name in models}
     optimizers = {
         name: torch.optim.AdamW(noble_parameter_groups(model, 1e-4, 0.1), fused=True) for name, model in models.items()
     }
-
     optimizers |= {COMPILED[name]: own for name, own in optimizers.items()}
     works = {name: partial(step, model, optimizers[name], ids, bf16) for name, model in runs.items()}
     seconds = rounds_of(works, rounds)

@@ -102,22 +102,21 @@ def chosen_layers(model: nn.Module, settings: NobleConfig) -> dict[str, nn.Modul
                     + _of_other_classes(model)
                 )
             found |= fitting
-    kept = {
-        name: module
-        for name, module in found.items()
-        if not any(_fits(name, pattern, prefix) for pattern in settings.exclude_modules)
-    }
-    if found and not kept:
-        raise UserError(f"exclude_modules leaves no linear layer: all of {_some(found)} are excluded.")
-    found = kept
     if not found:
         known = f"; there are {_some(linear)}" if linear else ""
         raise UserError(
             f"{type(model).__name__} has no linear layers that get a branch{known}.{_of_other_classes(model)}"
         )
+    kept = {
+        name: module
+        for name, module in found.items()
+        if not any(_fits(name, pattern, prefix) for pattern in settings.exclude_modules)
+    }
+    if not kept:
+        raise UserError(f"exclude_modules leaves no linear layer: all of {_some(found)} are excluded.")
     if any(parameter.ndim == 3 and "expert" in name for name, parameter in model.named_parameters()):
         logger.warning("Experts whose weights lie in one tensor get no branches.")
-    return dict(sorted(found.items()))
+    return dict(sorted(kept.items()))
 
 
 def layers_of(model: nn.Module) -> dict[str, Any]:
