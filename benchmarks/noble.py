@@ -1,7 +1,7 @@
 """What branches cost while a model is trained: layers and whole steps, fused, operation by operation, and without.
 
 Fused is what layers do by themselves: `[W | W_down]` as one product, one pass through both cosines, and a backward pass
-that computes the activation again. On a CPU in fp32; on a GPU in bf16, also under torch.compile.
+that computes the activation again. Whole steps are also timed under torch.compile. On a CPU in fp32, on a GPU in bf16.
 """
 
 from __future__ import annotations
@@ -74,9 +74,7 @@ def step_rows(rounds: int, device: str, quick: bool) -> list[Row]:
     flops = {name: operations(model) for name, model in models.items()}
     counts = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
     kept = {name: kept_bytes(model, partial(loss_of, model, ids, bf16)) for name, model in models.items()}
-    runs: dict[str, Any] = dict(models)
-    if device == "cuda":
-        runs |= {COMPILED[name]: torch.compile(models[name]) for name in models}
+    runs: dict[str, Any] = models | {COMPILED[name]: torch.compile(model) for name, model in models.items()}
     optimizers = {
         name: torch.optim.AdamW(noble_parameter_groups(model, 1e-4, 0.1), fused=True) for name, model in models.items()
     }
@@ -86,10 +84,9 @@ def step_rows(rounds: int, device: str, quick: bool) -> list[Row]:
     title = f"step/{counts[PLAIN] / 1e6:.0f}M parameters, rank {rank}"
     found = [_row(f"{title}/{name}", seconds, name, PLAIN) for name in runs]
     found.append(_row(f"{title}/{FUSED} against {EAGER}", seconds, FUSED, EAGER))
-    if device == "cuda":
-        for name in (EAGER, FUSED):
-            found.append(_row(f"{title}/{COMPILED[name]} against {COMPILED[PLAIN]}", seconds, COMPILED[name],
-                              COMPILED[PLAIN]))  # fmt: skip
+    for ours, base in ((EAGER, PLAIN), (FUSED, PLAIN), (FUSED, EAGER)):
+        ours, base = COMPILED[ours], COMPILED[base]
+        found.append(_row(f"{title}/{ours} against {base}", seconds, ours, base))
     for what, values, unit in (("operations", flops, "FLOP/token"), ("parameters", counts, ""), ("kept", kept, "B")):
         for name in (EAGER, FUSED):
             found.append(Row(f"{title}/{what}/{name}", values[name], unit, values[PLAIN],

@@ -559,7 +559,7 @@ def noble_cost(device: str) -> str:
             if found[0] is None:
                 continue
             times = [row["value"] for row in found]
-            against = rows.get(f"{place}/{fused} against {eager}") if not end else None
+            against = rows.get(f"{place}/{fused}{end} against {eager}{end}")
             ratio = f"{times[1] / times[2]:.2f}x"
             if against is not None:
                 ratio = f"{against['ratio']:.2f}x [{against['low']:.2f}, {against['high']:.2f}]"

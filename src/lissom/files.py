@@ -49,7 +49,7 @@ def require_new(path: str | Path) -> None:
 
 @contextmanager
 def alone(lock: Path, refusal: str | None = None) -> Iterator[None]:
-    """One process at a time holds the file `lock`; others wait, or where there is a `refusal` are told that.
+    """One process at a time holds `lock`, a file of the cache; others wait, or with a `refusal` are told that.
 
     Raises:
         UserError: it cannot be made, or another process holds it and there is a `refusal`.
@@ -61,7 +61,9 @@ def alone(lock: Path, refusal: str | None = None) -> Iterator[None]:
     except Timeout as error:
         raise UserError(str(refusal)) from error
     except OSError as error:
-        raise UserError(f"Cannot write to {lock.parent}: {error.strerror or error}.") from error
+        raise UserError(
+            f"Cannot write to {lock.parent}: {error.strerror or error}. Set LISSOM_CACHE to another folder."
+        ) from error
     try:
         yield
     finally:

@@ -74,6 +74,7 @@ def test_a_new_model_with_branches_is_trained_and_used(lissom_cli, text, tmp_pat
     assert wide.returncode == 2 and "rank 64 is no narrower than" in wide.stderr
     done = lissom_cli(*command, "--set", "ratio=0.0625", "-o", tmp_path / "run")
     assert done.returncode == 0 and "omega_drift" in done.stderr, done.stderr
+    assert "mtime" not in done.stderr
     used = lissom_cli("generate", tmp_path / "run", "The cat", "--max-new-tokens", 4)
     assert used.returncode == 0, used.stderr
     exported = lissom_cli("export", "gguf", tmp_path / "run", "-o", tmp_path / "model.gguf")

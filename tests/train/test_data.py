@@ -95,6 +95,13 @@ def test_what_is_no_text_is_a_sentence(tokenizer, tmp_path):
         TokenWindows(np.arange(10, dtype=np.uint16), 10).split(0.5)
 
 
+def test_a_cache_that_cannot_be_written_is_named_with_its_remedy(tokenizer, tmp_path):
+    (tmp_path / "cache").write_text("no folder")
+    (tmp_path / "a.txt").write_text("the cat sat")
+    with pytest.raises(UserError, match=r"Cannot write to .*cache.*Set LISSOM_CACHE to another folder\."):
+        token_windows(tmp_path / "a.txt", tokenizer, 2)
+
+
 def test_byte_order_marks_and_empty_lines_are_passed_over(tmp_path):
     file = tmp_path / "text.jsonl"
     file.write_text('{"text": "a"}\n\n  \n{"text": "b"}\n', encoding="utf-8-sig")

@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from logging import LogRecord
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def train(
     trainer = CausalTrainer(
         model, config, output / CHECKPOINTS, windows, held_out, teacher, distillation, callbacks=[watch]
     )
-    with _no_other_bars():
+    with _without_noise():
         with _interruptible(watch, alone=trainer.args.world_size == 1):
             _go_on(trainer, watch, last_checkpoint(output))
         if trainer.state.global_step < config.steps:
@@ -125,15 +126,25 @@ def _interruptible(watch: _Watch, alone: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _no_other_bars() -> Iterator[None]:
-    """Without transformers' bars for each file that is written: they would fall into the caller's."""
+def _without_noise() -> Iterator[None]:
+    """Without transformers' bars for each file that is written, which would fall into the caller's.
+
+    And without its doubts about the file system where two checkpoints are written within a second.
+    """
     shown = logging.is_progress_bar_enabled()
+    logger = logging.get_logger("transformers.trainer_utils")
     logging.disable_progress_bar()
+    logger.addFilter(_not_about_times)
     try:
         yield
     finally:
+        logger.removeFilter(_not_about_times)
         if shown:
             logging.enable_progress_bar()
+
+
+def _not_about_times(record: LogRecord) -> bool:
+    return not record.getMessage().startswith("mtime may not be reliable")
 
 
 class _Watch(TrainerCallback):
