@@ -31,8 +31,7 @@ from lissom.evals.training_steps import kept_bytes, loss_of, operations, rounds_
 from lissom.models import assets
 from lissom.train import TokenWindows, TrainConfig, new_model, new_tokenizer, token_windows, train
 from lissom.weights.noble import NobleConfig, noble_parameter_groups
-from lissom.weights.noble.apply import chosen_layers, layers_of
-from lissom.weights.noble.preset import draw_main, generator
+from lissom.weights.noble.apply import layers_of
 
 STAGES = ("tuning", "training", "timing")
 TEXT = "sotu"
@@ -271,10 +270,8 @@ def build(arm: str, size: Size, seed: int) -> PreTrainedModel:
     if arm in _BRANCHES:
         NobleConfig(rank=size.rank, seed=seed, **_BRANCHES[arm]).convert(model)
     if arm == HALF:
-        with torch.no_grad():
-            for name, module in chosen_layers(model, NobleConfig(rank=size.rank)).items():
-                random = generator(seed, f"{name.removeprefix('model.')}.weight")  # CosNet's
-                module.weight.copy_(draw_main(tuple(module.weight.shape), module.weight.shape[1], random))
+        branched = build(COSNET, size, seed).state_dict()
+        model.load_state_dict({name: branched[name] for name in model.state_dict()})
     return model
 
 
