@@ -17,7 +17,7 @@ FLOORS = (
     ("models",),
     ("training_plugin",),
     ("diffusers_plugin",),
-    ("attention", "kv", "weights"),
+    ("attention", "diffusion", "kv", "weights"),
     ("decode", "train"),  # decode runs over the storage of kv
     ("recipes", "export"),
     ("evals",),  # also of what was exported
