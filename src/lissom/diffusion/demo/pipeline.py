@@ -202,7 +202,7 @@ class PixelEditPipeline(DiffusionPipeline):
 
 
 def to_pixels(picture: Image.Image, patch: int) -> torch.Tensor:
-    """`[3, height, width]`, -1 to 1: on white where it is transparent, its middle a multiple of `patch` wide and high."""
+    """`[3, height, width]`, -1 to 1: on white where it is transparent, cut at the rim to a multiple of `patch`."""
     if picture.mode in ("RGBA", "LA", "P", "PA"):
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, (255, 255, 255, 255)), picture)
