@@ -21,7 +21,7 @@ from lissom.errors import UserError
 
 REFERENCES = ("joint", "set", "each")
 MAX_REFERENCES = 8
-_REFERENCE_DISTANCE = 10  # between references, on the first axis of positions (FLUX.2)
+_REFERENCE_DISTANCE = 10
 
 
 class PixelEditPipeline(DiffusionPipeline):
@@ -135,7 +135,7 @@ class PixelEditPipeline(DiffusionPipeline):
                 "return_dict": False,
             }
             if shown is not None:
-                inputs |= self._referring(inputs, *shown)
+                inputs |= self.referring(inputs, *shown)
             with self.transformer.cache_context("cond"):
                 velocity = self.transformer(encoder_hidden_states=prompt_embeds, **inputs)[0][:, -rows * columns :]
             if guided:
@@ -171,18 +171,18 @@ class PixelEditPipeline(DiffusionPipeline):
         if not 1 <= len(images) <= MAX_REFERENCES:
             raise UserError(f"{len(images)} references: expected 1 to {MAX_REFERENCES}.")
         tokens, places = [], []
-        for number, picture in enumerate(images, 1):
+        for number, picture in zip(reference_numbers(len(images)), images, strict=True):
             if not isinstance(picture, Image.Image):
-                raise UserError(f"Reference {number} is a {type(picture).__name__}: expected a picture of PIL.")
+                raise UserError(f"A reference is a {type(picture).__name__}: expected pictures of PIL.")
             pixels = to_pixels(picture, self.config.patch)
             tokens.append(to_tokens(pixels[None], self.config.patch))
             rows, columns = (side // self.config.patch for side in pixels.shape[1:])
-            places.append(positions(rows, columns, _REFERENCE_DISTANCE * number))
+            places.append(positions(rows, columns, number))
         device, dtype = self._execution_device, self.transformer.dtype
         joined = torch.cat(tokens, 1).to(device, dtype).expand(count, -1, -1)
         return joined, torch.cat(places).to(device), [len(part) for part in places]
 
-    def _referring(
+    def referring(
         self, inputs: dict[str, Any], tokens: torch.Tensor, ids: torch.Tensor, lengths: list[int]
     ) -> dict[str, Any]:
         """What changes of the transformer's inputs when there are references, which are read again in every step."""
@@ -229,6 +229,11 @@ def positions(rows: int, columns: int, picture: int = 0) -> torch.Tensor:
     return torch.cartesian_prod(
         torch.tensor([picture]), torch.arange(rows), torch.arange(columns), torch.zeros(1, dtype=torch.long)
     )
+
+
+def reference_numbers(count: int) -> range:
+    """Where references lie on the first axis of positions, on which what is drawn lies at 0 (FLUX.2)."""
+    return range(_REFERENCE_DISTANCE, _REFERENCE_DISTANCE * (count + 1), _REFERENCE_DISTANCE)
 
 
 def text_positions(words: int) -> torch.Tensor:
