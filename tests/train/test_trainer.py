@@ -351,7 +351,7 @@ import sys
 sys.path[:0] = [{tests!r}, {here!r}]
 from pathlib import Path
 from dataclasses import asdict, replace
-import json, torch
+import gc, json, torch
 from test_trainer import CONFIG, fresh, sharded_losses, windows
 from lissom.train import CausalTrainer
 from lissom import NobleConfig, SparseBitNetConfig
@@ -366,6 +366,8 @@ trainer.train()
 if trainer.is_world_process_zero():
     Path(sys.argv[2]).write_text(json.dumps(trainer.state.log_history))
 torch.distributed.destroy_process_group()
+del trainer, model
+gc.collect()  # they hold the group, whose threads must not outlive the interpreter
 """
 _SHARDED = """
 torch.distributed.init_process_group("gloo")
@@ -373,6 +375,7 @@ found = sharded_losses(torch.distributed.get_rank(), 2, settings)
 if torch.distributed.get_rank() == 0:
     Path(sys.argv[2]).write_text(json.dumps(found))
 torch.distributed.destroy_process_group()
+gc.collect()
 """
 
 

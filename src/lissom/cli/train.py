@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -207,6 +208,7 @@ def _processes() -> Iterator[None]:
 
         if distributed.is_available() and distributed.is_initialized():
             distributed.destroy_process_group()
+            gc.collect()  # what is left of the trainer still holds the group, and with it the threads
 
 
 def _values(settings: list[str]) -> dict[str, Any]:
