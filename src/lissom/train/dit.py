@@ -1,0 +1,295 @@
+"""Trains the editing model: accelerate, an average of the weights, and checkpoints from which a run goes on exactly."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+
+from lissom.diffusion.demo import Emoji, draw
+from lissom.diffusion.demo.model import EditModel, prepared
+from lissom.diffusion.demo.pipeline import PixelEditPipeline
+from lissom.diffusion.demo.sheet import sheet
+from lissom.diffusion.demo.task import KINDS, training_batch
+from lissom.errors import UserError
+from lissom.files import atomic_path, move_into, writing
+from lissom.models.method import check_types
+from lissom.train.folder import CHECKPOINTS, STATE, last_checkpoint, step_of
+from lissom.train.schedule import learning_rate
+
+Progress = Callable[[int, int], None]
+Say = Callable[[dict[str, float]], None]
+_KEPT = 2  # checkpoints
+_UNFINISHED, _TENSORS = "unfinished", "state.safetensors"
+
+
+@dataclass(frozen=True)
+class DitConfig:
+    """A training run of the editing model with AdamW.
+
+    Attributes:
+        steps: of the optimiser.
+        batch_size: requests that a process takes in a step.
+        learning_rate, min_learning_rate: the highest, and the last.
+        warmup_steps: steps in which it rises from 0.
+        schedule: `cosine`, or `wsd`: constant, then falling linearly over the last `decay_share` of the steps.
+        weight_decay: of matrices.
+        max_grad_norm: largest norm of a step's gradient.
+        average: share of the average of the weights that a step leaves, at most; it grows from 0 with the steps.
+        without_words: share of the prompts that are left empty, which guidance needs.
+        precision: `fp32`, or `bf16` for products (weights and the optimiser stay fp32).
+        seed: of batches and noise.
+        eval_steps, save_steps, logging_steps: steps between measurements, checkpoints, and lines of the log.
+        sample_steps: steps between sheets of pictures.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+
+    steps: int = 5000
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    min_learning_rate: float = 1e-5
+    warmup_steps: int = 100
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    decay_share: float = 0.2
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    average: float = 0.999
+    without_words: float = 0.1
+    precision: Literal["fp32", "bf16"] = "bf16"
+    seed: int = 0
+    eval_steps: int = 500
+    save_steps: int = 250
+    logging_steps: int = 25
+    sample_steps: int = 1000
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("steps", "batch_size", "eval_steps", "save_steps", "logging_steps", "sample_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)}: expected at least 1.")
+        if not 0 <= self.warmup_steps < self.steps:
+            raise UserError(f"warmup_steps={self.warmup_steps}: expected fewer steps than {self.steps}.")
+        if not 0 <= self.min_learning_rate <= self.learning_rate or not 0 < self.learning_rate < float("inf"):
+            raise UserError("Expected learning rates above 0, and the last no higher than the highest.")
+        for name in ("average", "without_words"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)}: expected a share from 0 to below 1.")
+        if not 0 < self.decay_share <= 1 or not self.weight_decay >= 0 or not self.max_grad_norm > 0:
+            raise UserError("Expected decay_share above 0, up to 1, weight_decay from 0 and max_grad_norm above 0.")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed={self.seed}: expected a number from 0 to below 2^32.")
+
+
+class DitTrainer:
+    """One run, in the folder `output`. The pipeline is trained in place, and at the end has the average of its weights.
+
+    Args:
+        pipeline: what is trained.
+        output: folder of checkpoints and sheets, and in the end of the pipeline.
+    """
+
+    def __init__(self, pipeline: PixelEditPipeline, config: DitConfig, emoji: Emoji, output: Path) -> None:
+        self.pipeline, self.config, self.emoji, self.output = pipeline, config, emoji, output
+        self.accelerator = Accelerator(
+            mixed_precision="bf16" if config.precision == "bf16" else "no", cpu=not torch.accelerator.is_available()
+        )
+        model = EditModel(pipeline)
+        decayed = [p for p in model.parameters() if p.ndim > 1]
+        others = [p for p in model.parameters() if p.ndim <= 1]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            lr=config.learning_rate, betas=(0.9, 0.99), fused=True,
+        )  # fmt: skip
+        self.own = model  # without what DDP puts around it
+        self.model, self.optimizer = self.accelerator.prepare(model, self.optimizer)
+        self.average = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self.step, self.history = 0, list[dict[str, float]]()
+
+    def run(self, progress: Progress, say: Say) -> list[dict[str, float]]:
+        """Train from the last checkpoint to the end; see `train_dit`."""
+        if (checkpoint := last_checkpoint(self.output)) is not None:
+            self.restore(checkpoint)
+        losses: list[torch.Tensor] = []
+        while self.step < self.config.steps:
+            losses.append(self._take_step())
+            self.step += 1
+            self._log(losses, say)
+            if self._is_time(self.config.save_steps):
+                self.save()
+            progress(self.step, self.config.steps)
+        return self.history
+
+    def _take_step(self) -> torch.Tensor:
+        config, process = self.config, self.accelerator.process_index
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, config)
+        loss = self._loss(self.step * self.accelerator.num_processes + process)
+        self.accelerator.backward(loss)
+        self.accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        kept = min(config.average, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            for name, parameter in self.own.named_parameters():
+                self.average[name].lerp_(parameter, 1 - kept)
+        return loss.detach()
+
+    def _loss(self, number: int) -> torch.Tensor:
+        """Of the batch of that number."""
+        config = self.config
+        batch = training_batch(self.emoji, config.batch_size, config.seed, number, config.without_words)
+        seed = int(np.random.SeedSequence((config.seed, number)).generate_state(1, np.uint64)[0] >> 1)
+        inputs = prepared(batch, self.pipeline.tokenizer, self.pipeline.config.patch, seed)
+        inputs = {name: value.to(self.accelerator.device) for name, value in inputs.items()}
+        with self.accelerator.autocast():
+            loss: torch.Tensor = self.model(inputs)
+        return loss
+
+    def _is_time(self, steps: int) -> bool:
+        return self.step % steps == 0 or self.step == self.config.steps
+
+    def _log(self, losses: list[torch.Tensor], say: Say) -> None:
+        if self._is_time(self.config.logging_steps) or self._is_time(self.config.save_steps):
+            mean = self.accelerator.reduce(torch.stack(losses).mean(), "mean").item()
+            losses.clear()
+            if not mean - mean == 0:
+                raise UserError(f"The loss is {mean} at step {self.step}: the learning rate may be too high.")
+            rate = learning_rate(self.step - 1, self.config)
+            self._say({"step": self.step, "loss": mean, "learning_rate": rate}, say)
+        if self._is_time(self.config.eval_steps):
+            self._say({"step": self.step, **self.measure()}, say)
+        if self._is_time(self.config.sample_steps) and self.accelerator.is_main_process:
+            self.sheet(self.output / "samples" / f"step-{self.step}.png")
+
+    def _say(self, entry: dict[str, float], say: Say) -> None:
+        self.history.append(entry)
+        if self.accelerator.is_main_process:
+            say(entry)
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, float]:
+        """Loss of the averaged weights on concepts that are held out, by the number of references."""
+        found: dict[str, list[float]] = {}
+        concepts = self.emoji.concepts(held_out=True).tolist()[:64]
+        with self._averaged(), self.accelerator.autocast():
+            for number, kind in enumerate(KINDS):
+                batch = draw(self.emoji, kind, concepts, np.random.default_rng(number))
+                inputs = prepared(batch, self.pipeline.tokenizer, self.pipeline.config.patch, number)
+                loss = self.own({name: value.to(self.accelerator.device) for name, value in inputs.items()}).item()
+                found.setdefault(f"held_out_{kind.references}", []).append(loss)
+        return {name: sum(losses) / len(losses) for name, losses in sorted(found.items())}
+
+    def sheet(self, file: Path, rows: int = 8) -> None:
+        """Pictures of held-out concepts: references, what the averaged weights draw, and what there is to draw."""
+        concepts = self.emoji.concepts(held_out=True).tolist()[:rows]
+        with self._averaged(), self.accelerator.autocast():
+            picture = sheet(self.pipeline, self.emoji, concepts)
+        with atomic_path(file) as temporary:
+            picture.save(temporary, format="png")
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """With the averaged weights in the place of the last ones."""
+        last = {name: p.detach().clone() for name, p in self.own.named_parameters()}
+        _fill(self.own, self.average)
+        try:
+            yield
+        finally:
+            _fill(self.own, last)
+
+    def save(self) -> None:
+        """Write a checkpoint, and forget all but the last two."""
+        if self.accelerator.is_main_process:
+            folder = self.output / CHECKPOINTS
+            tensors = {f"model.{name}": p.detach() for name, p in self.own.named_parameters()}
+            tensors |= {f"average.{name}": value for name, value in self.average.items()}
+            for name, parameter in self.own.named_parameters():
+                for key, value in self.optimizer.state[parameter].items():
+                    tensors[f"{key}.{name}"] = value
+            with atomic_path(folder / f"checkpoint-{self.step}") as temporary:
+                temporary.mkdir()
+                save_file({name: value.contiguous() for name, value in tensors.items()}, temporary / _TENSORS)
+                (temporary / STATE).write_text(json.dumps({"step": self.step, "history": self.history}))
+            _forget(folder)
+        self.accelerator.wait_for_everyone()
+
+    def restore(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint."""
+        try:
+            state = json.loads((checkpoint / STATE).read_text())
+            tensors = load_file(checkpoint / _TENSORS)
+            with torch.no_grad():
+                for name, parameter in self.own.named_parameters():
+                    parameter.copy_(tensors[f"model.{name}"])
+                    self.average[name].copy_(tensors[f"average.{name}"])
+                    keys = ("step", "exp_avg", "exp_avg_sq")
+                    self.optimizer.state[parameter] = {key: tensors[f"{key}.{name}"] for key in keys}
+            self.step, self.history = state["step"], state["history"]
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise UserError(
+                f"{checkpoint} cannot be read ({type(error).__name__}): delete it, and the run goes on from the one "
+                "before."
+            ) from error
+
+    def finish(self) -> None:
+        """Put the averaged weights into the pipeline and write it to the folder."""
+        _fill(self.own, self.average)
+        if self.accelerator.is_main_process:
+            unfinished = self.output / _UNFINISHED
+            self.pipeline.save_pretrained(unfinished)
+            move_into(self.output, unfinished, "model_index.json")
+        self.accelerator.wait_for_everyone()
+
+
+@torch.no_grad()
+def _fill(model: torch.nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.copy_(values[name])
+
+
+def _forget(folder: Path) -> None:
+    """All checkpoints but the last ones."""
+    found = sorted(folder.glob("checkpoint-*"), key=step_of)
+    for checkpoint in found[:-_KEPT]:
+        shutil.rmtree(checkpoint)
+
+
+def train_dit(
+    pipeline: PixelEditPipeline,
+    config: DitConfig,
+    emoji: Emoji,
+    output: Path,
+    progress: Progress = lambda done, total: None,
+    say: Say = lambda entry: None,
+) -> list[dict[str, float]]:
+    """Train `pipeline` in place, with checkpoints and sheets of pictures below `output`, and write it to `output`.
+
+    Where there are checkpoints of a run that was stopped it goes on from the last whole one, with the same steps.
+
+    Args:
+        progress: called with (steps done, steps).
+        say: called with each entry that is logged.
+
+    Returns:
+        What was logged, in order: `step` with `loss` and `learning_rate`, or with `held_out_K`, the loss on held-out
+        concepts with K references.
+
+    Raises:
+        UserError: a checkpoint is damaged, or the loss is no longer finite.
+    """
+    trainer = DitTrainer(pipeline, config, emoji, output)
+    with writing(output):
+        history = trainer.run(progress, say)
+        trainer.finish()
+    return history

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+
+from lissom.diffusion.demo import Emoji
+from lissom.diffusion.demo.model import Shape, new_pipeline
+from lissom.diffusion.demo.pipeline import REFERENCES, PixelEditPipeline
+from lissom.errors import UserError
+from lissom.train.dit import DitConfig, train_dit
+from lissom.train.folder import last_checkpoint
+
+SHAPE = Shape(size=16, patch=4, width=32, head=8, double=1, single=1)
+CONFIG = DitConfig(
+    steps=6, batch_size=4, warmup_steps=1, precision="fp32", eval_steps=3, save_steps=2, logging_steps=2, sample_steps=6
+)
+
+
+@pytest.fixture(scope="module")
+def emoji():
+    random = torch.Generator().manual_seed(0)
+    colours = torch.randint(256, (5, 30, 3, 1, 1), generator=random, dtype=torch.uint8)
+    pictures = colours.expand(5, 30, 3, 16, 16).contiguous()
+    names = tuple(f"thing {number}" for number in range(30))
+    return Emoji(pictures, ("a", "b", "c", "d", "e"), names, ("Things",) * 30, torch.arange(30) % 5 == 3)
+
+
+def weights(pipeline):
+    return {**pipeline.transformer.state_dict(), **pipeline.text_encoder.state_dict()}
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_at(step):
+    def progress(done, total):
+        if done == step:
+            raise Stopped
+
+    return progress
+
+
+@pytest.mark.parametrize("references", REFERENCES)
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(references, emoji, tmp_path):
+    shape = replace(SHAPE, references=references)
+    whole = new_pipeline(shape, emoji)
+    history = train_dit(whole, CONFIG, emoji, tmp_path / "whole")
+    with pytest.raises(Stopped):
+        train_dit(new_pipeline(shape, emoji), CONFIG, emoji, tmp_path / "parts", stop_at(5))
+    assert last_checkpoint(tmp_path / "parts").name == "checkpoint-4"
+    again = new_pipeline(shape, emoji, seed=1)
+    assert train_dit(again, CONFIG, emoji, tmp_path / "parts") == history
+    assert all(torch.equal(value, weights(again)[name]) for name, value in weights(whole).items())
+    assert [entry["step"] for entry in history if "loss" in entry] == [2, 4, 6]
+    assert {"held_out_0", "held_out_1", "held_out_2", "held_out_4"} <= history[-1].keys()
+    assert len(list((tmp_path / "whole" / "checkpoints").iterdir())) == 2
+    picture = Image.open(tmp_path / "whole" / "samples" / "step-6.png")
+    assert picture.size == (4 * 32, 6 * 32)
+
+
+def test_what_is_trained_is_loaded_as_any_pipeline(emoji, tmp_path):
+    pipeline = new_pipeline(SHAPE, emoji)
+    train_dit(pipeline, CONFIG, emoji, tmp_path)
+    loaded = PixelEditPipeline.from_pretrained(tmp_path)
+    assert loaded.config.references == "set" and loaded.config.size == 16
+    red = Image.new("RGB", (16, 16), "red")
+    drawn = [
+        one([red], "a thing 3", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt")
+        for one in (pipeline, loaded)
+    ]
+    assert all(torch.equal(value, weights(loaded)[name]) for name, value in weights(pipeline).items())
+    torch.testing.assert_close(drawn[0].images, drawn[1].images)
+
+
+def test_it_learns(emoji, tmp_path):
+    config = replace(CONFIG, steps=60, learning_rate=3e-3, logging_steps=20, eval_steps=60, save_steps=60)
+    history = train_dit(new_pipeline(SHAPE, emoji), config, emoji, tmp_path)
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    assert losses[-1] < 0.85 * losses[0]
+
+
+def test_a_damaged_checkpoint_and_a_loss_that_is_no_number(emoji, tmp_path):
+    with pytest.raises(Stopped):
+        train_dit(new_pipeline(SHAPE, emoji), CONFIG, emoji, tmp_path, stop_at(3))
+    (tmp_path / "checkpoints" / "checkpoint-2" / "state.safetensors").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="checkpoint-2 cannot be read"):
+        train_dit(new_pipeline(SHAPE, emoji), CONFIG, emoji, tmp_path)
+    with pytest.raises(UserError, match="learning rate may be too high"):
+        train_dit(new_pipeline(SHAPE, emoji), replace(CONFIG, learning_rate=1e30), emoji, tmp_path / "high")
+    assert last_checkpoint(tmp_path / "high") is None
+
+
+@pytest.mark.parametrize(
+    "changes", [{"steps": 0}, {"warmup_steps": 9}, {"average": 1.0}, {"learning_rate": float("nan")}, {"seed": -1}]
+)
+def test_settings_out_of_range(changes):
+    with pytest.raises(UserError):
+        replace(CONFIG, **changes)
