@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lissom.diffusion.demo import Emoji, draw
@@ -236,7 +237,7 @@ class DitTrainer:
                     keys = ("step", "exp_avg", "exp_avg_sq")
                     self.optimizer.state[parameter] = {key: tensors[f"{key}.{name}"] for key in keys}
             self.step, self.history = state["step"], state["history"]
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise UserError(
                 f"{checkpoint} cannot be read ({type(error).__name__}): delete it, and the run goes on from the one "
                 "before."
