@@ -124,7 +124,7 @@ def train(
         _convert(network, model, chosen)
         if packed is not None:
             require_packable(network)
-        with bars(console) as progress, _processes():
+        with bars(console) as progress, processes():
             task = progress.add_task("steps", total=steps)
             history = run(
                 config, network, tokenizer, windows, measured, output, mentor, distillation,
@@ -199,7 +199,7 @@ def _teacher(name: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
 
 
 @contextmanager
-def _processes() -> Iterator[None]:
+def processes() -> Iterator[None]:
     """Ends the group of processes that the trainer makes: its threads must not outlive the interpreter."""
     try:
         yield
