@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel, UNet2DModel
+from PIL import Image
+
+from lissom.diffusion.demo.pipeline import PixelEditPipeline
+from lissom.diffusion.demo.words import WordTable, word_tokenizer
+from lissom.diffusion.klein_kv import KleinKV, ReferenceStore, apply
+from lissom.errors import UserError
+
+
+def pipeline(references="set", seed=0, guidance_embeds=False):
+    torch.manual_seed(seed)
+    tokenizer = word_tokenizer(["a red blue thing"])
+    transformer = Flux2Transformer2DModel(
+        patch_size=1, in_channels=48, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=4,
+        joint_attention_dim=32, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=guidance_embeds,
+    )  # fmt: skip
+    torch.nn.init.normal_(transformer.proj_out.weight, std=0.3)
+    words = WordTable(len(tokenizer), 32)
+    made = PixelEditPipeline(
+        transformer, FlowMatchEulerDiscreteScheduler(), words, tokenizer, size=16, references=references
+    )
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def pictures(count, seed=0, sizes=((16, 16), (24, 16), (8, 12), (16, 32))):
+    random = np.random.default_rng(seed)
+    return [
+        Image.fromarray(random.integers(0, 256, (*sizes[number % len(sizes)], 3), dtype=np.uint8))
+        for number in range(count)
+    ]
+
+
+def steps_of(pipe, images, prompt="a thing", **options):
+    """The latents behind every step."""
+    seen = []
+
+    def keep(pipe, step, timestep, tensors):
+        seen.append(tensors["latents"].clone())
+        return {}
+
+    options = {"num_inference_steps": 3, "generator": torch.Generator().manual_seed(0)} | options
+    pipe(images, prompt, callback_on_step_end=keep, output_type="latent", **options)
+    return torch.stack(seen)
+
+
+@pytest.mark.parametrize("references", ["set", "each"])
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_every_step_is_that_of_the_model_without_a_cache(references, count, guidance_scale):
+    pipe = pipeline(references)
+    images = pictures(count)
+    wanted = steps_of(pipe, images, ["a thing", "red"], guidance_scale=guidance_scale)
+    with KleinKV()(pipe) as report:
+        found = steps_of(pipe, images, ["a thing", "red"], guidance_scale=guidance_scale)
+    torch.testing.assert_close(found, wanted, atol=2e-5, rtol=2e-5)
+    assert report.reference_passes == (count if references == "each" else 1)  # both prompts and both passes share it
+    assert report.cached_passes == 3 * (2 if guidance_scale > 1 else 1) and report.damage is None
+    assert torch.equal(steps_of(pipe, images, ["a thing", "red"], guidance_scale=guidance_scale), wanted)
+
+
+def test_references_matter():
+    pipe = pipeline()
+    one, other = (steps_of(pipe, pictures(2, seed)) for seed in (0, 1))
+    assert (one - other).abs().max() > 1e-3
+
+
+def test_references_are_read_before_the_first_step_and_never_again(monkeypatch):
+    pipe, images = pipeline(), pictures(2)
+    wanted = steps_of(pipe, images)
+    read, poisoned = apply.read, []
+
+    def once(*arguments, **options):
+        assert not poisoned
+        poisoned.append(True)
+        return read(*arguments, **options)
+
+    monkeypatch.setattr(apply, "read", once)
+    with KleinKV()(pipe) as report:
+        torch.testing.assert_close(steps_of(pipe, images), wanted, atol=2e-5, rtol=2e-5)
+        assert poisoned and report.cached_passes == 3
+        other = steps_of(pipe, images, "red", num_inference_steps=5, generator=torch.Generator().manual_seed(1))
+    assert report.reference_passes == 1  # another prompt, other noise, other steps: no pass over references
+    wanted = steps_of(pipe, images, "red", num_inference_steps=5, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(other, wanted, atol=2e-5, rtol=2e-5)
+
+
+def test_a_store_serves_later_requests_and_other_models_have_their_own_entries():
+    pipe, store = pipeline(), ReferenceStore(2**20)
+    for _ in range(2):
+        with KleinKV(store=store)(pipe) as report:
+            steps_of(pipe, pictures(1))
+    assert report.reference_passes == 0 and (store.hits, store.misses, len(store)) == (1, 1, 1)
+    for changed, images in ((pipeline(seed=1), pictures(1)), (pipe, pictures(1, seed=1)), (pipe, pictures(2))):
+        with KleinKV(store=store)(changed) as report:
+            steps_of(changed, images)
+        assert report.reference_passes == 1
+    assert len(store) == 4
+
+
+def test_references_that_see_only_themselves_are_combined_from_single_ones():
+    pipe, store, images = pipeline("each"), ReferenceStore(2**20), pictures(2)
+    with KleinKV(store=store)(pipe) as report:
+        steps_of(pipe, images[:1])
+        steps_of(pipe, images)
+    assert report.reference_passes == 2  # the first one is not read again
+
+
+@pytest.mark.parametrize("storage,share", [("model", 1.0), ("int8", 0.33)])
+def test_bytes_and_loss_of_storage(storage, share):
+    pipe, images = pipeline(), pictures(2)
+    wanted = steps_of(pipe, images)
+    with KleinKV(storage=storage)(pipe) as report:
+        found = steps_of(pipe, images)
+    tokens = (16 * 16 + 24 * 16) // 16
+    assert report.store.nbytes <= share * 2 * 4 * tokens * 64 * 4
+    error = (found - wanted).norm() / wanted.norm()
+    assert error < (1e-5 if storage == "model" else 2e-3)
+
+
+def test_a_model_that_was_not_trained_for_it_is_refused_unless_forced():
+    pipe, images = pipeline("joint"), pictures(1)
+    with pytest.raises(UserError, match="see noise and text"), KleinKV()(pipe):
+        pass
+    wanted = steps_of(pipe, images)
+    with KleinKV(force=True)(pipe) as report:
+        found = steps_of(pipe, images)
+    assert report.damage > 1e-4 and not torch.allclose(found, wanted, atol=1e-5)
+
+
+def test_without_references_nothing_changes():
+    pipe = pipeline()
+    wanted = steps_of(pipe, None)
+    with KleinKV()(pipe) as report:
+        assert torch.equal(steps_of(pipe, None), wanted)
+    assert report.reference_passes == report.cached_passes == 0
+
+
+def test_leaving_restores_the_pipeline():
+    pipe = pipeline()
+    processors, forward = pipe.transformer.attn_processors, pipe.transformer.forward
+    with pytest.raises(RuntimeError, match="within"), KleinKV()(pipe):
+        raise RuntimeError("within")
+    assert pipe.transformer.attn_processors == processors and pipe.transformer.forward == forward
+    with KleinKV()(pipe), pytest.raises(UserError, match="on in this pipeline already"), KleinKV()(pipe):
+        pass
+
+
+def test_other_pipelines_and_settings_are_refused():
+    unet = UNet2DModel(sample_size=8, block_out_channels=(32,), down_block_types=("DownBlock2D",),
+                       up_block_types=("UpBlock2D",), layers_per_block=1)  # fmt: skip
+    with pytest.raises(UserError, match="has no FLUX"), KleinKV()(DDPMPipeline(unet, DDPMScheduler())):
+        pass
+    with pytest.raises(UserError, match="storage='int3'"):
+        KleinKV(storage="int3")
+    pipe = pipeline()
+    with pytest.raises(UserError, match="give it more"), KleinKV(limit=1000)(pipe):
+        steps_of(pipe, pictures(1))
+    with pytest.raises(UserError, match="9 references: expected 1 to 8"):
+        pipe(pictures(9), "a")
