@@ -140,7 +140,7 @@ class _ReferenceHook(ModelHook):
         cache = self._cache(module, hidden[:, references], ids[references], given.get("guidance"))
         asked = given.get("kv_cache_mode") == "extract"
         if asked and references.all():  # a pipeline that reads them by itself
-            return hidden[:, :0], cache
+            return hidden[:, :0], _shared(cache)
         changed = given | {
             "hidden_states": hidden[:, ~references],
             "img_ids": ids[~references],
@@ -157,8 +157,8 @@ class _ReferenceHook(ModelHook):
         if not asked:
             return output
         if isinstance(output, tuple):
-            return (*output, cache)
-        return Flux2Transformer2DModelOutput(sample=output.sample, kv_cache=cache)
+            return (*output, _shared(cache))
+        return Flux2Transformer2DModelOutput(sample=output.sample, kv_cache=_shared(cache))
 
     def _cache(
         self, module: Flux2Transformer2DModel, tokens: torch.Tensor, ids: torch.Tensor, guidance: torch.Tensor | None
@@ -227,3 +227,12 @@ def _batched(rows: Sequence[list[tuple[torch.Tensor, torch.Tensor]]], batch: int
         layer.store(keys, values)
     cache.num_ref_tokens = rows[0][0][0].shape[1]
     return cache
+
+
+def _shared(cache: Flux2KVCache) -> Flux2KVCache:
+    """Another cache of the same tensors: pipelines empty theirs when a request ends."""
+    other = Flux2KVCache(len(cache.double_block_caches), len(cache.single_block_caches))
+    other.num_ref_tokens = cache.num_ref_tokens
+    for layer, own in zip(layers(other), layers(cache), strict=True):
+        layer.store(own.k_ref, own.v_ref)
+    return other
