@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import signal
 from dataclasses import replace
 
 import pytest
@@ -60,6 +61,22 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(references, emoji, tmp_
     assert len(list((tmp_path / "whole" / "checkpoints").iterdir())) == 2
     picture = Image.open(tmp_path / "whole" / "samples" / "step-6.png")
     assert picture.size == (4 * 32, 6 * 32)
+
+
+def test_ctrl_c_is_behind_a_step_and_the_run_goes_on_from_there(emoji, tmp_path):
+    whole = new_pipeline(SHAPE, emoji)
+    history = train_dit(whole, CONFIG, emoji, tmp_path / "whole")
+
+    def interrupt(done, total):
+        if done == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(UserError, match="Interrupted behind step 3, which is saved"):
+        train_dit(new_pipeline(SHAPE, emoji), CONFIG, emoji, tmp_path / "parts", interrupt)
+    again = new_pipeline(SHAPE, emoji)
+    found = train_dit(again, CONFIG, emoji, tmp_path / "parts")
+    assert all(torch.equal(value, weights(again)[name]) for name, value in weights(whole).items())
+    assert found[-1] == history[-1]
 
 
 def test_what_is_trained_is_loaded_as_any_pipeline(emoji, tmp_path):

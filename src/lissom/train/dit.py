@@ -25,6 +25,7 @@ from lissom.errors import UserError
 from lissom.files import atomic_path, move_into, writing
 from lissom.models.method import check_types
 from lissom.train.folder import CHECKPOINTS, STATE, last_checkpoint, step_of
+from lissom.train.interrupt import interruptible
 from lissom.train.schedule import learning_rate
 
 Progress = Callable[[int, int], None]
@@ -116,6 +117,7 @@ class DitTrainer:
         self.model, self.optimizer = self.accelerator.prepare(model, self.optimizer)
         self.average = {name: p.detach().clone() for name, p in model.named_parameters()}
         self.step, self.history = 0, list[dict[str, float]]()
+        self.stopped = False
 
     def run(self, progress: Progress, say: Say) -> list[dict[str, float]]:
         """Train from the last checkpoint to the end; see `train_dit`."""
@@ -125,10 +127,13 @@ class DitTrainer:
         while self.step < self.config.steps:
             losses.append(self._take_step())
             self.step += 1
-            self._log(losses, say)
-            if self._is_time(self.config.save_steps):
+            stops = self.stopped and self.step < self.config.steps
+            self._log(losses, say, stops)
+            if self._is_time(self.config.save_steps) or stops:
                 self.save()
             progress(self.step, self.config.steps)
+            if stops:
+                raise UserError(f"Interrupted behind step {self.step}, which is saved: the same command goes on there.")
         return self.history
 
     def _take_step(self) -> torch.Tensor:
@@ -160,8 +165,9 @@ class DitTrainer:
     def _is_time(self, steps: int) -> bool:
         return self.step % steps == 0 or self.step == self.config.steps
 
-    def _log(self, losses: list[torch.Tensor], say: Say) -> None:
-        if self._is_time(self.config.logging_steps) or self._is_time(self.config.save_steps):
+    def _log(self, losses: list[torch.Tensor], say: Say, stops: bool) -> None:
+        """What a line is the mean of is not saved: with every checkpoint a new one begins."""
+        if self._is_time(self.config.logging_steps) or self._is_time(self.config.save_steps) or stops:
             mean = self.accelerator.reduce(torch.stack(losses).mean(), "mean").item()
             losses.clear()
             if not mean - mean == 0:
@@ -287,10 +293,10 @@ def train_dit(
         concepts with K references.
 
     Raises:
-        UserError: a checkpoint is damaged, or the loss is no longer finite.
+        UserError: a checkpoint is damaged, the loss is no longer finite, or it was interrupted behind a checkpoint.
     """
     trainer = DitTrainer(pipeline, config, emoji, output)
-    with writing(output):
+    with writing(output), interruptible(trainer, trainer.accelerator.num_processes == 1):
         history = trainer.run(progress, say)
         trainer.finish()
     return history

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from logging import LogRecord
@@ -18,6 +16,7 @@ from lissom.files import move_into, writing
 from lissom.train.config import Distillation, TrainConfig
 from lissom.train.data import TokenWindows
 from lissom.train.folder import CHECKPOINTS, last_checkpoint, step_of
+from lissom.train.interrupt import interruptible
 from lissom.train.trainer import CausalTrainer
 
 Progress = Callable[[int, int], None]
@@ -59,7 +58,7 @@ def train(
         model, config, output / CHECKPOINTS, windows, held_out, teacher, distillation, callbacks=[watch]
     )
     with _without_noise():
-        with _interruptible(watch, alone=trainer.args.world_size == 1):
+        with interruptible(watch, alone=trainer.args.world_size == 1):
             _go_on(trainer, watch, last_checkpoint(output))
         if trainer.state.global_step < config.steps:
             raise UserError(
@@ -102,27 +101,6 @@ def _end(
             (unfinished / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody needs
             move_into(output, unfinished, last="config.json")  # without which there is no model
     return [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
-
-
-@contextmanager
-def _interruptible(watch: _Watch, alone: bool) -> Iterator[None]:
-    """Ctrl-C waits for the end of a step, unless the process is one of several, which would not end at the same one, or
-    somebody else has a say in it."""
-    ours = threading.current_thread() is threading.main_thread()
-    if not (alone and ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler):
-        yield
-        return
-
-    def stop(*_: Any) -> None:
-        if watch.stopped:
-            raise KeyboardInterrupt
-        watch.stopped = True
-
-    signal.signal(signal.SIGINT, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager
