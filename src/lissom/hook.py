@@ -19,6 +19,7 @@ _AFTER = {
     "transformers.quantizers.auto": ("lissom.plugin", "lissom.training_plugin"),
     "transformers.modeling_utils": ("lissom.attention.plugin",),
     "diffusers.quantizers.auto": ("lissom.diffusers_plugin",),
+    "diffusers.pipelines.pipeline_utils": ("lissom.diffusion.plugin",),
 }
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from lissom.diffusion.demo import Emoji
@@ -82,7 +83,8 @@ def test_ctrl_c_is_behind_a_step_and_the_run_goes_on_from_there(emoji, tmp_path)
 def test_what_is_trained_is_loaded_as_any_pipeline(emoji, tmp_path):
     pipeline = new_pipeline(SHAPE, emoji)
     train_dit(pipeline, CONFIG, emoji, tmp_path)
-    loaded = PixelEditPipeline.from_pretrained(tmp_path)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path)
+    assert isinstance(loaded, PixelEditPipeline)
     assert loaded.config.references == "set" and loaded.config.size == 16
     red = Image.new("RGB", (16, 16), "red")
     drawn = [
