@@ -10,6 +10,7 @@ from lissom import hook
 if TYPE_CHECKING:
     from lissom.attention.flash_prefill import FlashPrefill, sparse_prefill
     from lissom.decode import NativeDecode, Sampling, generate_text, generate_tokens
+    from lissom.diffusion.klein_kv import KleinKV
     from lissom.kv import AttentionMatching, CompactCache, Eviction, KVBudget, compact
     from lissom.models.load import load
     from lissom.weights.noble import NobleConfig
@@ -23,6 +24,7 @@ __all__ = [
     "Eviction",
     "FlashPrefill",
     "KVBudget",
+    "KleinKV",
     "NativeDecode",
     "NobleConfig",
     "Quantize",
@@ -41,6 +43,7 @@ _HOMES = {
     "Eviction": "lissom.kv",
     "FlashPrefill": "lissom.attention.flash_prefill",
     "KVBudget": "lissom.kv",
+    "KleinKV": "lissom.diffusion.klein_kv",
     "NativeDecode": "lissom.decode",
     "NobleConfig": "lissom.weights.noble",
     "Quantize": "lissom.weights.quant",

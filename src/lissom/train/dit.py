@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -296,7 +297,8 @@ def train_dit(
         UserError: a checkpoint is damaged, the loss is no longer finite, or it was interrupted behind a checkpoint.
     """
     trainer = DitTrainer(pipeline, config, emoji, output)
-    with writing(output), interruptible(trainer, trainer.accelerator.num_processes == 1):
+    with writing(output), interruptible(trainer, trainer.accelerator.num_processes == 1), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # norms stay fp32
         history = trainer.run(progress, say)
         trainer.finish()
     return history
