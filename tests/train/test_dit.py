@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -119,3 +121,21 @@ def test_a_damaged_checkpoint_and_a_loss_that_is_no_number(emoji, tmp_path):
 def test_settings_out_of_range(changes):
     with pytest.raises(UserError):
         replace(CONFIG, **changes)
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import lissom.diffusion.demo.pipeline",
+        "import lissom.train.dit",
+        "import lissom.diffusion.klein_kv",
+        "import lissom, diffusers",
+        "import diffusers, lissom",
+        "from diffusers import DiffusionPipeline; import lissom",
+        "import lissom; from diffusers import Flux2KleinKVPipeline",
+    ],
+)
+def test_diffusers_knows_the_pipeline_whatever_is_imported_first(first):
+    code = f"{first}; from diffusers import DiffusionPipeline; import diffusers; print(diffusers.PixelEditPipeline)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "lissom.diffusion.demo.pipeline" in done.stdout, done.stderr

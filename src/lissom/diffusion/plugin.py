@@ -1,9 +1,8 @@
-"""Makes lissom's pipelines known to `DiffusionPipeline.from_pretrained`, which looks for them in diffusers itself."""
+"""Makes lissom's pipeline known to `DiffusionPipeline.from_pretrained`, which looks for it in diffusers itself."""
 
 from __future__ import annotations
 
-import diffusers
+from contextlib import suppress
 
-from lissom.diffusion.demo.pipeline import PixelEditPipeline
-
-diffusers.PixelEditPipeline = PixelEditPipeline
+with suppress(ImportError):  # a diffusers without FLUX.2 has no use for it
+    import lissom.diffusion.demo.pipeline  # noqa: F401

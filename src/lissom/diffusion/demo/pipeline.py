@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
@@ -199,6 +200,9 @@ class PixelEditPipeline(DiffusionPipeline):
         if side < 1 or side % self.config.patch:
             raise UserError(f"A side of {side} pixels is no multiple of {self.config.patch}, which is a token's.")
         return side // self.config.patch
+
+
+diffusers.PixelEditPipeline = PixelEditPipeline  # where DiffusionPipeline.from_pretrained looks for the class
 
 
 def to_pixels(picture: Image.Image, patch: int) -> torch.Tensor:
