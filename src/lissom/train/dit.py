@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from lissom.diffusion.demo import Emoji, draw
+from lissom.diffusion.demo import Batch, Emoji, draw
 from lissom.diffusion.demo.model import EditModel, prepared
 from lissom.diffusion.demo.pipeline import PixelEditPipeline
 from lissom.diffusion.demo.sheet import sheet
@@ -157,11 +157,13 @@ class DitTrainer:
         config = self.config
         batch = training_batch(self.emoji, config.batch_size, config.seed, number, config.without_words)
         seed = int(np.random.SeedSequence((config.seed, number)).generate_state(1, np.uint64)[0] >> 1)
-        inputs = prepared(batch, self.pipeline.tokenizer, self.pipeline.config.patch, seed)
-        inputs = {name: value.to(self.accelerator.device) for name, value in inputs.items()}
         with self.accelerator.autocast():
-            loss: torch.Tensor = self.model(inputs)
+            loss: torch.Tensor = self.model(self._inputs(batch, seed))
         return loss
+
+    def _inputs(self, batch: Batch, seed: int) -> dict[str, torch.Tensor]:
+        inputs = prepared(batch, self.pipeline.tokenizer, self.pipeline.config.patch, seed)
+        return {name: value.to(self.accelerator.device) for name, value in inputs.items()}
 
     def _is_time(self, steps: int) -> bool:
         return self.step % steps == 0 or self.step == self.config.steps
@@ -193,8 +195,7 @@ class DitTrainer:
         with self._averaged(), self.accelerator.autocast():
             for number, kind in enumerate(KINDS):
                 batch = draw(self.emoji, kind, concepts, np.random.default_rng(number))
-                inputs = prepared(batch, self.pipeline.tokenizer, self.pipeline.config.patch, number)
-                loss = self.own({name: value.to(self.accelerator.device) for name, value in inputs.items()}).item()
+                loss = self.own(self._inputs(batch, number)).item()
                 found.setdefault(f"held_out_{kind.references}", []).append(loss)
         return {name: sum(losses) / len(losses) for name, losses in sorted(found.items())}
 

@@ -202,9 +202,10 @@ class _ReferenceHook(ModelHook):
             (torch.cat([k for k, _ in own], 1), torch.cat([v for _, v in own], 1)) for own in zip(*found, strict=True)
         ]
 
-    def _read(self, module: Flux2Transformer2DModel, *references: Any) -> Flux2KVCache:
+    def _read(
+        self, module: Flux2Transformer2DModel, tokens: torch.Tensor, ids: torch.Tensor, guidance: torch.Tensor | None
+    ) -> Flux2KVCache:
         """By a pass of the same transformer, which is not this hook's business."""
-        tokens, ids, guidance = references
         self.reading = True
         try:
             return read(module, tokens, ids, guidance=None if guidance is None else guidance[:1])
