@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from diffusers import Flux2Transformer2DModel
+from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux2 import (
     Flux2KVAttnProcessor,
     Flux2KVCache,
@@ -19,6 +20,7 @@ from diffusers.models.transformers.transformer_flux2 import (
 )
 
 POSITION_OF_REFERENCES = 0  # axis of positions on which references are not at 0
+REFERENCE_DISTANCE = 10  # between references on it (FLUX.2)
 
 
 def prepare(transformer: Flux2Transformer2DModel) -> None:
@@ -79,6 +81,20 @@ def _joined(parts: Sequence[Flux2KVCache]) -> Flux2KVCache:
     for layer, *own in zip(layers(whole), *map(layers, parts), strict=True):
         layer.store(torch.cat([one.k_ref for one in own], 1), torch.cat([one.v_ref for one in own], 1))
     return whole
+
+
+def moved(transformer: Flux2Transformer2DModel, keys: torch.Tensor, by: int) -> torch.Tensor:
+    """Keys of a reference that lies `by` further on the first axis of positions; values do not depend on it.
+
+    Args:
+        keys: `[batch, tokens, heads, head_dim]`, after rotation.
+    """
+    if not by:
+        return keys
+    step = torch.zeros(1, len(transformer.pos_embed.axes_dim), dtype=torch.long, device=keys.device)
+    step[0, POSITION_OF_REFERENCES] = by
+    turned: torch.Tensor = apply_rotary_emb(keys, transformer.pos_embed(step), sequence_dim=1)
+    return turned
 
 
 def layers(cache: Flux2KVCache) -> list[Any]:

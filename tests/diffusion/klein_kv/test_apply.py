@@ -8,7 +8,7 @@ from PIL import Image
 
 from lissom.diffusion.demo.pipeline import PixelEditPipeline
 from lissom.diffusion.demo.words import WordTable, word_tokenizer
-from lissom.diffusion.klein_kv import KleinKV, ReferenceStore, apply
+from lissom.diffusion.klein_kv import KleinKV, ReferenceStore, WarmReferences, hooks
 from lissom.errors import UserError
 
 
@@ -73,14 +73,14 @@ def test_references_matter():
 def test_references_are_read_before_the_first_step_and_never_again(monkeypatch):
     pipe, images = pipeline(), pictures(2)
     wanted = steps_of(pipe, images)
-    read, poisoned = apply.read, []
+    read, poisoned = hooks.read, []
 
     def once(*arguments, **options):
         assert not poisoned
         poisoned.append(True)
         return read(*arguments, **options)
 
-    monkeypatch.setattr(apply, "read", once)
+    monkeypatch.setattr(hooks, "read", once)
     with KleinKV()(pipe) as report:
         torch.testing.assert_close(steps_of(pipe, images), wanted, atol=2e-5, rtol=2e-5)
         assert poisoned and report.cached_passes == 3
@@ -163,3 +163,65 @@ def test_other_pipelines_and_settings_are_refused():
         steps_of(pipe, pictures(1))
     with pytest.raises(UserError, match="9 references: expected 1 to 8"):
         pipe(pictures(9), "a")
+
+
+@pytest.mark.parametrize("references", ["set", "each"])
+@pytest.mark.parametrize("storage", ["model", "int8"])
+def test_warm_references_serve_every_request_from_its_first_step_on(references, storage, tmp_path):
+    pipe, images = pipeline(references), pictures(3)
+    warm = KleinKV(storage=storage).prefill(pipe, images)
+    assert warm.tokens == (16 * 16 + 24 * 16 + 8 * 12) // 16
+    warm.save(tmp_path / "references.safetensors")
+    again = WarmReferences.load(tmp_path / "references.safetensors")
+    assert again.nbytes == warm.nbytes
+    tolerance = 2e-5 if storage == "model" else 2e-2
+    for prompt, options in (("a thing", {}), (["red", "blue"], {"guidance_scale": 3.0, "height": 24})):
+        wanted = steps_of(pipe, images, prompt, **options)
+        for handle in (warm, again):
+            with handle(pipe):
+                found = steps_of(pipe, None, prompt, **options)
+            torch.testing.assert_close(found, wanted, atol=tolerance, rtol=tolerance)
+    assert torch.equal(steps_of(pipe, images), steps_of(pipe, images))
+
+
+def test_warm_references_that_see_only_themselves_are_joined_in_any_order():
+    pipe, images = pipeline("each"), pictures(3)
+    first, second, third = (KleinKV().prefill(pipe, [image]) for image in images)
+    with (third + first + second)(pipe):
+        found = steps_of(pipe, None)
+    wanted = steps_of(pipe, [images[2], images[0], images[1]])
+    torch.testing.assert_close(found, wanted, atol=2e-5, rtol=2e-5)
+    store = ReferenceStore(2**20)
+    with KleinKV(store=store)(pipe) as report:
+        steps_of(pipe, images)
+        torch.testing.assert_close(
+            steps_of(pipe, images[::-1]), steps_of(pipeline("each"), images[::-1]), atol=2e-5, rtol=2e-5
+        )
+    assert report.reference_passes == 3  # in other places they are turned, not read again
+
+
+def test_warm_references_of_other_models_and_damaged_files_are_refused(tmp_path):
+    pipe, file = pipeline(), tmp_path / "references.safetensors"
+    warm = KleinKV().prefill(pipe, pictures(1))
+    with pytest.raises(UserError, match="by another model"), warm(pipeline(seed=1)):
+        pass
+    with pytest.raises(UserError, match="give it no pictures"), warm(pipe):
+        steps_of(pipe, pictures(1))
+    with pytest.raises(UserError, match="see each other"):
+        warm + warm
+    with pytest.raises(UserError, match="see noise and text"):
+        KleinKV().prefill(pipeline("joint"), pictures(1))
+    with pytest.raises(UserError, match="0 references"):
+        KleinKV().prefill(pipe, [])
+    with pytest.raises(UserError, match="no reference to read"):
+        KleinKV().prefill(pipe, None)
+    warm.save(file)
+    whole = file.read_bytes()
+    for damaged, words in (
+        (whole[:-1] + bytes([whole[-1] ^ 1]), "damaged"), (whole[:100], "cannot be read"), (b"", "cannot be read"),
+    ):  # fmt: skip
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match=words):
+            WarmReferences.load(file)
+    with pytest.raises(UserError, match="no file"):
+        WarmReferences.load(tmp_path / "none")

@@ -17,12 +17,11 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from lissom.diffusion.demo.words import MAX_WORDS, WordTable
-from lissom.diffusion.references import prepare, read
+from lissom.diffusion.references import REFERENCE_DISTANCE, prepare, read
 from lissom.errors import UserError
 
 REFERENCES = ("joint", "set", "each")
 MAX_REFERENCES = 8
-_REFERENCE_DISTANCE = 10
 
 
 class PixelEditPipeline(DiffusionPipeline):
@@ -237,7 +236,7 @@ def positions(rows: int, columns: int, picture: int = 0) -> torch.Tensor:
 
 def reference_numbers(count: int) -> range:
     """Where references lie on the first axis of positions, on which what is drawn lies at 0 (FLUX.2)."""
-    return range(_REFERENCE_DISTANCE, _REFERENCE_DISTANCE * (count + 1), _REFERENCE_DISTANCE)
+    return range(REFERENCE_DISTANCE, REFERENCE_DISTANCE * (count + 1), REFERENCE_DISTANCE)
 
 
 def text_positions(words: int) -> torch.Tensor:

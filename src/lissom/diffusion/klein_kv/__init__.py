@@ -7,7 +7,9 @@ picture in every attention, which gives the same output. They need neither noise
 request with the same references, whatever its prompt, seed or size.
 """
 
-from lissom.diffusion.klein_kv.apply import KleinKV, KleinKVReport
+from lissom.diffusion.klein_kv.apply import KleinKV
+from lissom.diffusion.klein_kv.hooks import KleinKVReport
 from lissom.diffusion.klein_kv.store import ReferenceStore
+from lissom.diffusion.klein_kv.warm import WarmReferences
 
-__all__ = ["KleinKV", "KleinKVReport", "ReferenceStore"]
+__all__ = ["KleinKV", "KleinKVReport", "ReferenceStore", "WarmReferences"]

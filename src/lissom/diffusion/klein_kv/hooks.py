@@ -1,0 +1,263 @@
+"""What takes reference tokens out of a transformer's inputs, and gives it their keys and values instead."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import Flux2Transformer2DModel
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.models.transformers.transformer_flux2 import Flux2KVCache, Flux2Transformer2DModelOutput
+
+from lissom.diffusion.klein_kv.store import Entry, ReferenceStore, Storage, pack, unpack
+from lissom.diffusion.references import POSITION_OF_REFERENCES, REFERENCE_DISTANCE, layers, moved, prepare, read
+from lissom.errors import UserError
+
+_HOOK = "lissom_klein_kv"
+_RECENT = 8  # references that are at hand as the transformer takes them: those of a request
+
+
+@dataclass
+class KleinKVReport:
+    """What happened while the cache was on.
+
+    Attributes:
+        reference_passes: passes over references.
+        cached_passes: passes of the transformer that took references from the cache.
+        damage: where it was forced on a model that was not trained for it: relative distance of its first output to
+            that of the model without the cache.
+        store: what is held, with its hits and misses.
+    """
+
+    store: ReferenceStore
+    reference_passes: int = 0
+    cached_passes: int = 0
+    damage: float | None = None
+
+
+@dataclass(frozen=True)
+class Read:
+    """References that have been read, as they are stored.
+
+    Attributes:
+        parts: keys and values: of all references, or where each sees only itself of every one, as if it were the first.
+        guidance: that was embedded with them, where the model does that.
+    """
+
+    parts: tuple[Entry, ...]
+    guidance: float | None = None
+
+
+@contextmanager
+def hooked(transformer: Flux2Transformer2DModel, hook: ModelHook) -> Iterator[None]:
+    """With `hook` around the transformer's passes, which can take caches."""
+    registry = HookRegistry.check_if_exists_or_initialize(transformer)
+    if registry.get_hook(_HOOK) is not None:
+        raise UserError("Klein KV is on in this pipeline already.")
+    processors = transformer.attn_processors
+    prepare(transformer)
+    registry.register_hook(hook, _HOOK)
+    try:
+        yield
+    finally:
+        registry.remove_hook(_HOOK, recurse=False)
+        transformer.set_attn_processor(processors)
+
+
+class ReferenceHook(ModelHook):
+    """References of a request are read where the store does not have them, and are in no pass of a step.
+
+    Args:
+        storage: see `KleinKV`.
+        model: its fingerprint.
+        trained: what references see.
+
+    Attributes:
+        found: what a first row had, by the place on the first axis of positions where it begins.
+    """
+
+    def __init__(self, report: KleinKVReport, storage: Storage, model: str, trained: str) -> None:
+        super().__init__()
+        self.report, self.storage, self.model, self.trained = report, storage, model, trained
+        self.found: dict[int, Read] = {}
+        self.reading = False
+        self.recent: list[tuple[torch.Tensor, torch.Tensor, float | None, Flux2KVCache]] = []
+
+    def new_forward(self, module: Flux2Transformer2DModel, *args: Any, **kwargs: Any) -> Any:
+        """A pass without reference tokens where there were some."""
+        forward = self.fn_ref.original_forward
+        if self.reading:
+            return forward(*args, **kwargs)
+        given = arguments_of(module, args, kwargs)
+        ids = given["img_ids"][0] if given["img_ids"].ndim == 3 else given["img_ids"]
+        references = ids[:, POSITION_OF_REFERENCES] != 0
+        if given.get("kv_cache") is not None or not references.any():
+            self.report.cached_passes += given.get("kv_cache") is not None
+            return forward(**given)
+        hidden = given["hidden_states"]
+        cache = self._cache(module, hidden[:, references], ids[references], given.get("guidance"))
+        asked = given.get("kv_cache_mode") == "extract"
+        if asked and references.all():  # a pipeline that reads them by itself
+            return hidden[:, :0], _shared(cache)
+        changed = {"hidden_states": hidden[:, ~references], "img_ids": ids[~references]}
+        output = forward(**given | cached(cache) | changed)
+        self.report.cached_passes += 1
+        if self.trained == "joint" and self.report.damage is None:
+            own = forward(**given | {"return_dict": False})[0][:, ~references]
+            ours = output[0] if isinstance(output, tuple) else output.sample
+            self.report.damage = float((ours - own).norm() / own.norm())
+        if not asked:
+            return output
+        if isinstance(output, tuple):
+            return (*output, _shared(cache))
+        return Flux2Transformer2DModelOutput(sample=output.sample, kv_cache=_shared(cache))
+
+    def _cache(
+        self, module: Flux2Transformer2DModel, tokens: torch.Tensor, ids: torch.Tensor, guidance: torch.Tensor | None
+    ) -> Flux2KVCache:
+        """Keys and values of the references of every row of the batch."""
+        guiding = embedded(guidance)
+        for known, places, known_guidance, cache in self.recent:
+            if guiding == known_guidance and torch.equal(places, ids) and torch.equal(known, tokens):
+                return cache
+        rows = tokens[:1] if bool((tokens == tokens[:1]).all()) else tokens
+        found = [self._row(module, row[None], ids, guidance) for row in rows]
+        slots = ids[:, POSITION_OF_REFERENCES].unique_consecutive().tolist()
+        self.found[slots[0]] = found[0]
+        cache = batched(module, found, slots if self.trained == "each" else None, tokens.shape[0])
+        self.recent = [*self.recent[1 - _RECENT :], (tokens, ids, guiding, cache)]
+        return cache
+
+    def _row(
+        self, module: Flux2Transformer2DModel, tokens: torch.Tensor, ids: torch.Tensor, guidance: torch.Tensor | None
+    ) -> Read:
+        """The references of one row, from the store where it has them."""
+        lengths = ids[:, POSITION_OF_REFERENCES].unique_consecutive(return_counts=True)[1].tolist()
+        parts = lengths if self.trained == "each" else [len(ids)]
+        guiding, found = embedded(guidance), []
+        for part, places in zip(tokens.split(parts, 1), ids.split(parts), strict=True):
+            if self.trained == "each":  # in the place of the first, wherever it is: then it is found again in any
+                places = places.clone()
+                places[:, POSITION_OF_REFERENCES] = REFERENCE_DISTANCE
+            key = _key(self.model, part, places, guiding, self.storage)
+            entry = self.report.store.get(key)
+            if entry is None:
+                cache = self._read(module, part, places, guidance)
+                self.report.reference_passes += 1
+                entry = Entry(
+                    tuple(pack(layer.k_ref, self.storage) for layer in layers(cache)),
+                    tuple(pack(layer.v_ref, self.storage) for layer in layers(cache)),
+                )
+                self.report.store.put(key, entry)
+            found.append(entry)
+        return Read(tuple(found), guiding)
+
+    def _read(
+        self, module: Flux2Transformer2DModel, tokens: torch.Tensor, ids: torch.Tensor, guidance: torch.Tensor | None
+    ) -> Flux2KVCache:
+        """By a pass of the same transformer, which is not this hook's business."""
+        self.reading = True
+        try:
+            return read(module, tokens, ids, guidance=None if guidance is None else guidance[:1])
+        finally:
+            self.reading = False
+
+
+class WarmHook(ModelHook):
+    """Every pass is given the same references, which are in none of them.
+
+    Args:
+        references: what was read.
+        slots: see `batched`.
+    """
+
+    def __init__(self, references: Read, slots: Sequence[int] | None) -> None:
+        super().__init__()
+        self.references, self.slots = references, slots
+        self.cache: tuple[int, Flux2KVCache] | None = None
+
+    def new_forward(self, module: Flux2Transformer2DModel, *args: Any, **kwargs: Any) -> Any:
+        """A pass with them."""
+        given = arguments_of(module, args, kwargs)
+        if bool((given["img_ids"][..., POSITION_OF_REFERENCES] != 0).any()) or given.get("kv_cache") is not None:
+            raise UserError("References have been read before this request: give it no pictures.")
+        guiding = embedded(given.get("guidance"))
+        if guiding != self.references.guidance:
+            raise UserError(
+                f"The references were read with a guidance of {self.references.guidance}, and the request has {guiding}."
+            )
+        batch = given["hidden_states"].shape[0]
+        if self.cache is None or self.cache[0] != batch:
+            self.cache = batch, batched(module, [self.references], self.slots, batch)
+        return self.fn_ref.original_forward(**given | cached(self.cache[1]))
+
+
+def fingerprint(transformer: torch.nn.Module) -> str:
+    """Of a model's config and a part of each of its weights: other weights have another one."""
+    digest = hashlib.sha256(json.dumps(dict(transformer.config), sort_keys=True, default=str).encode())
+    for name, parameter in transformer.named_parameters():
+        part = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)].float().cpu()
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode() + part.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def arguments_of(module: Flux2Transformer2DModel, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Of a pass, by name."""
+    given = dict(inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments)
+    del given["self"]
+    return given
+
+
+def cached(cache: Flux2KVCache) -> dict[str, Any]:
+    """What tells the transformer to take references from there."""
+    return {"kv_cache": cache, "kv_cache_mode": "cached", "num_ref_tokens": 0}
+
+
+def embedded(guidance: torch.Tensor | None) -> float | None:
+    """The guidance that the model is told, which is one for all rows."""
+    return None if guidance is None else float(guidance.flatten()[0])
+
+
+def batched(
+    module: Flux2Transformer2DModel, rows: Sequence[Read], slots: Sequence[int] | None, batch: int
+) -> Flux2KVCache:
+    """As the transformer takes it: a single row serves the whole batch without a copy.
+
+    Args:
+        slots: places of the references on the first axis of positions, where each was read by itself.
+    """
+    double = len(module.transformer_blocks)
+    cache = Flux2KVCache(double, len(module.single_transformer_blocks))
+    device = module.proj_out.weight.device
+    for index, layer in enumerate(layers(cache)):
+        keys, values = [], []
+        for row in rows:
+            turns = [0] if slots is None else [slot - REFERENCE_DISTANCE for slot in slots]
+            own = [unpack(part.keys[index]).to(device) for part in row.parts]
+            keys.append(torch.cat([moved(module, part, by) for part, by in zip(own, turns, strict=True)], 1))
+            values.append(torch.cat([unpack(part.values[index]).to(device) for part in row.parts], 1))
+        layer.store(torch.cat(keys).expand(batch, -1, -1, -1), torch.cat(values).expand(batch, -1, -1, -1))
+    cache.num_ref_tokens = cache.get_double(0).k_ref.shape[1] if double else cache.get_single(0).k_ref.shape[1]
+    return cache
+
+
+def _key(model: str, tokens: torch.Tensor, ids: torch.Tensor, guidance: float | None, storage: str) -> str:
+    digest = hashlib.sha256(f"{model} {guidance} {storage} {tokens.dtype} {tuple(tokens.shape)}".encode())
+    digest.update(tokens.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    digest.update(ids.cpu().long().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _shared(cache: Flux2KVCache) -> Flux2KVCache:
+    """Another cache of the same tensors: pipelines empty theirs when a request ends."""
+    other = Flux2KVCache(len(cache.double_block_caches), len(cache.single_block_caches))
+    other.num_ref_tokens = cache.num_ref_tokens
+    for layer, own in zip(layers(other), layers(cache), strict=True):
+        layer.store(own.k_ref, own.v_ref)
+    return other

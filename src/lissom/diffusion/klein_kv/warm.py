@@ -1,0 +1,151 @@
+"""References that were read before there was a request: kept by the caller, in memory or in a file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, Flux2Transformer2DModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from lissom.diffusion.klein_kv.hooks import Read, WarmHook, fingerprint, hooked
+from lissom.diffusion.klein_kv.store import Entry, Packed
+from lissom.diffusion.references import REFERENCE_DISTANCE
+from lissom.errors import UserError
+from lissom.files import atomic_path
+
+_FORMAT, _VERSION = "lissom-warm-references", 1
+
+
+@dataclass(frozen=True)
+class WarmReferences:
+    """References with their keys and values: requests within `with references(pipeline):` draw with them.
+
+    Such requests are given no pictures. Every step is without reference tokens, the first one included, so that all
+    have one length, which step caches and `torch.compile` need.
+
+    Args:
+        model: fingerprint of the model that read them.
+        trained: what references see in it, `set` or `each` (or `joint`, where that was forced).
+        read: what was read.
+    """
+
+    model: str
+    trained: str
+    read: Read
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are held."""
+        return sum(part.nbytes for part in self.read.parts)
+
+    @property
+    def tokens(self) -> int:
+        """Of all references."""
+        return sum(part.tokens for part in self.read.parts)
+
+    @contextmanager
+    def __call__(self, pipeline: DiffusionPipeline) -> Iterator[None]:
+        """Draw with these references until the block ends, which leaves the pipeline as it was.
+
+        Raises:
+            UserError: they belong to another model.
+        """
+        transformer = transformer_of(pipeline)
+        if fingerprint(transformer) != self.model:
+            raise UserError("The references were read by another model: read them with this one.")
+        places = range(REFERENCE_DISTANCE, REFERENCE_DISTANCE * (len(self.read.parts) + 1), REFERENCE_DISTANCE)
+        with hooked(transformer, WarmHook(self.read, places if self.trained == "each" else None)):
+            yield
+
+    def __add__(self, other: WarmReferences) -> WarmReferences:
+        """These and then `other`, of a model in which each reference sees only itself.
+
+        Raises:
+            UserError: of another kind of model, or of two.
+        """
+        if self.trained != "each":
+            raise UserError("References of this model see each other: read them together.")
+        if (self.model, self.read.guidance) != (other.model, other.read.guidance):
+            raise UserError("The references were read by different models.")
+        return WarmReferences(self.model, self.trained, Read(self.read.parts + other.read.parts, self.read.guidance))
+
+    def save(self, file: str | Path) -> None:
+        """Write a safetensors file, atomically."""
+        tensors, dtypes = {}, []
+        for part, entry in enumerate(self.read.parts):
+            for side, blocks in (("key", entry.keys), ("value", entry.values)):
+                for index, packed in enumerate(blocks):
+                    tensors[f"{part}.{index}.{side}"] = packed.values.contiguous()
+                    if packed.scales is not None:
+                        tensors[f"{part}.{index}.{side}.scale"] = packed.scales.contiguous()
+            dtypes.append(str(entry.keys[0].dtype).removeprefix("torch."))
+        facts: dict[str, Any] = {
+            "version": _VERSION, "model": self.model, "trained": self.trained, "guidance": self.read.guidance,
+            "dtypes": dtypes, "blocks": len(self.read.parts[0].keys), "sha256": _digest(tensors),
+        }  # fmt: skip
+        with atomic_path(file) as temporary:
+            save_file(tensors, temporary, metadata={"format": _FORMAT, "facts": json.dumps(facts)})
+
+    @classmethod
+    def load(cls, file: str | Path) -> WarmReferences:
+        """Read what `save` wrote.
+
+        Raises:
+            UserError: there is no such file, it is damaged, or it is another one.
+        """
+        if not Path(file).is_file():
+            raise UserError(f"There is no file {file}.")
+        try:
+            with safe_open(file, framework="pt") as opened:
+                metadata = opened.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise UserError(f"{file} is a safetensors file, but not one of references.")
+                facts = json.loads(metadata["facts"])
+                if facts["version"] != _VERSION:
+                    raise UserError(f"{file} has version {facts['version']}; this lissom reads {_VERSION}.")
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            if facts["sha256"] != _digest(tensors):
+                raise UserError(f"{file} is damaged: it is not what was written. Read the references again.")
+            parts = tuple(
+                Entry(*(_blocks(tensors, part, facts["blocks"], side, dtype) for side in ("key", "value")))
+                for part, dtype in enumerate(facts["dtypes"])
+            )
+            return cls(facts["model"], facts["trained"], Read(parts, facts["guidance"]))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{file} cannot be read ({type(error).__name__}). Read the references again.") from error
+
+
+def transformer_of(pipeline: DiffusionPipeline) -> Flux2Transformer2DModel:
+    """What draws in a pipeline.
+
+    Raises:
+        UserError: it is of another family.
+    """
+    transformer = getattr(pipeline, "transformer", None)
+    if not isinstance(transformer, Flux2Transformer2DModel):
+        raise UserError(
+            f"{type(pipeline).__name__} has no FLUX.2 transformer: Klein KV caches the references of that family."
+        )
+    return transformer
+
+
+def _blocks(tensors: dict[str, torch.Tensor], part: int, blocks: int, side: str, dtype: str) -> tuple[Packed, ...]:
+    names = [f"{part}.{index}.{side}" for index in range(blocks)]
+    return tuple(Packed(tensors[name], tensors.get(f"{name}.scale"), getattr(torch, dtype)) for name in names)
+
+
+def _digest(tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
