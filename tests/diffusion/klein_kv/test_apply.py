@@ -3,7 +3,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel, UNet2DModel
+from diffusers import (
+    DDPMPipeline,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2Transformer2DModel,
+    TaylorSeerCacheConfig,
+    UNet2DModel,
+)
 from PIL import Image
 
 from lissom.diffusion.demo.pipeline import PixelEditPipeline
@@ -225,3 +232,20 @@ def test_warm_references_of_other_models_and_damaged_files_are_refused(tmp_path)
             WarmReferences.load(file)
     with pytest.raises(UserError, match="no file"):
         WarmReferences.load(tmp_path / "none")
+
+
+def test_step_caches_work_on_warm_references():
+    pipe, images = pipeline(), pictures(2)
+    cache = TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=2)
+    pipe.transformer.enable_cache(cache)
+    wanted = steps_of(pipe, images, num_inference_steps=8)  # references in every step, which have one length, too
+    with pytest.raises(UserError, match="before enable_cache"), KleinKV()(pipe):
+        steps_of(pipe, images)
+    pipe.transformer.disable_cache()
+    warm = KleinKV().prefill(pipe, images)
+    exact = steps_of(pipe, images, num_inference_steps=8)
+    pipe.transformer.enable_cache(cache)
+    with warm(pipe):
+        found = steps_of(pipe, None, num_inference_steps=8)
+    torch.testing.assert_close(found, wanted, atol=2e-5, rtol=2e-5)
+    assert not torch.allclose(found, exact, atol=2e-5, rtol=2e-5)  # steps were left out

@@ -162,6 +162,11 @@ class ReferenceHook(ModelHook):
         self, module: Flux2Transformer2DModel, tokens: torch.Tensor, ids: torch.Tensor, guidance: torch.Tensor | None
     ) -> Flux2KVCache:
         """By a pass of the same transformer, which is not this hook's business."""
+        if module.is_cache_enabled:
+            raise UserError(
+                "A step cache is on, and a pass over references would go into it as a step: read them with "
+                "KleinKV().prefill before enable_cache, and give the request none."
+            )
         self.reading = True
         try:
             return read(module, tokens, ids, guidance=None if guidance is None else guidance[:1])
@@ -190,7 +195,7 @@ class WarmHook(ModelHook):
         guiding = embedded(given.get("guidance"))
         if guiding != self.references.guidance:
             raise UserError(
-                f"The references were read with a guidance of {self.references.guidance}, and the request has {guiding}."
+                f"The references were read with a guidance of {self.references.guidance}: the request has {guiding}."
             )
         batch = given["hidden_states"].shape[0]
         if self.cache is None or self.cache[0] != batch:
