@@ -17,6 +17,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from lissom.diffusion.demo.words import MAX_WORDS, WordTable
+from lissom.diffusion.pictures import to_pixels
 from lissom.diffusion.references import REFERENCE_DISTANCE, prepare, read
 from lissom.errors import UserError
 
@@ -172,9 +173,7 @@ class PixelEditPipeline(DiffusionPipeline):
             raise UserError(f"{len(images)} references: expected 1 to {MAX_REFERENCES}.")
         tokens, places = [], []
         for number, picture in zip(reference_numbers(len(images)), images, strict=True):
-            if not isinstance(picture, Image.Image):
-                raise UserError(f"A reference is a {type(picture).__name__}: expected pictures of PIL.")
-            pixels = to_pixels(picture, self.config.patch)
+            pixels = _cut(to_pixels(picture), self.config.patch)
             tokens.append(to_tokens(pixels[None], self.config.patch))
             rows, columns = (side // self.config.patch for side in pixels.shape[1:])
             places.append(positions(rows, columns, number))
@@ -204,17 +203,14 @@ class PixelEditPipeline(DiffusionPipeline):
 diffusers.PixelEditPipeline = PixelEditPipeline  # where DiffusionPipeline.from_pretrained looks for the class
 
 
-def to_pixels(picture: Image.Image, patch: int) -> torch.Tensor:
-    """`[3, height, width]`, -1 to 1: on white where it is transparent, cut at the rim to a multiple of `patch`."""
-    if picture.mode in ("RGBA", "LA", "P", "PA"):
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, (255, 255, 255, 255)), picture)
-    width, height = (side // patch * patch for side in picture.size)
-    if not width or not height:
-        raise UserError(f"A picture of {picture.size[0]} by {picture.size[1]} pixels is smaller than a token.")
-    left, top = (picture.size[0] - width) // 2, (picture.size[1] - height) // 2
-    flat = picture.convert("RGB").crop((left, top, left + width, top + height))
-    return torch.from_numpy(np.array(flat)).permute(2, 0, 1).float() / 127.5 - 1
+def _cut(pixels: torch.Tensor, patch: int) -> torch.Tensor:
+    """At the rim to multiples of `patch`."""
+    height, width = pixels.shape[1:]
+    rows, columns = height // patch * patch, width // patch * patch
+    if not rows or not columns:
+        raise UserError(f"A picture of {width} by {height} pixels is smaller than a token.")
+    top, left = (height - rows) // 2, (width - columns) // 2
+    return pixels[:, top : top + rows, left : left + columns]
 
 
 def to_tokens(pixels: torch.Tensor, patch: int) -> torch.Tensor:

@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline, Flux2KleinKVPipeline, Flux2Transformer2
 from lissom.diffusion.klein_kv.hooks import KleinKVReport, Read, ReferenceHook, fingerprint, hooked
 from lissom.diffusion.klein_kv.store import STORAGES, ReferenceStore, Storage
 from lissom.diffusion.klein_kv.warm import WarmReferences, transformer_of
+from lissom.diffusion.pictures import quiet
 from lissom.errors import UserError
 
 _SMALL = 64  # pixels of a side of what is drawn where only references are wanted
@@ -68,16 +69,11 @@ class KleinKV:
         hook = self._hook(pipeline, transformer)
         words = torch.zeros(1, 1, transformer.config.joint_attention_dim, dtype=transformer.dtype)
         side = pipeline.config.get("size", _SMALL)
-        bars = getattr(pipeline, "_progress_bar_config", {})
-        pipeline.set_progress_bar_config(disable=True)
-        try:
-            with hooked(transformer, hook):
-                pipeline(
-                    image=image, prompt_embeds=words.to(pipeline._execution_device), height=side, width=side,
-                    num_inference_steps=1, guidance_scale=1.0, output_type="latent",
-                )  # fmt: skip
-        finally:
-            pipeline.set_progress_bar_config(**bars)
+        with hooked(transformer, hook), quiet(pipeline):
+            pipeline(
+                image=image, prompt_embeds=words.to(pipeline._execution_device), height=side, width=side,
+                num_inference_steps=1, guidance_scale=1.0, output_type="latent",
+            )  # fmt: skip
         if not hook.found:
             raise UserError("There is no reference to read: give one picture at least.")
         parts = [part for _, own in sorted(hook.found.items()) for part in own.parts]

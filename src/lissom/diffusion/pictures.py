@@ -1,0 +1,44 @@
+"""Pictures of PIL as tensors, and pipelines that draw without a bar."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from lissom.errors import UserError
+
+
+def to_pixels(picture: Any) -> torch.Tensor:
+    """`[3, height, width]`, -1 to 1; on white where it is transparent.
+
+    Raises:
+        UserError: it is no picture of PIL.
+    """
+    if not isinstance(picture, Image.Image):
+        raise UserError(f"Got a {type(picture).__name__}: expected a picture of PIL.")
+    if picture.mode in ("RGBA", "LA", "P", "PA"):
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, (255, 255, 255, 255)), picture)
+    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def to_picture(pixels: torch.Tensor) -> Image.Image:
+    """Of `[3, height, width]`, -1 to 1."""
+    return Image.fromarray(((pixels + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy())
+
+
+@contextmanager
+def quiet(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """Without its progress bars, which are as they were when the block ends."""
+    bars = getattr(pipeline, "_progress_bar_config", {})
+    pipeline.set_progress_bar_config(**bars | {"disable": True})
+    try:
+        yield
+    finally:
+        pipeline.set_progress_bar_config(**bars)
