@@ -13,8 +13,9 @@ from PIL import Image
 from lissom.diffusion.demo import Emoji
 from lissom.diffusion.demo.model import Shape, new_pipeline
 from lissom.diffusion.demo.pipeline import REFERENCES, PixelEditPipeline
+from lissom.diffusion.klein_kv import KleinKV
 from lissom.errors import UserError
-from lissom.train.dit import DitConfig, train_dit
+from lissom.train.dit import DitConfig, make_cacheable, train_dit
 from lissom.train.folder import last_checkpoint
 
 SHAPE = Shape(size=16, patch=4, width=32, head=8, double=1, single=1)
@@ -139,3 +140,36 @@ def test_diffusers_knows_the_pipeline_whatever_is_imported_first(first):
     code = f"{first}; from diffusers import DiffusionPipeline; import diffusers; print(diffusers.PixelEditPipeline)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "lissom.diffusion.demo.pipeline" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_model_is_made_cacheable_by_a_short_training(rank, emoji, tmp_path):
+    before = new_pipeline(replace(SHAPE, references="joint"), emoji)
+    before.save_pretrained(tmp_path / "joint")
+    images = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    with pytest.raises(UserError, match="see noise"), KleinKV()(before):
+        pass
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "joint")
+    make_cacheable(pipe, "set", rank)
+    train_dit(pipe, CONFIG, emoji, tmp_path / "set")
+    made = DiffusionPipeline.from_pretrained(tmp_path / "set")
+    assert made.config.references == "set" and not [name for name in weights(made) if "lora" in name]
+    old, new = weights(before), weights(made)
+    assert old.keys() == new.keys()
+    same = {name for name in old if torch.equal(old[name], new[name])}
+    assert bool(same) == (rank is not None) and ("table.weight" in same) == (rank is not None)
+    options = {"num_inference_steps": 3, "output_type": "np", "prompt": "a thing 1"}
+    drawn = [pipe(images, generator=torch.Generator().manual_seed(0), **options).images for pipe in (pipe, made)]
+    with KleinKV()(made) as report:
+        drawn.append(made(images, generator=torch.Generator().manual_seed(0), **options).images)
+    assert report.reference_passes == 1
+    for other in drawn[1:]:
+        assert abs(other - drawn[0]).max() < 1e-4
+
+
+def test_what_cannot_be_made_cacheable_is_refused(emoji):
+    with pytest.raises(UserError, match="cacheable already"):
+        make_cacheable(new_pipeline(SHAPE, emoji), "set")
+    for bad in ({"references": "joint"}, {"rank": 0}):
+        with pytest.raises(UserError, match="expected"):
+            make_cacheable(new_pipeline(replace(SHAPE, references="joint"), emoji), **bad)

@@ -12,8 +12,8 @@ from lissom import __version__
 from lissom.errors import UserError
 
 COMMANDS = (
-    "optimize", "apply", "compare", "generate", "train", "train_dit", "quantize", "compact", "budgets", "export",
-    "check", "bench", "assets", "doctor",
+    "optimize", "apply", "compare", "generate", "train", "train_dit", "edit", "refine", "quantize", "compact",
+    "budgets", "export", "check", "bench", "assets", "doctor",
 )  # fmt: skip
 
 _INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt

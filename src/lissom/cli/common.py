@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 MODEL = "Asset, model folder, .gguf file or Hub id."
+PIPELINE = "Folder of a pipeline of diffusers, such as `lissom train-dit` writes, or Hub id."
 JSON = typer.Option(None, "--json", metavar="FILE", help="Write the result as JSON ('-': standard output).")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +18,31 @@ def register(app: typer.Typer) -> None:
 
 def train_dit(
     output: Path = typer.Option(..., "--output", "-o", help="Folder of the run and of the pipeline that it leaves."),
-    size: int = typer.Option(32, help="Pixels of a side, 16 to 64."),
-    patch: int = typer.Option(4, help="Pixels of a side of a token."),
-    width: int = typer.Option(256, help="Of the hidden states."),
-    double: int = typer.Option(2, help="Blocks in which text has weights of its own."),
-    single: int = typer.Option(5, help="Blocks in which all tokens share them."),
+    small: bool = typer.Option(False, "--small", help="A model that two cores train in about 20 minutes."),
+    cacheable: str = typer.Option(
+        None,
+        "--make-cacheable",
+        metavar="PIPELINE",
+        help="Go on with this one until its references can be read once: set or each, see --references.",
+    ),
+    lora: int = typer.Option(None, metavar="RANK", help="With --make-cacheable: train adapters, which are merged."),
+    size: int = typer.Option(None, help="Pixels of a side, 16 to 64. [default: 32]"),
+    patch: int = typer.Option(None, help="Pixels of a side of a token. [default: 4]"),
+    width: int = typer.Option(None, help="Of the hidden states. [default: 256; small: 128]"),
+    double: int = typer.Option(None, help="Blocks in which text has weights of its own. [default: 2]"),
+    single: int = typer.Option(None, help="Blocks in which all tokens share them. [default: 5; small: 4]"),
     references: str = typer.Option("set", help="What references see: joint (everything), set (each other), each."),
-    steps: int = typer.Option(5000, help="Of the optimiser."),
-    batch_size: int = typer.Option(32, help="Requests that a process takes in a step."),
-    learning_rate: float = typer.Option(1e-3, "--lr", help="Highest learning rate."),
+    steps: int = typer.Option(None, help="Of the optimiser. [default: 5000; small: 2500; cacheable: 300]"),
+    batch_size: int = typer.Option(None, help="Requests that a process takes in a step. [default: 32; small: 16]"),
+    learning_rate: float = typer.Option(
+        None, "--lr", help="Highest learning rate. [default: 0.001; small: 0.0015; cacheable: 0.0003]"
+    ),
     min_learning_rate: float = typer.Option(1e-5, "--min-lr", help="Last learning rate."),
     warmup_steps: int = typer.Option(None, help="Steps in which it rises. [default: 100, or half of a shorter run]"),
-    schedule: str = typer.Option("cosine", help="cosine, or wsd: constant, then falling over the last steps."),
+    schedule: str = typer.Option("wsd", help="cosine, or wsd: constant, then falling over the last steps."),
     weight_decay: float = typer.Option(0.01, help="Of matrices."),
-    average: float = typer.Option(0.999, help="Share that a step leaves of the average of the weights."),
-    precision: str = typer.Option("bf16", help="bf16: products in 16 bits, weights in 32; or fp32."),
+    average: float = typer.Option(0.998, help="Share that a step leaves of the average of the weights."),
+    precision: str = typer.Option("auto", help="Of products: bf16, fp32, or auto: the faster one here."),
     seed: int = typer.Option(0, help="Of new weights, of batches and of noise."),
     eval_steps: int = typer.Option(500, help="Steps between measurements on held-out concepts."),
     save_steps: int = typer.Option(250, help="Steps between checkpoints."),
@@ -47,34 +57,65 @@ def train_dit(
     from rich.console import Console
 
     from lissom.diffusion.demo import load_emoji
-    from lissom.diffusion.demo.model import Shape, new_pipeline
+    from lissom.diffusion.demo.model import new_pipeline
+    from lissom.diffusion.demo.pipeline import PixelEditPipeline
+    from lissom.diffusion.load import load_pipeline
+    from lissom.errors import UserError
     from lissom.files import write_json
-    from lissom.train.dit import DitConfig
+    from lissom.train.dit import FULL, SHORT, SMALL, DitConfig, make_cacheable
     from lissom.train.dit import train_dit as run
     from lissom.train.folder import RunFolder, is_first, last_checkpoint
 
-    warmup_steps = min(100, steps // 2) if warmup_steps is None else warmup_steps
+    form = SHORT if cacheable else SMALL if small else FULL
+    chosen = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}
+    known = {**asdict(form.config), **{name: value for name, value in chosen.items() if value is not None}}
+    known |= {"warmup_steps": min(100, known["steps"] // 2) if warmup_steps is None else warmup_steps}
     config = DitConfig(
-        steps=steps, batch_size=batch_size, learning_rate=learning_rate, min_learning_rate=min_learning_rate,
-        warmup_steps=warmup_steps, schedule=schedule, weight_decay=weight_decay,  # type: ignore[arg-type]
-        average=average, precision=precision, seed=seed, eval_steps=eval_steps,  # type: ignore[arg-type]
-        save_steps=save_steps, logging_steps=logging_steps, sample_steps=sample_steps,
+        **known | {
+            "min_learning_rate": min_learning_rate, "schedule": schedule, "weight_decay": weight_decay,
+            "average": average, "precision": precision, "seed": seed, "eval_steps": eval_steps,
+            "save_steps": save_steps, "logging_steps": logging_steps, "sample_steps": sample_steps,
+        }
     )  # fmt: skip
-    shape = Shape(size, patch, width, double=double, single=single, references=references)
-    facts: dict[str, Any] = {"model": asdict(shape), "config": asdict(config)}
+    sizes = {"size": size, "patch": patch, "width": width, "double": double, "single": single}
+    given = {name: value for name, value in sizes.items() if value is not None}
+    facts: dict[str, Any] = {"config": asdict(config)}
+    if cacheable:
+        if given or small:
+            raise UserError(f"The sizes are those of {cacheable}: leave out {', '.join(given) or '--small'}.")
+        facts["model"] = {"pipeline": cacheable, "references": references, "lora": lora}
+    elif lora is not None:
+        raise UserError("--lora adapts a model that is trained: give one with --make-cacheable.")
+    else:
+        facts["model"] = asdict(replace(form.shape, **given, references=references))
     console = Console(stderr=True, quiet=not is_first())
     with RunFolder.open(output, facts) as folder:
         if (begun := last_checkpoint(output)) is not None:
             console.print(f"Going on from {begun}.", highlight=False, soft_wrap=True)
         with console.status("reading pictures"):
-            emoji = load_emoji(size, lambda text: console.print(text, highlight=False, soft_wrap=True))
-            pipeline = new_pipeline(shape, emoji, seed)
+
+            def say(text: str) -> None:
+                console.print(text, highlight=False, soft_wrap=True)
+
+            if cacheable:
+                pipeline = load_pipeline(cacheable)
+                if not isinstance(pipeline, PixelEditPipeline):
+                    raise UserError(
+                        f"{cacheable} is a {type(pipeline).__name__}, which this command has no data for: train it as "
+                        "docs/methods/klein-kv.md tells."
+                    )
+                make_cacheable(pipeline, references, lora)
+                emoji = load_emoji(pipeline.config.size, say)
+            else:
+                shape = replace(form.shape, **given, references=references)
+                emoji = load_emoji(shape.size, say)
+                pipeline = new_pipeline(shape, emoji, seed)
         with bars(console) as progress, processes():
-            task = progress.add_task("steps", total=steps)
+            task = progress.add_task("steps", total=config.steps)
             history = run(
                 pipeline, config, emoji, output,
                 lambda done, total: progress.update(task, completed=done, total=total),
-                lambda entry: console.print(_line(entry), highlight=False, soft_wrap=True),
+                lambda entry: say(_line(entry)),
             )  # fmt: skip
         if not is_first():
             return

@@ -56,6 +56,11 @@ def _cpu() -> tuple[str, set[str]]:
     return name, flags
 
 
+def fast_bf16() -> bool:
+    """Whether this machine multiplies bf16 faster than fp32: GPUs, and processors that have instructions for it."""
+    return torch.accelerator.is_available() or bool({"avx512_bf16", "amx_bf16"} & _cpu()[1])
+
+
 def _median_seconds(work: Callable[[], object], repeats: int) -> float:
     work()
     times = []

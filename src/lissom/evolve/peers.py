@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from lissom.decode import NativeDecode
-from lissom.devices.machine import describe
+from lissom.devices.machine import fast_bf16
 from lissom.evals.peers import ARMS, OURS, Arm, Comparison, Size, compare, identity, recommended, stands
 from lissom.evals.peers.compare import Progress
 from lissom.evolve.measure import Bench
@@ -38,8 +38,7 @@ def arms(bench: Bench, best: Recipe, quick: bool) -> list[Arm]:
 
 def _fewer(others: list[Arm]) -> list[Arm]:
     """One setting of those that take long: torch.compile in the dtype that this processor multiplies faster."""
-    fast = {"avx512_bf16", "amx_bf16"} & set(describe()["machine"]["flags"])
-    dtype = "bfloat16" if fast else "float32"
+    dtype = "bfloat16" if fast_bf16() else "float32"
     return [
         arm
         for arm in others

@@ -17,8 +17,9 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from lissom.devices.machine import fast_bf16
 from lissom.diffusion.demo import Batch, Emoji, draw
-from lissom.diffusion.demo.model import EditModel, prepared
+from lissom.diffusion.demo.model import EditModel, Shape, prepared
 from lissom.diffusion.demo.pipeline import PixelEditPipeline
 from lissom.diffusion.demo.sheet import sheet
 from lissom.diffusion.demo.task import KINDS, training_batch
@@ -49,7 +50,8 @@ class DitConfig:
         max_grad_norm: largest norm of a step's gradient.
         average: share of the average of the weights that a step leaves, at most; it grows from 0 with the steps.
         without_words: share of the prompts that are left empty, which guidance needs.
-        precision: `fp32`, or `bf16` for products (weights and the optimiser stay fp32).
+        precision: of products: `fp32`, `bf16`, or `auto`: the one that this machine multiplies faster. Weights and the
+            optimiser are fp32.
         seed: of batches and noise.
         eval_steps, save_steps, logging_steps: steps between measurements, checkpoints, and lines of the log.
         sample_steps: steps between sheets of pictures.
@@ -63,13 +65,13 @@ class DitConfig:
     learning_rate: float = 1e-3
     min_learning_rate: float = 1e-5
     warmup_steps: int = 100
-    schedule: Literal["cosine", "wsd"] = "cosine"
+    schedule: Literal["cosine", "wsd"] = "wsd"
     decay_share: float = 0.2
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
-    average: float = 0.999
+    average: float = 0.998
     without_words: float = 0.1
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     seed: int = 0
     eval_steps: int = 500
     save_steps: int = 250
@@ -94,6 +96,21 @@ class DitConfig:
             raise UserError(f"seed={self.seed}: expected a number from 0 to below 2^32.")
 
 
+@dataclass(frozen=True)
+class Form:
+    """Sizes that go together: a model's, and those of its training."""
+
+    shape: Shape
+    config: DitConfig
+
+
+FULL = Form(Shape(), DitConfig())
+SMALL = Form(
+    Shape(width=128, single=4), DitConfig(steps=2500, batch_size=16, learning_rate=1.5e-3)
+)  # about 20 minutes on two cores
+SHORT = Form(Shape(), DitConfig(steps=300, learning_rate=3e-4, warmup_steps=50))  # of a model that is trained
+
+
 class DitTrainer:
     """One run, in the folder `output`. The pipeline is trained in place, and at the end has the average of its weights.
 
@@ -104,19 +121,21 @@ class DitTrainer:
 
     def __init__(self, pipeline: PixelEditPipeline, config: DitConfig, emoji: Emoji, output: Path) -> None:
         self.pipeline, self.config, self.emoji, self.output = pipeline, config, emoji, output
+        halves = config.precision == "bf16" or (config.precision == "auto" and fast_bf16())
         self.accelerator = Accelerator(
-            mixed_precision="bf16" if config.precision == "bf16" else "no", cpu=not torch.accelerator.is_available()
+            mixed_precision="bf16" if halves else "no", cpu=not torch.accelerator.is_available()
         )
         model = EditModel(pipeline)
-        decayed = [p for p in model.parameters() if p.ndim > 1]
-        others = [p for p in model.parameters() if p.ndim <= 1]
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        decayed = [p for p in self.trained.values() if p.ndim > 1]
+        others = [p for p in self.trained.values() if p.ndim <= 1]
         self.optimizer = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
             lr=config.learning_rate, betas=(0.9, 0.99), fused=True,
         )  # fmt: skip
         self.own = model  # without what DDP puts around it
         self.model, self.optimizer = self.accelerator.prepare(model, self.optimizer)
-        self.average = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self.average = {name: p.detach().clone() for name, p in self.trained.items()}
         self.step, self.history = 0, list[dict[str, float]]()
         self.stopped = False
 
@@ -143,12 +162,12 @@ class DitTrainer:
             group["lr"] = learning_rate(self.step, config)
         loss = self._loss(self.step * self.accelerator.num_processes + process)
         self.accelerator.backward(loss)
-        self.accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
+        self.accelerator.clip_grad_norm_(self.trained.values(), config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         kept = min(config.average, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
-            for name, parameter in self.own.named_parameters():
+            for name, parameter in self.trained.items():
                 self.average[name].lerp_(parameter, 1 - kept)
         return loss.detach()
 
@@ -210,20 +229,20 @@ class DitTrainer:
     @contextmanager
     def _averaged(self) -> Iterator[None]:
         """With the averaged weights in the place of the last ones."""
-        last = {name: p.detach().clone() for name, p in self.own.named_parameters()}
-        _fill(self.own, self.average)
+        last = {name: p.detach().clone() for name, p in self.trained.items()}
+        _fill(self.trained, self.average)
         try:
             yield
         finally:
-            _fill(self.own, last)
+            _fill(self.trained, last)
 
     def save(self) -> None:
         """Write a checkpoint, and forget all but the last two."""
         if self.accelerator.is_main_process:
             folder = self.output / CHECKPOINTS
-            tensors = {f"model.{name}": p.detach() for name, p in self.own.named_parameters()}
+            tensors = {f"model.{name}": p.detach() for name, p in self.trained.items()}
             tensors |= {f"average.{name}": value for name, value in self.average.items()}
-            for name, parameter in self.own.named_parameters():
+            for name, parameter in self.trained.items():
                 for key, value in self.optimizer.state[parameter].items():
                     tensors[f"{key}.{name}"] = value
             with atomic_path(folder / f"checkpoint-{self.step}") as temporary:
@@ -239,7 +258,7 @@ class DitTrainer:
             state = json.loads((checkpoint / STATE).read_text())
             tensors = load_file(checkpoint / _TENSORS)
             with torch.no_grad():
-                for name, parameter in self.own.named_parameters():
+                for name, parameter in self.trained.items():
                     parameter.copy_(tensors[f"model.{name}"])
                     self.average[name].copy_(tensors[f"average.{name}"])
                     keys = ("step", "exp_avg", "exp_avg_sq")
@@ -252,8 +271,11 @@ class DitTrainer:
             ) from error
 
     def finish(self) -> None:
-        """Put the averaged weights into the pipeline and write it to the folder."""
-        _fill(self.own, self.average)
+        """Put the averaged weights into the pipeline, adapters into the weights they adapt, and write it."""
+        _fill(self.trained, self.average)
+        if getattr(self.pipeline.transformer, "_hf_peft_config_loaded", False):
+            self.pipeline.transformer.fuse_lora()
+            self.pipeline.transformer.unload_lora()
         if self.accelerator.is_main_process:
             unfinished = self.output / _UNFINISHED
             self.pipeline.save_pretrained(unfinished)
@@ -262,8 +284,8 @@ class DitTrainer:
 
 
 @torch.no_grad()
-def _fill(model: torch.nn.Module, values: Mapping[str, torch.Tensor]) -> None:
-    for name, parameter in model.named_parameters():
+def _fill(parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
+    for name, parameter in parameters.items():
         parameter.copy_(values[name])
 
 
@@ -272,6 +294,33 @@ def _forget(folder: Path) -> None:
     found = sorted(folder.glob("checkpoint-*"), key=step_of)
     for checkpoint in found[:-_KEPT]:
         shutil.rmtree(checkpoint)
+
+
+def make_cacheable(pipeline: PixelEditPipeline, references: str = "set", rank: int | None = None) -> None:
+    """Prepare a pipeline for a short training after which `KleinKV` is exact for it: its references see what they may.
+
+    Args:
+        pipeline: changed in place; with adapters only these are trained, and `train_dit` merges them.
+        references: `set` or `each`, see `PixelEditPipeline`.
+        rank: of LoRA adapters on the transformer's linear layers; None trains all weights.
+
+    Raises:
+        UserError: it is cacheable as it is, or there is no such rank.
+    """
+    if references == "joint":
+        raise UserError("references=joint is what cannot be cached: expected set or each.")
+    if pipeline.config.references == references:
+        raise UserError(f"The references of this model see no more than {references} allows: it is cacheable already.")
+    if rank is not None and rank < 1:
+        raise UserError(f"rank={rank}: expected at least 1.")
+    pipeline.register_to_config(references=references)
+    if rank is not None:
+        from peft import LoraConfig
+
+        pipeline.text_encoder.requires_grad_(False)
+        names = [name for name, layer in pipeline.transformer.named_modules() if isinstance(layer, torch.nn.Linear)]
+        blocks = [name for name in names if "transformer_blocks" in name]
+        pipeline.transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=blocks))
 
 
 def train_dit(

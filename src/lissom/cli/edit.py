@@ -1,0 +1,200 @@
+"""`lissom edit`: a picture from words and reference pictures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from lissom.cli.common import JSON, PIPELINE, bars
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from PIL import Image
+
+    from lissom.diffusion.klein_kv import KleinKV
+
+_CACHES = ("auto", "on", "off", "force")
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(edit)
+
+
+def edit(
+    pipeline: str = typer.Argument(..., help=PIPELINE),
+    image: list[Path] = typer.Option([], "--image", help="Reference picture; give the option again for each."),
+    prompt: str = typer.Option("", help="What to draw."),
+    output: Path = typer.Option(..., "--output", "-o", help="Picture to write: .png, .jpg, .webp."),
+    steps: int = typer.Option(20, help="Of the sampler."),
+    guidance: float = typer.Option(1.0, help="Above 1 the prompt is followed more closely, at twice the time."),
+    size: int = typer.Option(None, help="Pixels of a side. [default: the pipeline's]"),
+    count: int = typer.Option(1, help="Pictures; further ones are written as NAME-2.png and so on."),
+    seed: int = typer.Option(0, help="Of the noise."),
+    cache: str = typer.Option(
+        "auto", help="References are read once: auto (where the model allows it), on, off, force (whatever it does)."
+    ),
+    storage: str = typer.Option("model", help="Of what is read of references: model (its own type), int8."),
+    references: Path = typer.Option(
+        None,
+        help="File of references that were read: used where it is there, else written, so that they are read once.",
+    ),
+    dtype: str = typer.Option("auto", help="Of the weights: float32, bfloat16, float16 or auto, the checkpoint's own."),
+    json_file: str = JSON,
+) -> None:
+    """Draw with reference pictures, whose keys and values are computed once and used in every step."""
+    from lissom.diffusion.klein_kv import KleinKV
+    from lissom.diffusion.load import load_pipeline
+    from lissom.errors import UserError
+
+    if cache not in _CACHES:
+        raise UserError(f"--cache {cache}: expected one of {', '.join(_CACHES)}.")
+    if references and cache in ("off", "force"):
+        raise UserError(f"--references keeps what a cache holds, which --cache {cache} does not go with.")
+    targets = named(output, count)
+    pictures = [read_picture(file) for file in image]
+    loaded = load_pipeline(pipeline, dtype)
+    method = KleinKV(storage=storage, force=cache == "force")  # type: ignore[arg-type]
+    began = time.perf_counter()
+    with _cached(method, loaded, pictures, cache, references) as (shown, facts):
+        drawn = draw(
+            loaded, steps, seed, image=shown or None, prompt=prompt, guidance_scale=guidance,
+            num_images_per_prompt=count, height=size, width=size,
+        )  # fmt: skip
+    facts["seconds"] = time.perf_counter() - began
+    keep(drawn, targets, facts, json_file)
+    if json_file != "-":
+        typer.echo(_told(facts, bool(image)))
+
+
+@contextmanager
+def _cached(
+    method: KleinKV, pipeline: DiffusionPipeline, pictures: list[Image.Image], cache: str, file: Path | None
+) -> Iterator[tuple[list[Image.Image], dict[str, Any]]]:
+    """What of `pictures` the pipeline is to be given, and facts of the cache, which are there when the block ends."""
+    from lissom.diffusion.klein_kv import WarmReferences
+    from lissom.diffusion.klein_kv.apply import references_of
+    from lissom.errors import UserError
+
+    facts: dict[str, Any] = {}
+    if file is not None:
+        if file.exists() and pictures:
+            raise UserError(f"{file} holds references already: leave out --image, or delete the file.")
+        if file.exists():
+            warm = WarmReferences.load(file)
+        elif pictures:
+            warm = method.prefill(pipeline, pictures)
+            warm.save(file)
+        else:
+            raise UserError(f"{file} is not there, and there is no --image to read.")
+        facts["reference_bytes"] = warm.nbytes
+        with warm(pipeline):
+            yield [], facts
+    elif not pictures or cache == "off" or (cache == "auto" and references_of(pipeline) == "joint"):
+        yield pictures, facts
+    else:
+        with method(pipeline) as report:
+            yield pictures, facts
+        facts |= {"reference_bytes": report.store.nbytes, "reference_passes": report.reference_passes}
+        facts |= {} if report.damage is None else {"damage": report.damage}
+
+
+def _told(facts: dict[str, Any], shown: bool) -> str:
+    if "reference_bytes" not in facts:
+        return f"{facts['seconds']:.2f} s" + ("; references were in every step." if shown else ".")
+    words = f"{facts['seconds']:.2f} s; what was read of the references takes {facts['reference_bytes'] / 1e6:.1f} MB"
+    if "damage" in facts:
+        words += f"; forced: the first output is off by {facts['damage']:.1%}"
+    return words + "."
+
+
+def named(output: Path, count: int) -> list[Path]:
+    """Files of `count` pictures, whose kind must be one that can be written.
+
+    Raises:
+        UserError: it is not, or there is none.
+    """
+    from PIL import Image
+
+    from lissom.errors import UserError
+    from lissom.files import require_writable
+
+    if count < 1:
+        raise UserError(f"--count {count}: expected at least 1.")
+    if output.suffix.lower() not in Image.registered_extensions():
+        raise UserError(f"{output}: expected a picture such as {output.with_suffix('.png').name}.")
+    files = [output, *(output.with_stem(f"{output.stem}-{number}") for number in range(2, count + 1))]
+    for file in files:
+        require_writable(file)
+    return files
+
+
+def read_picture(file: Path) -> Image.Image:
+    """A picture, whole.
+
+    Raises:
+        UserError: it is none.
+    """
+    from PIL import Image
+
+    from lissom.errors import UserError
+
+    try:
+        with Image.open(file) as opened:
+            opened.load()
+            return opened.copy()
+    except FileNotFoundError as error:
+        raise UserError(f"There is no picture {file}.") from error
+    except Exception as error:  # decoders raise what they like
+        raise UserError(f"{file} cannot be read as a picture: {str(error).splitlines()[0]}") from error
+
+
+def draw(pipeline: DiffusionPipeline, steps: int, seed: int, **options: Any) -> list[Image.Image]:
+    """Pictures, with a bar of ours, from a call that is given what it knows of `options`."""
+    import inspect
+
+    import torch
+    from rich.console import Console
+
+    from lissom.diffusion.pictures import quiet
+    from lissom.errors import UserError
+
+    known = inspect.signature(type(pipeline).__call__).parameters
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in given.keys() - known.keys():
+        raise UserError(f"{type(pipeline).__name__} takes no {name}.")
+    if steps < 1:
+        raise UserError(f"--steps {steps}: expected at least 1.")
+    with bars(Console(stderr=True)) as progress, quiet(pipeline):
+        task = progress.add_task("steps", total=steps)
+
+        def step(pipeline: Any, number: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            progress.update(task, completed=number + 1)
+            return {}
+
+        if "callback_on_step_end" in known:
+            given["callback_on_step_end"] = step
+        pictures: list[Image.Image] = pipeline(
+            num_inference_steps=steps, generator=torch.Generator().manual_seed(seed), **given
+        ).images
+    return pictures
+
+
+def keep(pictures: list[Image.Image], files: list[Path], facts: dict[str, Any], json_file: str | None) -> None:
+    """Write pictures, each whole or not at all, and what is known of them."""
+    from PIL import Image
+
+    from lissom.files import atomic_path, write_json
+
+    for picture, file in zip(pictures, files, strict=True):
+        with atomic_path(file) as temporary:
+            picture.save(temporary, format=Image.registered_extensions()[file.suffix.lower()])
+    if json_file:
+        write_json({"files": [str(file) for file in files], **facts}, json_file)
+    if json_file != "-":
+        for file in files:
+            typer.echo(str(file))

@@ -1,0 +1,36 @@
+"""Pipelines of diffusers from a folder or the Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+
+from lissom.errors import UserError
+
+
+def load_pipeline(name: str, dtype: str = "auto") -> DiffusionPipeline:
+    """A pipeline with its weights, on the accelerator where there is one.
+
+    Args:
+        name: folder that `save_pretrained` or `lissom train-dit` wrote, or Hub id.
+        dtype: `float32`, `bfloat16`, `float16`, or `auto`: the checkpoint's own.
+
+    Raises:
+        UserError: there is no such pipeline, or it is damaged.
+    """
+    folder = Path(name)
+    if folder.exists() and not (folder / "model_index.json").is_file():
+        begun = " A run of `lissom train-dit` is there that has not ended." if (folder / "checkpoints").exists() else ""
+        raise UserError(f"{name} is no pipeline of diffusers: it has no model_index.json.{begun}")
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise UserError(f"dtype={dtype!r}: expected auto, float32, bfloat16 or float16.")
+    options = {} if dtype == "auto" else {"torch_dtype": getattr(torch, dtype)}
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(name, **options)
+    except Exception as error:  # diffusers raises what any of its parts does
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{name} cannot be loaded as a pipeline of diffusers: {reason}") from error
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return pipeline if device is None else pipeline.to(device)
