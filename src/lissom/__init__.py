@@ -1,4 +1,7 @@
-"""lissom makes open language models small, fast and adaptable. Nothing heavy is imported before it is used."""
+"""lissom makes open language and diffusion models small, fast and adaptable.
+
+Nothing heavy is imported before it is used.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ from lissom import hook
 if TYPE_CHECKING:
     from lissom.attention.flash_prefill import FlashPrefill, sparse_prefill
     from lissom.decode import NativeDecode, Sampling, generate_text, generate_tokens
-    from lissom.diffusion.klein_kv import KleinKV
+    from lissom.diffusion.h_transform import HTransform
+    from lissom.diffusion.klein_kv import KleinKV, WarmReferences
     from lissom.kv import AttentionMatching, CompactCache, Eviction, KVBudget, compact
     from lissom.models.load import load
     from lissom.weights.noble import NobleConfig
@@ -23,6 +27,7 @@ __all__ = [
     "CompactCache",
     "Eviction",
     "FlashPrefill",
+    "HTransform",
     "KVBudget",
     "KleinKV",
     "NativeDecode",
@@ -30,6 +35,7 @@ __all__ = [
     "Quantize",
     "Sampling",
     "SparseBitNetConfig",
+    "WarmReferences",
     "compact",
     "generate_text",
     "generate_tokens",
@@ -42,6 +48,7 @@ _HOMES = {
     "CompactCache": "lissom.kv",
     "Eviction": "lissom.kv",
     "FlashPrefill": "lissom.attention.flash_prefill",
+    "HTransform": "lissom.diffusion.h_transform",
     "KVBudget": "lissom.kv",
     "KleinKV": "lissom.diffusion.klein_kv",
     "NativeDecode": "lissom.decode",
@@ -49,6 +56,7 @@ _HOMES = {
     "Quantize": "lissom.weights.quant",
     "Sampling": "lissom.decode",
     "SparseBitNetConfig": "lissom.weights.sparse_bitnet",
+    "WarmReferences": "lissom.diffusion.klein_kv",
     "compact": "lissom.kv",
     "generate_text": "lissom.decode",
     "generate_tokens": "lissom.decode",

@@ -9,8 +9,8 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from pipelines import small_emoji
 
-from lissom.diffusion.demo import Emoji
 from lissom.diffusion.demo.model import Shape, new_pipeline
 from lissom.diffusion.demo.pipeline import REFERENCES, PixelEditPipeline
 from lissom.diffusion.klein_kv import KleinKV
@@ -26,11 +26,7 @@ CONFIG = DitConfig(
 
 @pytest.fixture(scope="module")
 def emoji():
-    random = torch.Generator().manual_seed(0)
-    colours = torch.randint(256, (5, 30, 3, 1, 1), generator=random, dtype=torch.uint8)
-    pictures = colours.expand(5, 30, 3, 16, 16).contiguous()
-    names = tuple(f"thing {number}" for number in range(30))
-    return Emoji(pictures, ("a", "b", "c", "d", "e"), names, ("Things",) * 30, torch.arange(30) % 5 == 3)
+    return small_emoji()
 
 
 def weights(pipeline):

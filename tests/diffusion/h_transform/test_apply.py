@@ -22,9 +22,8 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from PIL import Image
+from pipelines import editing
 
-from lissom.diffusion.demo.pipeline import PixelEditPipeline
-from lissom.diffusion.demo.words import WordTable, word_tokenizer
 from lissom.diffusion.h_transform import HTransform
 from lissom.errors import UserError
 
@@ -37,19 +36,6 @@ def guide(side=16, seed=0, width=None):
 def quiet(pipe):
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def editing():
-    torch.manual_seed(0)
-    tokenizer = word_tokenizer(["a red thing"])
-    transformer = Flux2Transformer2DModel(
-        patch_size=1, in_channels=48, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=32, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
-    )  # fmt: skip
-    words = WordTable(len(tokenizer), 32)
-    return quiet(
-        PixelEditPipeline(transformer, FlowMatchEulerDiscreteScheduler(), words, tokenizer, size=16, references="set")
-    )
 
 
 def pixels(scheduler, kind=DDIMPipeline, channels=3):

@@ -1,46 +1,17 @@
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    Flux2Transformer2DModel,
     TaylorSeerCacheConfig,
     UNet2DModel,
 )
-from PIL import Image
+from pipelines import editing, pictures
 
-from lissom.diffusion.demo.pipeline import PixelEditPipeline
-from lissom.diffusion.demo.words import WordTable, word_tokenizer
 from lissom.diffusion.klein_kv import KleinKV, ReferenceStore, WarmReferences, hooks
 from lissom.errors import UserError
-
-
-def pipeline(references="set", seed=0, guidance_embeds=False):
-    torch.manual_seed(seed)
-    tokenizer = word_tokenizer(["a red blue thing"])
-    transformer = Flux2Transformer2DModel(
-        patch_size=1, in_channels=48, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=4,
-        joint_attention_dim=32, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=guidance_embeds,
-    )  # fmt: skip
-    torch.nn.init.normal_(transformer.proj_out.weight, std=0.3)
-    words = WordTable(len(tokenizer), 32)
-    made = PixelEditPipeline(
-        transformer, FlowMatchEulerDiscreteScheduler(), words, tokenizer, size=16, references=references
-    )
-    made.set_progress_bar_config(disable=True)
-    return made
-
-
-def pictures(count, seed=0, sizes=((16, 16), (24, 16), (8, 12), (16, 32))):
-    random = np.random.default_rng(seed)
-    return [
-        Image.fromarray(random.integers(0, 256, (*sizes[number % len(sizes)], 3), dtype=np.uint8))
-        for number in range(count)
-    ]
 
 
 def steps_of(pipe, images, prompt="a thing", **options):
@@ -60,7 +31,7 @@ def steps_of(pipe, images, prompt="a thing", **options):
 @pytest.mark.parametrize("count", [1, 2, 4, 8])
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_every_step_is_that_of_the_model_without_a_cache(references, count, guidance_scale):
-    pipe = pipeline(references)
+    pipe = editing(references)
     images = pictures(count)
     wanted = steps_of(pipe, images, ["a thing", "red"], guidance_scale=guidance_scale)
     with KleinKV()(pipe) as report:
@@ -72,13 +43,13 @@ def test_every_step_is_that_of_the_model_without_a_cache(references, count, guid
 
 
 def test_references_matter():
-    pipe = pipeline()
+    pipe = editing()
     one, other = (steps_of(pipe, pictures(2, seed)) for seed in (0, 1))
     assert (one - other).abs().max() > 1e-3
 
 
 def test_references_are_read_before_the_first_step_and_never_again(monkeypatch):
-    pipe, images = pipeline(), pictures(2)
+    pipe, images = editing(), pictures(2)
     wanted = steps_of(pipe, images)
     read, poisoned = hooks.read, []
 
@@ -98,12 +69,12 @@ def test_references_are_read_before_the_first_step_and_never_again(monkeypatch):
 
 
 def test_a_store_serves_later_requests_and_other_models_have_their_own_entries():
-    pipe, store = pipeline(), ReferenceStore(2**20)
+    pipe, store = editing(), ReferenceStore(2**20)
     for _ in range(2):
         with KleinKV(store=store)(pipe) as report:
             steps_of(pipe, pictures(1))
     assert report.reference_passes == 0 and (store.hits, store.misses, len(store)) == (1, 1, 1)
-    for changed, images in ((pipeline(seed=1), pictures(1)), (pipe, pictures(1, seed=1)), (pipe, pictures(2))):
+    for changed, images in ((editing(seed=1), pictures(1)), (pipe, pictures(1, seed=1)), (pipe, pictures(2))):
         with KleinKV(store=store)(changed) as report:
             steps_of(changed, images)
         assert report.reference_passes == 1
@@ -111,7 +82,7 @@ def test_a_store_serves_later_requests_and_other_models_have_their_own_entries()
 
 
 def test_references_that_see_only_themselves_are_combined_from_single_ones():
-    pipe, store, images = pipeline("each"), ReferenceStore(2**20), pictures(2)
+    pipe, store, images = editing("each"), ReferenceStore(2**20), pictures(2)
     with KleinKV(store=store)(pipe) as report:
         steps_of(pipe, images[:1])
         steps_of(pipe, images)
@@ -120,7 +91,7 @@ def test_references_that_see_only_themselves_are_combined_from_single_ones():
 
 @pytest.mark.parametrize("storage,share", [("model", 1.0), ("int8", 0.33)])
 def test_bytes_and_loss_of_storage(storage, share):
-    pipe, images = pipeline(), pictures(2)
+    pipe, images = editing(), pictures(2)
     wanted = steps_of(pipe, images)
     with KleinKV(storage=storage)(pipe) as report:
         found = steps_of(pipe, images)
@@ -131,7 +102,7 @@ def test_bytes_and_loss_of_storage(storage, share):
 
 
 def test_a_model_that_was_not_trained_for_it_is_refused_unless_forced():
-    pipe, images = pipeline("joint"), pictures(1)
+    pipe, images = editing("joint"), pictures(1)
     with pytest.raises(UserError, match="see noise and text"), KleinKV()(pipe):
         pass
     wanted = steps_of(pipe, images)
@@ -141,15 +112,15 @@ def test_a_model_that_was_not_trained_for_it_is_refused_unless_forced():
 
 
 def test_without_references_nothing_changes():
-    pipe = pipeline()
+    pipe = editing()
     wanted = steps_of(pipe, None)
     with KleinKV()(pipe) as report:
         assert torch.equal(steps_of(pipe, None), wanted)
     assert report.reference_passes == report.cached_passes == 0
 
 
-def test_leaving_restores_the_pipeline():
-    pipe = pipeline()
+def test_leaving_restores_the_editing():
+    pipe = editing()
     processors, forward = pipe.transformer.attn_processors, pipe.transformer.forward
     with pytest.raises(RuntimeError, match="within"), KleinKV()(pipe):
         raise RuntimeError("within")
@@ -165,7 +136,7 @@ def test_other_pipelines_and_settings_are_refused():
         pass
     with pytest.raises(UserError, match="storage='int3'"):
         KleinKV(storage="int3")
-    pipe = pipeline()
+    pipe = editing()
     with pytest.raises(UserError, match="give it more"), KleinKV(limit=1000)(pipe):
         steps_of(pipe, pictures(1))
     with pytest.raises(UserError, match="9 references: expected 1 to 8"):
@@ -175,7 +146,7 @@ def test_other_pipelines_and_settings_are_refused():
 @pytest.mark.parametrize("references", ["set", "each"])
 @pytest.mark.parametrize("storage", ["model", "int8"])
 def test_warm_references_serve_every_request_from_its_first_step_on(references, storage, tmp_path):
-    pipe, images = pipeline(references), pictures(3)
+    pipe, images = editing(references), pictures(3)
     warm = KleinKV(storage=storage).prefill(pipe, images)
     assert warm.tokens == (16 * 16 + 24 * 16 + 8 * 12) // 16
     warm.save(tmp_path / "references.safetensors")
@@ -192,7 +163,7 @@ def test_warm_references_serve_every_request_from_its_first_step_on(references, 
 
 
 def test_warm_references_that_see_only_themselves_are_joined_in_any_order():
-    pipe, images = pipeline("each"), pictures(3)
+    pipe, images = editing("each"), pictures(3)
     first, second, third = (KleinKV().prefill(pipe, [image]) for image in images)
     with (third + first + second)(pipe):
         found = steps_of(pipe, None)
@@ -202,22 +173,22 @@ def test_warm_references_that_see_only_themselves_are_joined_in_any_order():
     with KleinKV(store=store)(pipe) as report:
         steps_of(pipe, images)
         torch.testing.assert_close(
-            steps_of(pipe, images[::-1]), steps_of(pipeline("each"), images[::-1]), atol=2e-5, rtol=2e-5
+            steps_of(pipe, images[::-1]), steps_of(editing("each"), images[::-1]), atol=2e-5, rtol=2e-5
         )
     assert report.reference_passes == 3  # in other places they are turned, not read again
 
 
 def test_warm_references_of_other_models_and_damaged_files_are_refused(tmp_path):
-    pipe, file = pipeline(), tmp_path / "references.safetensors"
+    pipe, file = editing(), tmp_path / "references.safetensors"
     warm = KleinKV().prefill(pipe, pictures(1))
-    with pytest.raises(UserError, match="by another model"), warm(pipeline(seed=1)):
+    with pytest.raises(UserError, match="by another model"), warm(editing(seed=1)):
         pass
     with pytest.raises(UserError, match="give it no pictures"), warm(pipe):
         steps_of(pipe, pictures(1))
     with pytest.raises(UserError, match="see each other"):
         warm + warm
     with pytest.raises(UserError, match="see noise and text"):
-        KleinKV().prefill(pipeline("joint"), pictures(1))
+        KleinKV().prefill(editing("joint"), pictures(1))
     with pytest.raises(UserError, match="0 references"):
         KleinKV().prefill(pipe, [])
     with pytest.raises(UserError, match="no reference to read"):
@@ -235,7 +206,7 @@ def test_warm_references_of_other_models_and_damaged_files_are_refused(tmp_path)
 
 
 def test_step_caches_work_on_warm_references():
-    pipe, images = pipeline(), pictures(2)
+    pipe, images = editing(), pictures(2)
     cache = TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=2)
     pipe.transformer.enable_cache(cache)
     wanted = steps_of(pipe, images, num_inference_steps=8)  # references in every step, which have one length, too

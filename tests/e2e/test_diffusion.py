@@ -1,0 +1,99 @@
+"""`lissom edit` and `lissom refine` as a user calls them."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from pipelines import small_emoji
+
+from lissom.diffusion.demo.model import Shape, new_pipeline
+from lissom.diffusion.demo.pipeline import PixelEditPipeline
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder, emoji = tmp_path_factory.mktemp("pipelines"), small_emoji()
+    for references in ("set", "joint"):
+        shape = Shape(size=16, patch=4, width=32, head=8, double=1, single=1, references=references)
+        new_pipeline(shape, emoji).save_pretrained(folder / references)
+    random = np.random.default_rng(0)
+    for name, mode, shape in (
+        ("one.png", "RGB", (16, 16, 3)), ("clear.png", "RGBA", (16, 24, 4)), ("grey.png", "L", (20, 16)),
+    ):  # fmt: skip
+        Image.fromarray(random.integers(0, 256, shape, dtype=np.uint8), mode).save(folder / name)
+    (folder / "text.png").write_text("no picture")
+    return folder
+
+
+def same(one, other):
+    return np.array_equal(np.asarray(Image.open(one)), np.asarray(Image.open(other)))
+
+
+def test_references_are_read_once_and_kept_in_a_file(run, folder, tmp_path):
+    shown = [word for name in ("one.png", "clear.png", "grey.png") for word in ("--image", folder / name)]
+    asked = ("--prompt", "a thing 1", "--steps", 3, "--seed", 1)
+    out, json_file = tmp_path / "out.png", tmp_path / "facts.json"
+    code, text, err = run("edit", folder / "set", *shown, *asked, "-o", out, "--json", json_file)
+    assert code == 0 and "what was read of the references takes" in text, err
+    facts = json.loads(json_file.read_text())
+    assert facts["reference_passes"] == 1 and facts["files"] == [str(out)]
+    for options in (("--cache", "off"), ("--references", tmp_path / "kept")):
+        code, _, err = run("edit", folder / "set", *shown, *asked, "-o", tmp_path / "again.png", *options)
+        assert code == 0 and same(out, tmp_path / "again.png"), err
+    code, _, err = run("edit", folder / "set", *asked, "-o", tmp_path / "again.png", "--references", tmp_path / "kept")
+    assert code == 0 and same(out, tmp_path / "again.png"), err
+    code, text, err = run("edit", folder / "joint", *shown, *asked, "-o", tmp_path / "joint.png", "--count", 2)
+    assert code == 0 and "references were in every step" in text and (tmp_path / "joint-2.png").exists(), err
+    code, text, err = run("edit", folder / "joint", *shown, *asked, "-o", tmp_path / "joint.png", "--cache", "force")
+    assert code == 0 and "forced: the first output is off by" in text, err
+
+
+def test_a_coarse_picture_is_refined(run, folder, tmp_path):
+    asked = ("refine", folder / "set", "--guide", folder / "one.png", "--steps", 3)
+    code, _, err = run(*asked, "-o", tmp_path / "same.png", "--alpha", 0)
+    assert code == 0, err
+    guide, found = (np.asarray(Image.open(file)).astype(int) for file in (folder / "one.png", tmp_path / "same.png"))
+    assert np.abs(guide - found).max() <= 1
+    code, text, err = run(*asked, "-o", tmp_path / "large.png", "--size", 32, "--prompt", "a thing 1", "--json", "-")
+    assert code == 0 and json.loads(text)["seconds"] > 0, err
+    assert Image.open(tmp_path / "large.png").size == (32, 32)
+
+
+@pytest.mark.parametrize(
+    "words,sentence",
+    [
+        (("edit", "set", "--image", "none.png"), "There is no picture"),
+        (("edit", "set", "--image", "text.png"), "cannot be read as a picture"),
+        (("edit", "set", *("--image", "one.png") * 9), "9 references: expected 1 to 8"),
+        (("edit", "set", "--image", "one.png", "--size", "18"), "no multiple of 4"),
+        (("edit", "set", "--image", "one.png", "--steps", "0"), "expected at least 1"),
+        (("edit", "set", "--image", "one.png", "--cache", "maybe"), "expected one of auto, on, off, force"),
+        (("edit", "set", "--image", "one.png", "--storage", "int3"), "storage='int3'"),
+        (("edit", "set", "--references", "none"), "is not there, and there is no --image"),
+        (("edit", "set", "--references", "one.png"), "cannot be read"),
+        (("edit", "joint", "--image", "one.png", "--cache", "on"), "see noise and text"),
+        (("edit", "nothing"), "cannot be loaded as a pipeline"),
+        (("edit", "."), "has no model_index.json"),
+        (("refine", "set", "--guide", "clear.png", "--mask", "one.png"), "does not fit what is drawn"),
+        (("refine", "set", "--guide", "one.png", "--alpha", "-1"), "alpha=-1"),
+        (("refine", "set", "--guide", "grey.png", "--level", "ve"), "level='ve'"),
+        (("train-dit", "--lora", "2"), "--make-cacheable"),
+        (("train-dit", "--make-cacheable", "joint", "--width", "32"), "leave out width"),
+        (("train-dit", "--make-cacheable", "set"), "cacheable already"),
+    ],
+)
+def test_bad_input_is_one_sentence(words, sentence, run, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    code, _, err = run(*words, "-o", tmp_path / "out.png")
+    said = [line for line in err.splitlines() if line.startswith("lissom: ")]
+    assert code == 2 and len(said) == 1 and sentence in said[0] and "Traceback" not in err
+    assert not (tmp_path / "out.png").is_file()
+
+
+def test_the_pipeline_is_one_of_diffusers(folder):
+    from diffusers import DiffusionPipeline
+
+    assert isinstance(DiffusionPipeline.from_pretrained(folder / "set"), PixelEditPipeline)
