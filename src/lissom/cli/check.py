@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -24,7 +24,10 @@ def check(
     method: str = typer.Argument(
         ..., help=f"Key of the method: {', '.join(sorted(entry_points(group='lissom.checks').names))}."
     ),
-    model: str = typer.Option("smollm2-135m", help=MODEL),
+    model: str = typer.Option(
+        None,
+        help=f"{MODEL} Of a diffusion model: the folder of its pipeline. [default: smollm2-135m, or one trained here]",
+    ),
     small: bool = typer.Option(False, "--small", help="At most 20 minutes on two cores. [default: up to two hours]"),
     paper: bool = typer.Option(False, "--paper", help="The size of the paper, for a GPU; unmeasured here."),
     journal: Path = typer.Option(
@@ -44,7 +47,9 @@ def check(
         require_writable(json_file)
     chosen = check_of(method)
     size: SizeName = "small" if small else "paper" if paper else "default"
-    show(measured(chosen.stages, partial(chosen, size), model, journal or journal_of(method)), json_file)
+    show(
+        measured(chosen.stages, partial(chosen, size), model or chosen.model, journal or journal_of(method)), json_file
+    )
 
 
 def journal_of(method: str) -> Path:
@@ -53,7 +58,7 @@ def journal_of(method: str) -> Path:
 
 
 def measured(
-    stages: Sequence[str], measure: Callable[[str, Path, Progress], Outcome], model: str, journal: Path
+    stages: Sequence[str], measure: Callable[[Any, Path, Progress], Outcome], model: str | None, journal: Path
 ) -> Outcome:
     """What `measure` returns, with a bar for each of its stages, or where there is no terminal with lines."""
     from rich.console import Console
@@ -70,7 +75,7 @@ def measured(
 
         return measure(model, journal, say)
     with bars(console) as progress:
-        loading = progress.add_task(f"loading {model}", total=None)
+        loading = progress.add_task(f"loading {model or 'pictures'}", total=None)
         tasks = {stage: progress.add_task(stage, total=None, visible=False) for stage in stages}
 
         def report(stage: str, done: int, total: int) -> None:

@@ -28,11 +28,11 @@ def train_dit(
     lora: int = typer.Option(None, metavar="RANK", help="With --make-cacheable: train adapters, which are merged."),
     size: int = typer.Option(None, help="Pixels of a side, 16 to 64. [default: 32]"),
     patch: int = typer.Option(None, help="Pixels of a side of a token. [default: 4]"),
-    width: int = typer.Option(None, help="Of the hidden states. [default: 256; small: 128]"),
+    width: int = typer.Option(None, help="Of the hidden states. [default: 224; small: 128]"),
     double: int = typer.Option(None, help="Blocks in which text has weights of its own. [default: 2]"),
-    single: int = typer.Option(None, help="Blocks in which all tokens share them. [default: 5; small: 4]"),
+    single: int = typer.Option(None, help="Blocks in which all tokens share them. [default: 4]"),
     references: str = typer.Option("set", help="What references see: joint (everything), set (each other), each."),
-    steps: int = typer.Option(None, help="Of the optimiser. [default: 5000; small: 2500; cacheable: 300]"),
+    steps: int = typer.Option(None, help="Of the optimiser. [default: 4000; small: 2500; cacheable: 300]"),
     batch_size: int = typer.Option(None, help="Requests that a process takes in a step. [default: 32; small: 16]"),
     learning_rate: float = typer.Option(
         None, "--lr", help="Highest learning rate. [default: 0.001; small: 0.0015; cacheable: 0.0003]"

@@ -57,4 +57,14 @@ def scope(model: PreTrainedModel, *settings: object) -> str:
     """What a measurement depends on beside its arm: model, machine, versions, and the `settings` of the study."""
     here = describe()
     runtime = (str(model.dtype), here["machine"]["cpu"], here["machine"]["threads"], here["versions"])
-    return hashlib.sha256(repr((fingerprint(model), settings, runtime)).encode()).hexdigest()[:12]
+    return _digest((fingerprint(model), settings, runtime))
+
+
+def scope_of(*settings: object) -> str:
+    """The same without a model: machine, versions and `settings`."""
+    here = describe()
+    return _digest((settings, here["machine"]["cpu"], here["machine"]["threads"], here["versions"]))
+
+
+def _digest(facts: object) -> str:
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:12]

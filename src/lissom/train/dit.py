@@ -104,7 +104,7 @@ class Form:
     config: DitConfig
 
 
-FULL = Form(Shape(), DitConfig())
+FULL = Form(Shape(width=224, single=4), DitConfig(steps=4000))
 SMALL = Form(
     Shape(width=128, single=4), DitConfig(steps=2500, batch_size=16, learning_rate=1.5e-3)
 )  # about 20 minutes on two cores

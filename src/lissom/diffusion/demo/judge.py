@@ -65,6 +65,7 @@ def trained_judge(
         progress: called with (steps done, steps).
     """
     known = emoji.concepts(held_out=False).numpy()
+    batch = min(_BATCH, len(known))
     random = np.random.default_rng(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -72,13 +73,13 @@ def trained_judge(
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     for step in range(steps):
-        concepts = torch.from_numpy(random.choice(known, _BATCH, replace=False))
-        styles = torch.from_numpy(np.stack([random.permutation(len(emoji.styles))[:2] for _ in range(_BATCH)], 1))
+        concepts = torch.from_numpy(random.choice(known, batch, replace=False))
+        styles = torch.from_numpy(np.stack([random.permutation(len(emoji.styles))[:2] for _ in range(batch)], 1))
         pictures = _moved(scaled(emoji.pictures[styles, concepts]).flatten(0, 1), random)
         seen, places = judge(pictures)
-        one, other = places.split(_BATCH)
+        one, other = places.split(batch)
         close = one @ other.T / _TEMPERATURE
-        same = torch.arange(_BATCH)
+        same = torch.arange(batch)
         loss = F.cross_entropy(close, same) + F.cross_entropy(close.T, same) + F.cross_entropy(seen, styles.flatten())
         optimizer.zero_grad()
         loss.backward()

@@ -129,6 +129,11 @@ class ReferenceStore:
         with self._lock:
             return sum(entry.nbytes for entry in self._entries.values())
 
+    def entries(self) -> list[Entry]:
+        """What is held, the one used last at the end."""
+        with self._lock:
+            return list(self._entries.values())
+
     def __len__(self) -> int:
         return len(self._entries)
 

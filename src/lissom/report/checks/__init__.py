@@ -12,6 +12,7 @@ from rich.table import Table
 
 import lissom
 from lissom.evals.stats import Interval
+from lissom.models.load import DEFAULT_MODEL
 from lissom.models.registry import registered
 from lissom.report.rows import Result
 
@@ -34,15 +35,17 @@ class Check(Protocol):
 
     Attributes:
         stages: what `progress` is called with, in order.
+        model: what is taken where no other is given; None: one that the check trains.
     """
 
     stages: Sequence[str]
+    model: str | None
 
-    def __call__(self, size: SizeName, model: str, journal: Path, progress: Progress) -> Outcome:
+    def __call__(self, size: SizeName, model: str | None, journal: Path, progress: Progress) -> Outcome:
         """Measure; a run that was stopped goes on with what `journal` holds.
 
         Args:
-            model: asset, model folder, .gguf file or Hub id.
+            model: asset, model folder, .gguf file or Hub id; of a diffusion model the folder of its pipeline.
             progress: called with (stage, done, total).
         """
         ...
@@ -53,9 +56,10 @@ class StudyCheck:
     """A check that is made of a study in `lissom.evals.checks` and of what shows its run.
 
     Attributes:
-        stages: see `Check`.
+        stages, model: see `Check`.
         sizes: of the study, by name.
-        run: called with a model, its tokenizer, a size, a journal and a progress function.
+        run: called with a model, its tokenizer, a size, a journal and a progress function; where `model` is None, with
+            what was given in the place of both.
         result: of what `run` returns, in the one shape of everything measured.
         tables: of the same, for the terminal.
     """
@@ -65,15 +69,16 @@ class StudyCheck:
     run: Callable[..., Any]
     result: Callable[[Any], Result]
     tables: Callable[[Any], Iterable[Table]]
+    model: str | None = DEFAULT_MODEL
 
-    def __call__(self, size: SizeName, model: str, journal: Path, progress: Progress) -> Outcome:
+    def __call__(self, size: SizeName, model: str | None, journal: Path, progress: Progress) -> Outcome:
         """See `Check`."""
         return self.measure(self.sizes[size], model, journal, progress)
 
-    def measure(self, size: Any, model: str, journal: Path, progress: Progress) -> Outcome:
+    def measure(self, size: Any, model: str | None, journal: Path, progress: Progress) -> Outcome:
         """The same at any size of the study."""
-        network, tokenizer = lissom.load(model)
-        run = self.run(network, tokenizer, size, journal, progress)
+        given = (model,) if self.model is None else lissom.load(model or self.model)
+        run = self.run(*given, size, journal, progress)
         return Outcome(self.result(run), list(self.tables(run)))
 
 

@@ -1,0 +1,171 @@
+"""Klein KV: that it is exact, what it saves, and what a model needs to be drawn with it.
+
+An ordinary editing model is trained, whose references see everything. A cache is forced on it, and then a short
+training makes it cacheable, once of all weights and once of adapters. What each draws of concepts that none has seen is
+compared with what there was to draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from lissom.diffusion.demo import load_emoji
+from lissom.diffusion.demo.judge import kept_judge
+from lissom.diffusion.demo.model import Shape
+from lissom.diffusion.demo.pipeline import PixelEditPipeline
+from lissom.diffusion.klein_kv import KleinKV
+from lissom.diffusion.load import load_pipeline
+from lissom.errors import UserError
+from lissom.evals.editing import cacheable, edits, scores, trained
+from lissom.evals.journal import Journal, scope_of
+from lissom.evals.reference_speed import FULL, MASKED, Setting, inputs_of, sampled, speeds
+from lissom.evals.stats import Interval, paired_bootstrap, ratio_interval
+from lissom.train import dit
+from lissom.train.dit import DitConfig, DitTrainer, Form
+
+STAGES = ("training", "short training", "adapters", "judge", "editing", "speed")
+PLAIN, FORCED, MADE, INT8, LORA = "as trained", "cache forced", "made cacheable", "made cacheable, int8", "by adapters"
+EDITING = (PLAIN, FORCED, MADE, INT8, LORA)
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is trained and measured.
+
+    Attributes:
+        form: of the ordinary model.
+        short: the training that makes it cacheable.
+        rank: of the adapters.
+        concepts: that are drawn, at most all that are held out.
+        steps: of the sampler.
+        judge_steps: of the training of the network that judges.
+        settings, rounds: of the timing.
+    """
+
+    form: Form = dit.FULL
+    short: DitConfig = dit.SHORT.config
+    rank: int = 16
+    concepts: int = 150
+    steps: int = 20
+    judge_steps: int = 400
+    settings: tuple[Setting, ...] = tuple(Setting(count, steps) for steps in (4, 16) for count in (1, 2, 4))
+    rounds: int = 5
+
+
+SMALL = Size(
+    replace(dit.SMALL, config=replace(dit.SMALL.config, steps=1200)),
+    replace(dit.SHORT.config, steps=120, batch_size=16),
+    concepts=60, judge_steps=300, settings=tuple(Setting(count, 4) for count in (1, 2, 4)), rounds=3,
+)  # fmt: skip
+DEFAULT = Size()
+PAPER = Size(
+    Form(Shape(size=64, width=512, double=5, single=20), DitConfig(steps=200_000, batch_size=256)),
+    DitConfig(steps=5000, batch_size=256, learning_rate=1e-4),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """What was measured.
+
+    Attributes:
+        losses: on held-out concepts by number of references, by arm.
+        edits: each score of each picture, by arm.
+        differences: see `differences`.
+        seconds: of drawing a picture, by setting and arm.
+        held: bytes of two references, by how they are stored.
+    """
+
+    size: Size
+    losses: dict[str, dict[str, float]]
+    edits: dict[str, dict[str, np.ndarray]]
+    differences: dict[int, float]
+    seconds: dict[Setting, dict[str, list[float]]]
+    held: dict[str, int]
+
+    def score(self, arm: str, name: str) -> Interval:
+        """Mean of a score."""
+        return paired_bootstrap(self.edits[arm][name])
+
+    def lost(self, arm: str, name: str) -> Interval:
+        """How far a score lies from that of the model as it was trained, on the same requests."""
+        return paired_bootstrap(self.edits[arm][name], self.edits[PLAIN][name])
+
+    def speedup(self, setting: Setting, arm: str, base: str = FULL) -> Interval:
+        """How many times faster."""
+        return ratio_interval(self.seconds[setting][base], self.seconds[setting][arm])
+
+
+def run(model: str | None, size: Size, journal: Path, progress: Callable[[str, int, int], None]) -> Run:
+    """Train, draw and time; what `journal` and the folder beside it hold is not made again.
+
+    Args:
+        model: a trained `PixelEditPipeline` of `references="joint"`, in the place of one that is trained here.
+    """
+    known, here = Journal(journal), journal.with_suffix("")
+    emoji = load_emoji(size.form.shape.size if model is None else _of(model).config.size)
+    place = here / scope_of(size.form, size.short, model)
+    base = place / "joint" if model is None else Path(model)
+    if model is None:
+        trained(base, size.form, "joint", emoji, partial(progress, STAGES[0]))
+    made = cacheable(place / "set", base, size.short, emoji, partial(progress, STAGES[1]))
+    lora = cacheable(place / "lora", base, size.short, emoji, partial(progress, STAGES[2]), size.rank)
+    judge = kept_judge(emoji, place / "judge.safetensors", size.judge_steps, partial(progress, STAGES[3]))
+    concepts = emoji.concepts(held_out=True).tolist()[: size.concepts]
+    plain = _of(str(base))
+    arms: dict[str, tuple[PixelEditPipeline, KleinKV | None]] = {
+        PLAIN: (plain, None), FORCED: (plain, KleinKV(force=True)), MADE: (made, KleinKV()),
+        INT8: (made, KleinKV(storage="int8")), LORA: (lora, KleinKV()),
+    }  # fmt: skip
+    found, held = {}, {}
+    for number, (arm, (pipeline, method)) in enumerate(arms.items()):
+        identity = f"{scope_of(place.name, size.concepts, size.steps, size.judge_steps)} {arm}"
+        if identity not in known:
+            done = partial(_within, partial(progress, STAGES[4]), number, len(arms))
+            with nullcontext() if method is None else method(pipeline) as report:
+                drawn = edits(pipeline, emoji, concepts, size.steps, done)
+            bytes_held = 0 if report is None else report.store.nbytes // len(report.store)
+            known.add(identity, {"scores": scores(drawn, emoji, judge, concepts), "bytes": bytes_held})
+        found[arm] = {name: np.asarray(values) for name, values in known[identity]["scores"].items()}
+        held[arm] = known[identity]["bytes"]
+    losses = {
+        arm: DitTrainer(pipeline, size.short, emoji, place).measure()
+        for arm, pipeline in ((PLAIN, plain), (MADE, made), (LORA, lora))
+    }
+    identity = f"{scope_of(asdict(size)['settings'], size.rounds)} speed"
+    if identity not in known:
+        seconds = speeds(size.settings, size.rounds, progress=partial(progress, STAGES[5]))
+        known.add(identity, {str(setting): taken for setting, taken in seconds.items()})
+    seconds = {setting: known[identity][str(setting)] for setting in size.settings}
+    return Run(size, losses, found, differences(made), seconds, held)
+
+
+def _within(progress: Callable[[int, int], None], part: int, parts: int, done: int, total: int) -> None:
+    """Progress of one of equal parts."""
+    progress(part * total + done, parts * total)
+
+
+def differences(pipeline: PixelEditPipeline) -> dict[int, float]:
+    """Largest difference of any entry in any step between a request with a cache and one without, by references."""
+    found = {}
+    for references in (1, 2, 3, 4):
+        inputs = inputs_of(pipeline, references)
+        wanted = sampled(pipeline, inputs, 8, MASKED)
+        with KleinKV()(pipeline):
+            cached = sampled(pipeline, inputs, 8, FULL)
+        gaps = [float((one - other).abs().max()) for one, other in zip(cached, wanted, strict=True)]
+        found[references] = max(gaps)
+    return found
+
+
+def _of(model: str) -> PixelEditPipeline:
+    pipeline = load_pipeline(model)
+    if not isinstance(pipeline, PixelEditPipeline) or pipeline.config.references != "joint":
+        raise UserError(f"{model}: expected a model of `lissom train-dit --references joint`, or none.")
+    return pipeline

@@ -1,0 +1,97 @@
+"""How well a model edits: what it draws of concepts that it has not seen, beside what there was to draw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from torch.nn.functional import cosine_similarity
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+from lissom.diffusion.demo import Emoji, draw
+from lissom.diffusion.demo.judge import Judge
+from lissom.diffusion.demo.model import new_pipeline
+from lissom.diffusion.demo.pipeline import PixelEditPipeline
+from lissom.diffusion.demo.sheet import EDIT
+from lissom.diffusion.demo.task import scaled
+from lissom.diffusion.pictures import quiet, to_picture, to_pixels
+from lissom.train.dit import DitConfig, Form, make_cacheable, train_dit
+
+Progress = Callable[[int, int], None]
+METRICS = ("psnr", "ssim", "distance", "recognised", "style")
+
+
+def trained(folder: Path, form: Form, references: str, emoji: Emoji, progress: Progress) -> PixelEditPipeline:
+    """The editing model in `folder`, which is trained there where it is not, or not to its end."""
+    if not (folder / "model_index.json").is_file():
+        pipeline = new_pipeline(replace(form.shape, references=references), emoji, form.config.seed)
+        train_dit(pipeline, form.config, emoji, folder, progress)
+    return _loaded(folder)
+
+
+def cacheable(
+    folder: Path, base: Path, config: DitConfig, emoji: Emoji, progress: Progress, rank: int | None = None
+) -> PixelEditPipeline:
+    """The model in `base` after a short training in `folder`, behind which its references see each other alone."""
+    if not (folder / "model_index.json").is_file():
+        pipeline = _loaded(base)
+        make_cacheable(pipeline, "set", rank)
+        train_dit(pipeline, config, emoji, folder, progress)
+    return _loaded(folder)
+
+
+def _loaded(folder: Path) -> PixelEditPipeline:
+    pipeline: PixelEditPipeline = DiffusionPipeline.from_pretrained(folder)
+    return pipeline
+
+
+@torch.no_grad()
+def edits(
+    pipeline: PixelEditPipeline,
+    emoji: Emoji,
+    concepts: Sequence[int],
+    steps: int,
+    progress: Progress = lambda done, total: None,
+    **options: Any,
+) -> torch.Tensor:
+    """What is drawn of each concept, shown in one style, in the style of another picture: `[concepts, 3, size, size]`.
+
+    Args:
+        options: of the pipeline's call.
+    """
+    batch, drawn = draw(emoji, EDIT, concepts, np.random.default_rng(0)), []
+    with quiet(pipeline):
+        for number, concept in enumerate(concepts):
+            references = [to_picture(pixels) for pixels in batch.references[number]]
+            random = torch.Generator().manual_seed(concept)
+            picture = pipeline(references, num_inference_steps=steps, generator=random, **options).images[0]
+            drawn.append(to_pixels(picture))
+            progress(number + 1, len(concepts))
+    return torch.stack(drawn)
+
+
+@torch.no_grad()
+def scores(drawn: torch.Tensor, emoji: Emoji, judge: Judge, concepts: Sequence[int]) -> dict[str, list[float]]:
+    """Of each picture of `edits`: PSNR in dB, SSIM, the distance of what `judge` sees (1 - cosine), whether its concept
+    is the nearest one of all held-out ones in that style, and whether it has the style.
+    """
+    batch = draw(emoji, EDIT, concepts, np.random.default_rng(0))
+    wanted, everything = batch.target, emoji.concepts(held_out=True)
+    logits, places = judge(drawn)
+    all_places = torch.stack(
+        [judge(scaled(emoji.pictures[style, everything]))[1] for style in range(len(emoji.styles))]
+    )
+    near = torch.einsum("nd,nkd->nk", places, all_places[batch.style]).argmax(1)
+    found = {
+        "psnr": 10 * torch.log10(4 / (drawn - wanted).square().mean((1, 2, 3)).clamp(min=1e-10)),
+        "ssim": structural_similarity_index_measure(drawn, wanted, data_range=(-1.0, 1.0), reduction="none"),
+        "distance": 1 - cosine_similarity(judge.features(drawn), judge.features(wanted)),
+        "recognised": (everything[near] == batch.concept).float(),
+        "style": (logits.argmax(1) == batch.style).float(),
+    }
+    return {name: values.tolist() for name, values in found.items()}

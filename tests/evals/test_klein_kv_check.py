@@ -1,0 +1,85 @@
+"""The study of Klein KV: trained once, resumed, and what is shown of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from pipelines import small_emoji
+
+from lissom.diffusion.demo.model import Shape
+from lissom.evals import editing, reference_speed
+from lissom.evals.checks import klein_kv as study
+from lissom.evals.reference_speed import ARMS, CACHED, FULL, MASKED, THEIRS, WARM, Setting
+from lissom.report.checks import check_of
+from lissom.report.checks import klein_kv as report
+from lissom.train.dit import DitConfig, Form
+
+TRAINING = DitConfig(
+    steps=4, batch_size=4, warmup_steps=1, precision="fp32", eval_steps=4, save_steps=4, logging_steps=4, sample_steps=9
+)
+SHAPE = Shape(size=16, patch=4, width=32, head=8, double=1, single=1)
+SIZE = study.Size(
+    Form(SHAPE, TRAINING), replace(TRAINING, steps=2), 2, 6, 2, 2, (Setting(1, 2), Setting(2, 2)), 2
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "load_emoji", lambda size: small_emoji())
+        patch.setattr(study, "speeds", lambda *given, **named: reference_speed.speeds(*given, SHAPE, **named))
+        journal = tmp_path_factory.mktemp("check") / "klein-kv.jsonl"
+        first = study.run(None, SIZE, journal, lambda *seen: None)
+        patch.setattr(editing, "train_dit", lambda *given: pytest.fail("trained again"))
+        patch.setattr(study, "edits", lambda *given: pytest.fail("drawn again"))
+        patch.setattr(study, "speeds", lambda *given, **named: pytest.fail("timed again"))
+        again = study.run(None, SIZE, journal, lambda *seen: None)
+        assert again.seconds == first.seconds and again.losses == first.losses
+        return first
+
+
+def test_a_run_has_every_arm(run):
+    assert tuple(run.edits) == study.EDITING and set(run.seconds) == set(SIZE.settings)
+    for scores in run.edits.values():
+        assert all(len(values) == 6 and np.isfinite(values).all() for values in scores.values())
+    assert run.held[study.PLAIN] == 0 < run.held[study.INT8] < 0.4 * run.held[study.MADE]
+    assert max(run.differences.values()) < 1e-4
+    assert np.abs(run.edits[study.MADE]["psnr"] - run.edits[study.INT8]["psnr"]).max() < 0.5
+    assert set(run.losses[study.PLAIN]) == {f"held_out_{count}" for count in range(5)}
+
+
+def test_what_is_shown(run):
+    result = report.result(run)
+    rows = {row.name: row for row in result.rows}
+    assert rows[f"time/1 reference, 2 steps/{FULL}"].ratio == 1
+    assert rows[f"bound/2 references, 2 steps/{WARM}"].value > rows[f"bound/2 references, 2 steps/{CACHED}"].value > 1
+    assert json.dumps(result.to_dict())
+    assert result.claims[0].verdict == "holds" and len(result.claims) == 8
+    assert len(list(report.tables(run))) == 3
+    assert check_of("klein-kv") == report.CHECK
+
+
+def test_every_arm_draws_the_same():
+    pipeline = reference_speed._pipeline(SHAPE)
+    inputs = reference_speed.inputs_of(pipeline, 2)
+    wanted = reference_speed.sampled(pipeline, inputs, 3, MASKED)[-1]
+    torch.testing.assert_close(reference_speed.sampled(pipeline, inputs, 3, THEIRS)[-1], wanted)
+    assert not torch.allclose(reference_speed.sampled(pipeline, inputs, 3, FULL)[-1], wanted, atol=1e-6)
+    works = reference_speed._works(pipeline, Setting(2, 3))
+    assert tuple(works) == ARMS
+
+
+def test_scores_of_what_there_was_to_draw():
+    emoji = small_emoji()
+    judge = editing.Judge().eval()
+    concepts = emoji.concepts(held_out=True).tolist()
+    batch = editing.draw(emoji, editing.EDIT, concepts, np.random.default_rng(0))
+    found = editing.scores(batch.target, emoji, judge, concepts)
+    assert min(found["psnr"]) > 90 and min(found["ssim"]) > 0.999 and max(found["distance"]) < 1e-5
+    assert min(found["recognised"]) == 1
+    worse = editing.scores(batch.target.roll(1, 0), emoji, judge, concepts)
+    assert np.mean(worse["psnr"]) < 20 and np.mean(worse["recognised"]) < 0.5
