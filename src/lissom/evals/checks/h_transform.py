@@ -1,0 +1,377 @@
+"""The weighted h-transform beside what else refines a coarse picture, on one model, each at several strengths.
+
+Guides of six kinds are made of pictures that the model has not seen: some by a measurement that some methods need to
+know, some not. Every method draws the same pictures from the same noise, and comes to a frontier of fidelity, how near
+to the picture that there was, and quality, how near what it draws lies to real pictures as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.nn.functional import cosine_similarity
+
+from lissom.devices.machine import fast_bf16
+from lissom.diffusion.demo import Emoji, load_emoji
+from lissom.diffusion.demo.judge import Judge, kept_judge
+from lissom.diffusion.demo.pipeline import PixelEditPipeline, to_tokens
+from lissom.diffusion.demo.task import scaled
+from lissom.diffusion.h_transform import HTransform
+from lissom.diffusion.h_transform.rivals import DPS, ILVR, FlowDPS, Measure, Replacement, started
+from lissom.diffusion.load import load_pipeline
+from lissom.diffusion.pictures import quiet, to_picture
+from lissom.errors import UserError
+from lissom.evals.editing import trained
+from lissom.evals.journal import Journal, scope_of
+from lissom.evals.stats import Interval
+from lissom.train import dit
+from lissom.train.dit import DitConfig, Form
+
+STAGES = ("training", "judge", "drawing")
+H_VP, H_FLOW, SDEDIT, IMG2IMG = "h, vp", "h, flow", "SDEdit", "img2img"
+GUIDE, FREE = "the guide itself", "without a guide"
+DETERMINISTIC, STOCHASTIC = "deterministic", "stochastic"
+_DRAWS = 100
+_ROWS = 50  # pictures that are drawn at a time
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a guide comes about.
+
+    Attributes:
+        guide: of pictures `[batch, 3, size, size]`, or of those of another style.
+        measure: what methods that need one are told; None: nothing is known.
+        known: `[size, size]` to where the guide holds; None: everywhere.
+        from_style: the guide is made of the concept in this style, and in any other where it is ""; None: of the
+            picture itself.
+    """
+
+    guide: Callable[[torch.Tensor], torch.Tensor]
+    measure: Measure | None = None
+    known: Callable[[int], torch.Tensor] | None = None
+    from_style: str | None = None
+
+
+def _smaller(pictures: torch.Tensor) -> torch.Tensor:
+    return F.avg_pool2d(pictures, 4)
+
+
+def _blurred(pictures: torch.Tensor, sigma: float = 2.0) -> torch.Tensor:
+    places = torch.arange(-6, 7, dtype=pictures.dtype)
+    line = torch.exp(-(places**2) / (2 * sigma**2))
+    kernel = (line / line.sum()).expand(3, 1, 1, -1)
+    padded = F.pad(pictures, (6, 6, 6, 6), mode="replicate")
+    across = F.conv2d(padded, kernel, groups=3)
+    return F.conv2d(across, kernel.transpose(2, 3), groups=3)
+
+
+def _hole(size: int) -> torch.Tensor:
+    """1 but for a square in the middle, half as wide."""
+    known = torch.ones(size, size)
+    known[size // 4 : -size // 4, size // 4 : -size // 4] = 0
+    return known
+
+
+def _with_hole(pictures: torch.Tensor) -> torch.Tensor:
+    return pictures * _hole(pictures.shape[-1])
+
+
+def _enlarged(pictures: torch.Tensor, mode: str, factor: int) -> torch.Tensor:
+    small = F.avg_pool2d(pictures, factor)
+    return F.interpolate(small, scale_factor=factor, mode=mode).clamp(-1, 1)
+
+
+def _itself(pictures: torch.Tensor) -> torch.Tensor:
+    return pictures
+
+
+KINDS = {
+    "low resolution": Kind(partial(_enlarged, mode="bicubic", factor=4), _smaller),
+    "blur": Kind(_blurred, _blurred),
+    "missing region": Kind(_with_hole, _with_hole, _hole),
+    "colour layout": Kind(partial(_enlarged, mode="nearest", factor=8)),
+    "sketch": Kind(_itself, from_style="line"),
+    "another style": Kind(_itself, from_style=""),
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is drawn.
+
+    Attributes:
+        target, guide: `[pictures, 3, size, size]`, -1 to 1.
+        prompts: of each.
+        kind: of the guide.
+    """
+
+    target: torch.Tensor
+    guide: torch.Tensor
+    prompts: tuple[str, ...]
+    kind: Kind
+
+    def part(self, rows: slice) -> Request:
+        """Some of the pictures."""
+        return replace(self, target=self.target[rows], guide=self.guide[rows], prompts=self.prompts[rows])
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is trained and drawn.
+
+    Attributes:
+        form: of the model.
+        pictures: of each kind of guide, at most five of each held-out concept.
+        steps: of the deterministic sampler, and of the stochastic one.
+        stochastic: kinds of guide for which that is tried.
+        strengths: of each method.
+        judge_steps: of the training of the network that judges.
+    """
+
+    form: Form = dit.FULL
+    pictures: int = 200
+    steps: tuple[int, int] = (20, 100)
+    stochastic: tuple[str, ...] = ("low resolution", "missing region")
+    kinds: tuple[str, ...] = tuple(KINDS)
+    judge_steps: int = 400
+
+
+SMALL = Size(
+    replace(dit.SMALL, config=replace(dit.SMALL.config, steps=1200)), pictures=60, steps=(10, 50),
+    stochastic=("low resolution",), kinds=("low resolution", "missing region", "another style"), judge_steps=300,
+)  # fmt: skip
+DEFAULT = Size()
+PAPER = Size(Form(dit.FULL.shape, DitConfig(steps=200_000, batch_size=256)), 745, (50, 1000), tuple(KINDS))
+
+Arm = tuple[str, float]
+STRENGTHS: dict[str, tuple[float, ...]] = {
+    H_VP: (1.0, 2.0, 5.0, 10.0),
+    H_FLOW: (0.5, 1.0, 2.0, 4.0),
+    SDEDIT: (0.3, 0.5, 0.7, 0.85),
+    IMG2IMG: (0.5, 0.7),
+    "ILVR": (0.0, 0.3, 0.6),
+    "replacement": (0.0, 0.3),
+    "FlowDPS": (0.5, 2.0, 8.0),
+    "DPS": (0.3, 1.0, 3.0),
+}
+_STOCHASTIC = (H_VP, H_FLOW, SDEDIT)
+
+
+def arms_of(kind: Kind, sampler: str) -> list[Arm]:
+    """Methods and strengths that a kind of guide allows."""
+    allowed = [
+        method
+        for method in STRENGTHS
+        if (method != "replacement" or kind.known is not None)
+        and (method != "ILVR" or kind.known is None)
+        and (method not in ("FlowDPS", "DPS") or kind.measure is not None)
+        and (sampler == DETERMINISTIC or method in _STOCHASTIC)
+    ]
+    return [(GUIDE, 0.0), (FREE, 0.0), *((method, strength) for method in allowed for strength in STRENGTHS[method])]
+
+
+@torch.no_grad()
+def drawn(pipeline: PixelEditPipeline, request: Request, arm: Arm, sampler: str, steps: int, seed: int) -> torch.Tensor:
+    """Pictures like `request.target`, by one method at one strength."""
+    method, strength = arm
+    if method == GUIDE:
+        return request.guide
+    random = torch.Generator().manual_seed(seed)
+    tokens = to_tokens(request.guide, pipeline.config.patch)
+    call: dict[str, Any] = {
+        "latents": torch.randn(tokens.shape, generator=random), "num_inference_steps": steps,
+    }  # fmt: skip
+    kind = request.kind
+    known = None if kind.known is None else kind.known(request.guide.shape[-1])
+    around: AbstractContextManager[Any] = nullcontext()
+    if method in (H_VP, H_FLOW):
+        mask = None if known is None else to_picture(known.expand(3, -1, -1) * 2 - 1)
+        around = HTransform(strength, "vp" if method == H_VP else "flow")(pipeline, tokens, mask)
+    elif method in (SDEDIT, IMG2IMG):
+        call |= started(tokens, strength, steps if method == SDEDIT else max(1, round(steps * strength)), random)
+    elif method == "ILVR":
+        around = ILVR(4, strength)(pipeline, request.guide, random)
+    elif method == "replacement" and known is not None:
+        around = Replacement(strength)(pipeline, request.guide, known, random)
+    elif method == "FlowDPS" and kind.measure is not None:
+        around = FlowDPS(strength)(pipeline, kind.measure(request.target), kind.measure, random)
+    elif method == "DPS" and kind.measure is not None:
+        around = DPS(strength)(pipeline, kind.measure(request.target), kind.measure)
+    before = pipeline.scheduler
+    pipeline.scheduler = type(before).from_config(before.config, stochastic_sampling=sampler == STOCHASTIC)
+    try:
+        with around, quiet(pipeline), torch.autocast("cpu", torch.bfloat16, enabled=fast_bf16()):
+            found = pipeline(prompt=list(request.prompts), generator=random, output_type="pt", **call).images
+    finally:
+        pipeline.scheduler = before
+    return found.float() * 2 - 1
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What one arm drew.
+
+    Attributes:
+        psnr: of each picture, in dB.
+        distance: of each, of what the judge sees, to the picture that there was.
+        features: `[pictures, 128]`, what the judge sees.
+    """
+
+    psnr: np.ndarray
+    distance: np.ndarray
+    features: np.ndarray
+
+
+@dataclass(frozen=True)
+class Run:
+    """What was measured.
+
+    Attributes:
+        arms: by kind of guide, sampler and arm.
+        real: what the judge sees of the pictures that there were, by kind of guide.
+    """
+
+    size: Size
+    arms: dict[tuple[str, str], dict[Arm, Drawn]]
+    real: dict[str, np.ndarray]
+
+    def point(self, kind: str, sampler: str, arm: Arm, rows: Sequence[int] | None = None) -> tuple[float, float]:
+        """(PSNR, Fréchet distance) of an arm, of all pictures or of some."""
+        own = self.arms[kind, sampler][arm]
+        chosen = np.arange(len(own.psnr)) if rows is None else np.asarray(rows)
+        return float(own.psnr[chosen].mean()), frechet(own.features[chosen], self.real[kind])
+
+    @cached_property
+    def areas(self) -> dict[tuple[str, str], dict[str, np.ndarray]]:
+        """Area below each method's frontier, of all pictures and then of draws of them, by kind and sampler."""
+        return {(kind, sampler): self._areas(kind, sampler) for kind, sampler in self.arms}
+
+    def _areas(self, kind: str, sampler: str) -> dict[str, np.ndarray]:
+        random, arms = np.random.default_rng(0), self.arms[kind, sampler]
+        count = len(next(iter(arms.values())).psnr)
+        draws = [None, *(random.integers(0, count, count) for _ in range(_DRAWS))]
+        corner = self.point(kind, sampler, (FREE, 0.0))[0], self.point(kind, sampler, (GUIDE, 0.0))[1]
+        methods = dict.fromkeys(method for method, _ in arms if method not in (GUIDE, FREE))
+        found: dict[str, list[float]] = {method: [] for method in methods}
+        for rows in draws:
+            points = {arm: self.point(kind, sampler, arm, rows) for arm in arms}  # type: ignore[arg-type]
+            for method in methods:
+                own = [point for (name, _), point in points.items() if name == method]
+                found[method].append(area(own, corner))
+        return {method: np.asarray(values) for method, values in found.items()}
+
+    def ahead(self, kind: str, sampler: str, ours: str, theirs: str) -> Interval:
+        """Area of one method less that of another, as a share of the other's."""
+        areas = self.areas[kind, sampler]
+        base = max(float(areas[theirs][0]), 1e-9)
+        gaps = (areas[ours] - areas[theirs]) / base
+        low, high = np.quantile(gaps[1:], [0.025, 0.975])
+        return Interval(float(gaps[0]), float(low), float(high))
+
+
+def area(points: Sequence[tuple[float, float]], corner: tuple[float, float]) -> float:
+    """What points of (fidelity, higher is better; distance, lower is better) dominate, up to a corner."""
+    total, best = 0.0, corner[1]
+    for fidelity, distance in sorted(points, reverse=True):
+        if fidelity > corner[0] and distance < best:
+            total += (fidelity - corner[0]) * (best - distance)
+            best = distance
+    return total
+
+
+def frechet(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Fréchet distance of two normal distributions that have the means and covariances of `ours` and `theirs`."""
+    gap = ours.mean(0) - theirs.mean(0)
+    one, other = (np.cov(features, rowvar=False) for features in (ours, theirs))
+    values, vectors = np.linalg.eigh(other)
+    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
+    shared = np.sqrt(np.linalg.eigvalsh(root @ one @ root).clip(0)).sum()
+    return float(gap @ gap + np.trace(one + other) - 2 * shared)
+
+
+def requests(emoji: Emoji, size: Size) -> Iterator[tuple[str, Request]]:
+    """What is drawn, by kind of guide: held-out concepts in turn, each in every style."""
+    held = emoji.concepts(held_out=True)
+    for name in size.kinds:
+        kind, random = KINDS[name], np.random.default_rng(0)
+        targets, sources, prompts = [], [], []
+        order = [(int(concept), style) for style in range(len(emoji.styles)) for concept in held]
+        random.shuffle(order)
+        for concept, style in order:
+            others = [own for own in range(len(emoji.styles)) if own != style]
+            source = style
+            if kind.from_style is not None:
+                source = emoji.styles.index(kind.from_style) if kind.from_style else int(random.choice(others))
+            if kind.from_style is not None and source == style:
+                continue
+            targets.append(emoji.pictures[style, concept])
+            sources.append(emoji.pictures[source, concept])
+            prompts.append(emoji.prompt(concept, style))
+            if len(targets) == size.pictures:
+                break
+        guide = kind.guide(scaled(torch.stack(sources)))
+        yield name, Request(scaled(torch.stack(targets)), guide, tuple(prompts), kind)
+
+
+def run(model: str | None, size: Size, journal: Path, progress: Callable[[str, int, int], None]) -> Run:
+    """Train and draw; what `journal` and the folder beside it hold is not made again.
+
+    Args:
+        model: a trained `PixelEditPipeline` in the place of one that is trained here.
+    """
+    known = Journal(journal)
+    pipeline = None if model is None else load_pipeline(model)
+    if pipeline is not None and not isinstance(pipeline, PixelEditPipeline):
+        raise UserError(f"{model}: expected a model of `lissom train-dit`, or none.")
+    emoji = load_emoji(size.form.shape.size if pipeline is None else pipeline.config.size)
+    place = journal.with_suffix("") / scope_of(size.form, model)
+    if pipeline is None:
+        pipeline = trained(place / "set", size.form, "set", emoji, partial(progress, STAGES[0]))
+    judge = kept_judge(emoji, place / "judge.safetensors", size.judge_steps, partial(progress, STAGES[1]))
+    wanted = dict(requests(emoji, size))
+    todo = [
+        (name, sampler, arm)
+        for name, request in wanted.items()
+        for sampler in (DETERMINISTIC, STOCHASTIC)
+        if sampler == DETERMINISTIC or name in size.stochastic
+        for arm in arms_of(request.kind, sampler)
+    ]
+    found: dict[tuple[str, str], dict[Arm, Drawn]] = {}
+    for number, (name, sampler, arm) in enumerate(todo):
+        steps = size.steps[sampler == STOCHASTIC]
+        key = scope_of(place.name, size.pictures, steps, size.judge_steps)
+        identity = f"{key} {name}/{sampler}/{arm[0]}/{arm[1]:g}"
+        if identity not in known:
+            known.add(identity, _scores(judge, wanted[name], _all(pipeline, wanted[name], arm, sampler, steps)))
+        record = {key: np.asarray(known[identity][key]) for key in ("psnr", "distance", "features")}
+        found.setdefault((name, sampler), {})[arm] = Drawn(**record)
+        progress(STAGES[2], number + 1, len(todo))
+    with torch.no_grad():
+        real = {name: judge.features(request.target).numpy() for name, request in wanted.items()}
+    return Run(size, found, real)
+
+
+def _all(pipeline: PixelEditPipeline, request: Request, arm: Arm, sampler: str, steps: int) -> torch.Tensor:
+    parts = [slice(first, first + _ROWS) for first in range(0, len(request.target), _ROWS)]
+    return torch.cat([drawn(pipeline, request.part(rows), arm, sampler, steps, rows.start) for rows in parts])
+
+
+@torch.no_grad()
+def _scores(judge: Judge, request: Request, found: torch.Tensor) -> dict[str, Any]:
+    found = found.clamp(-1, 1)
+    seen, wanted = judge.features(found), judge.features(request.target)
+    error = (found - request.target).square().mean((1, 2, 3)).clamp(min=1e-10)
+    return {
+        "psnr": (10 * torch.log10(4 / error)).tolist(),
+        "distance": (1 - cosine_similarity(seen, wanted)).tolist(),
+        "features": [[round(value, 4) for value in row] for row in seen.tolist()],
+    }
