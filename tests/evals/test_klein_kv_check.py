@@ -43,12 +43,14 @@ def run(tmp_path_factory):
 
 
 def test_a_run_has_every_arm(run):
-    assert tuple(run.edits) == study.EDITING and set(run.seconds) == set(SIZE.settings)
+    assert set(run.edits) == {(kind, arm) for kind in editing.KINDS for arm in study.EDITING}
+    assert set(run.seconds) == set(SIZE.settings)
     for scores in run.edits.values():
         assert all(len(values) == 6 and np.isfinite(values).all() for values in scores.values())
     assert run.held[study.PLAIN] == 0 < run.held[study.INT8] < 0.4 * run.held[study.MADE]
     assert max(run.differences.values()) < 1e-4
-    assert np.abs(run.edits[study.MADE]["psnr"] - run.edits[study.INT8]["psnr"]).max() < 0.5
+    exact, packed = (run.edits["by a word", arm]["psnr"] for arm in (study.MADE, study.INT8))
+    assert np.abs(exact - packed).max() < 0.5
     assert set(run.losses[study.PLAIN]) == {f"held_out_{count}" for count in range(5)}
 
 
@@ -59,7 +61,7 @@ def test_what_is_shown(run):
     assert rows[f"bound/2 references, 2 steps/{WARM}"].value > rows[f"bound/2 references, 2 steps/{CACHED}"].value > 1
     assert json.dumps(result.to_dict())
     assert result.claims[0].verdict == "holds" and len(result.claims) == 8
-    assert len(list(report.tables(run))) == 3
+    assert len(list(report.tables(run))) == 4
     assert check_of("klein-kv") == report.CHECK
 
 
@@ -77,9 +79,10 @@ def test_scores_of_what_there_was_to_draw():
     emoji = small_emoji()
     judge = editing.Judge().eval()
     concepts = emoji.concepts(held_out=True).tolist()
-    batch = editing.draw(emoji, editing.EDIT, concepts, np.random.default_rng(0))
-    found = editing.scores(batch.target, emoji, judge, concepts)
-    assert min(found["psnr"]) > 90 and min(found["ssim"]) > 0.999 and max(found["distance"]) < 1e-5
-    assert min(found["recognised"]) == 1
-    worse = editing.scores(batch.target.roll(1, 0), emoji, judge, concepts)
-    assert np.mean(worse["psnr"]) < 20 and np.mean(worse["recognised"]) < 0.5
+    for kind in editing.KINDS.values():
+        batch = editing.draw(emoji, kind, concepts, np.random.default_rng(0))
+        found = editing.scores(batch.target, emoji, kind, judge, concepts)
+        assert min(found["psnr"]) > 90 and min(found["ssim"]) > 0.999 and max(found["distance"]) < 1e-5
+        assert min(found["recognised"]) == min(found["style"]) == 1
+        worse = editing.scores(batch.target.roll(1, 0), emoji, kind, judge, concepts)
+        assert np.mean(worse["psnr"]) < 20 and np.mean(worse["recognised"]) < 0.5

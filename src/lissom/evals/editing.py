@@ -13,17 +13,17 @@ from diffusers import DiffusionPipeline
 from torch.nn.functional import cosine_similarity
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from lissom.diffusion.demo import Emoji, draw
+from lissom.diffusion.demo import BY_EXAMPLE, BY_WORD, Emoji, Kind, draw
 from lissom.diffusion.demo.judge import Judge
 from lissom.diffusion.demo.model import new_pipeline
 from lissom.diffusion.demo.pipeline import PixelEditPipeline
-from lissom.diffusion.demo.sheet import EDIT
-from lissom.diffusion.demo.task import scaled
+from lissom.diffusion.demo.task import edited, scaled
 from lissom.diffusion.pictures import quiet, to_picture, to_pixels
 from lissom.train.dit import DitConfig, Form, make_cacheable, train_dit
 
 Progress = Callable[[int, int], None]
 METRICS = ("psnr", "ssim", "distance", "recognised", "style")
+KINDS = {"by a word": BY_WORD, "by an example": BY_EXAMPLE}
 
 
 def trained(folder: Path, form: Form, references: str, emoji: Emoji, progress: Progress) -> PixelEditPipeline:
@@ -54,44 +54,51 @@ def _loaded(folder: Path) -> PixelEditPipeline:
 def edits(
     pipeline: PixelEditPipeline,
     emoji: Emoji,
+    kind: Kind,
     concepts: Sequence[int],
     steps: int,
     progress: Progress = lambda done, total: None,
     **options: Any,
 ) -> torch.Tensor:
-    """What is drawn of each concept, shown in one style, in the style of another picture: `[concepts, 3, size, size]`.
+    """What is drawn of a request of that kind for each concept: `[concepts, 3, size, size]`.
 
     Args:
         options: of the pipeline's call.
     """
-    batch, drawn = draw(emoji, EDIT, concepts, np.random.default_rng(0)), []
+    batch, drawn = draw(emoji, kind, concepts, np.random.default_rng(0)), []
     with quiet(pipeline):
         for number, concept in enumerate(concepts):
             references = [to_picture(pixels) for pixels in batch.references[number]]
             random = torch.Generator().manual_seed(concept)
-            picture = pipeline(references, num_inference_steps=steps, generator=random, **options).images[0]
+            prompt = batch.prompts[number]
+            picture = pipeline(references, prompt, num_inference_steps=steps, generator=random, **options).images[0]
             drawn.append(to_pixels(picture))
             progress(number + 1, len(concepts))
     return torch.stack(drawn)
 
 
 @torch.no_grad()
-def scores(drawn: torch.Tensor, emoji: Emoji, judge: Judge, concepts: Sequence[int]) -> dict[str, list[float]]:
-    """Of each picture of `edits`: PSNR in dB, SSIM, the distance of what `judge` sees (1 - cosine), whether its concept
-    is the nearest one of all held-out ones in that style, and whether it has the style.
+def scores(
+    drawn: torch.Tensor, emoji: Emoji, kind: Kind, judge: Judge, concepts: Sequence[int]
+) -> dict[str, list[float]]:
+    """Of each picture of `edits`: PSNR in dB, SSIM, the distance of what `judge` sees (1 - cosine), whether what there
+    was to draw is the nearest of all held-out concepts drawn so, and whether `judge` takes both for one style.
     """
-    batch = draw(emoji, EDIT, concepts, np.random.default_rng(0))
+    batch = draw(emoji, kind, concepts, np.random.default_rng(0))
     wanted, everything = batch.target, emoji.concepts(held_out=True)
     logits, places = judge(drawn)
-    all_places = torch.stack(
-        [judge(scaled(emoji.pictures[style, everything]))[1] for style in range(len(emoji.styles))]
-    )
-    near = torch.einsum("nd,nkd->nk", places, all_places[batch.style]).argmax(1)
+    known: dict[tuple[int, str], torch.Tensor] = {}
+    near = []
+    for place, style, word in zip(places, batch.style.tolist(), batch.edits, strict=True):
+        if (style, word) not in known:
+            others = scaled(emoji.pictures[style, everything])
+            known[style, word] = judge(torch.stack([edited(other, word) for other in others]))[1]
+        near.append(int((known[style, word] @ place).argmax()))
     found = {
         "psnr": 10 * torch.log10(4 / (drawn - wanted).square().mean((1, 2, 3)).clamp(min=1e-10)),
         "ssim": structural_similarity_index_measure(drawn, wanted, data_range=(-1.0, 1.0), reduction="none"),
         "distance": 1 - cosine_similarity(judge.features(drawn), judge.features(wanted)),
         "recognised": (everything[near] == batch.concept).float(),
-        "style": (logits.argmax(1) == batch.style).float(),
+        "style": (logits.argmax(1) == judge(wanted)[0].argmax(1)).float(),
     }
     return {name: values.tolist() for name, values in found.items()}

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lissom.diffusion.demo.emoji import Emoji
 from lissom.diffusion.demo.pipeline import PixelEditPipeline, positions, reference_numbers, text_positions, to_tokens
-from lissom.diffusion.demo.task import Batch
+from lissom.diffusion.demo.task import EDITS, Batch
 from lissom.diffusion.demo.words import WordTable, word_tokenizer
 from lissom.errors import UserError
 
@@ -48,7 +48,7 @@ class Shape:
 
 def new_pipeline(shape: Shape, emoji: Emoji, seed: int = 0) -> PixelEditPipeline:
     """A pipeline with random weights that knows the words of `emoji`."""
-    tokenizer = word_tokenizer([*emoji.styles, *emoji.names])
+    tokenizer = word_tokenizer([*emoji.styles, *emoji.names, *EDITS])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformer = Flux2Transformer2DModel(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,9 +16,10 @@ class Kind:
     """A kind of request.
 
     Attributes:
-        contents: references that show the concept, each in another style than the wanted one.
+        contents: references that show the concept, each in another style than the wanted one; of an edit by a word the
+            picture that is edited.
         examples: references that show the wanted style, each of another concept.
-        words: what the prompt tells: `both`, `style`, `name`, or `none`.
+        words: what the prompt tells: `both` style and name, `style`, `name`, `none`, or `edit`, one of `EDITS`.
         share: of the training.
     """
 
@@ -35,14 +36,17 @@ class Kind:
 
 KINDS = (
     Kind(0, 0, "both", 0.2),
-    Kind(1, 0, "style", 0.25),
-    Kind(0, 1, "name", 0.1),
-    Kind(1, 1, "none", 0.2),
-    Kind(1, 1, "style", 0.1),
+    Kind(1, 0, "edit", 0.25),
+    Kind(1, 0, "style", 0.15),
+    Kind(0, 1, "name", 0.05),
+    Kind(1, 1, "none", 0.15),
+    Kind(1, 1, "style", 0.05),
     Kind(1, 2, "none", 0.05),
     Kind(2, 1, "none", 0.05),
     Kind(2, 2, "both", 0.05),
 )
+BY_WORD, BY_EXAMPLE = KINDS[1], KINDS[4]
+_LUMA = (0.299, 0.587, 0.114)
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class Batch:
     """Requests of one kind, and what they should give.
 
     Attributes:
+        edits: words of the edits, "" where there is none.
         target: `[batch, 3, size, size]`, -1 to 1.
         references: `[batch, references, 3, size, size]`, -1 to 1.
         prompts: one for each.
@@ -61,6 +66,7 @@ class Batch:
     prompts: tuple[str, ...]
     concept: torch.Tensor
     style: torch.Tensor
+    edits: tuple[str, ...]
 
 
 def draw(emoji: Emoji, kind: Kind, concepts: Sequence[int], random: np.random.Generator, without: float = 0.0) -> Batch:
@@ -72,24 +78,29 @@ def draw(emoji: Emoji, kind: Kind, concepts: Sequence[int], random: np.random.Ge
         without: share of the prompts that are left empty, as guidance needs in training.
     """
     known = emoji.concepts(held_out=False).numpy()
-    styles, rows, prompts, wanted = len(emoji.styles), [], [], []
+    styles, rows, prompts, wanted, edits = len(emoji.styles), [], [], [], []
     for concept in concepts:
         order = random.permutation(styles)
         style = int(order[0])
-        shown = [(int(other), int(concept)) for other in order[1 : 1 + kind.contents]]
+        edits.append(str(random.choice(list(EDITS))) if kind.words == "edit" else "")
+        seen = [style] * kind.contents if edits[-1] else order[1 : 1 + kind.contents]
+        shown = [(int(own), int(concept)) for own in seen]
         others = random.choice(known[known != concept], kind.examples, replace=False)
         rows.append(shown + [(style, int(other)) for other in others])
         wanted.append((style, int(concept)))
         told = {"both": emoji.prompt(concept, style), "style": emoji.styles[style], "name": emoji.names[concept]}
-        prompts.append("" if random.random() < without else told.get(kind.words, ""))
+        words = edits[-1] or told.get(kind.words, "")
+        prompts.append("" if random.random() < without and not edits[-1] else words)
     places = torch.tensor(rows, dtype=torch.long).reshape(len(rows), kind.references, 2)
     style_of, concept_of = torch.tensor(wanted).unbind(1)
+    targets = scaled(emoji.pictures[style_of, concept_of])
     return Batch(
-        scaled(emoji.pictures[style_of, concept_of]),
+        torch.stack([edited(picture, word) for picture, word in zip(targets, edits, strict=True)]),
         scaled(emoji.pictures[places[..., 0], places[..., 1]]),
         tuple(prompts),
         concept_of,
         style_of,
+        tuple(edits),
     )
 
 
@@ -99,6 +110,22 @@ def training_batch(emoji: Emoji, size: int, seed: int, step: int, without: float
     kind = KINDS[random.choice(len(KINDS), p=[kind.share for kind in KINDS])]
     concepts = random.choice(emoji.concepts(held_out=False).numpy(), size, replace=False)
     return draw(emoji, kind, [int(concept) for concept in concepts], random, without)
+
+
+def edited(picture: torch.Tensor, word: str) -> torch.Tensor:
+    """`[3, size, size]`, -1 to 1, after an edit; "" is none."""
+    return EDITS[word](picture) if word else picture
+
+
+def _grey(picture: torch.Tensor) -> torch.Tensor:
+    return (picture * picture.new_tensor(_LUMA)[:, None, None]).sum(0, keepdim=True).expand_as(picture)
+
+
+EDITS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "grey": _grey,
+    "mirrored": lambda picture: picture.flip(2),
+    "negative": lambda picture: -picture,
+}
 
 
 def scaled(pictures: torch.Tensor) -> torch.Tensor:

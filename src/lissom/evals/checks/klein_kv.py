@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from lissom.diffusion.demo.pipeline import PixelEditPipeline
 from lissom.diffusion.klein_kv import KleinKV
 from lissom.diffusion.load import load_pipeline
 from lissom.errors import UserError
-from lissom.evals.editing import cacheable, edits, scores, trained
+from lissom.evals.editing import KINDS, cacheable, edits, scores, trained
 from lissom.evals.journal import Journal, scope_of
 from lissom.evals.reference_speed import FULL, MASKED, Setting, inputs_of, sampled, speeds
 from lissom.evals.stats import Interval, paired_bootstrap, ratio_interval
@@ -76,7 +77,7 @@ class Run:
 
     Attributes:
         losses: on held-out concepts by number of references, by arm.
-        edits: each score of each picture, by arm.
+        edits: each score of each picture, by kind of edit and arm.
         differences: see `differences`.
         seconds: of drawing a picture, by setting and arm.
         held: bytes of two references, by how they are stored.
@@ -84,18 +85,18 @@ class Run:
 
     size: Size
     losses: dict[str, dict[str, float]]
-    edits: dict[str, dict[str, np.ndarray]]
+    edits: dict[tuple[str, str], dict[str, np.ndarray]]
     differences: dict[int, float]
     seconds: dict[Setting, dict[str, list[float]]]
     held: dict[str, int]
 
-    def score(self, arm: str, name: str) -> Interval:
+    def score(self, kind: str, arm: str, name: str) -> Interval:
         """Mean of a score."""
-        return paired_bootstrap(self.edits[arm][name])
+        return paired_bootstrap(self.edits[kind, arm][name])
 
-    def lost(self, arm: str, name: str) -> Interval:
+    def gained(self, kind: str, arm: str, name: str) -> Interval:
         """How far a score lies from that of the model as it was trained, on the same requests."""
-        return paired_bootstrap(self.edits[arm][name], self.edits[PLAIN][name])
+        return paired_bootstrap(self.edits[kind, arm][name], self.edits[kind, PLAIN][name])
 
     def speedup(self, setting: Setting, arm: str, base: str = FULL) -> Interval:
         """How many times faster."""
@@ -124,15 +125,15 @@ def run(model: str | None, size: Size, journal: Path, progress: Callable[[str, i
         INT8: (made, KleinKV(storage="int8")), LORA: (lora, KleinKV()),
     }  # fmt: skip
     found, held = {}, {}
-    for number, (arm, (pipeline, method)) in enumerate(arms.items()):
-        identity = f"{scope_of(place.name, size.concepts, size.steps, size.judge_steps)} {arm}"
+    for number, ((arm, (pipeline, method)), kind) in enumerate(product(arms.items(), KINDS)):
+        identity = f"{scope_of(place.name, size.concepts, size.steps, size.judge_steps)} {kind}/{arm}"
         if identity not in known:
-            done = partial(_within, partial(progress, STAGES[4]), number, len(arms))
+            done = partial(_within, partial(progress, STAGES[4]), number, len(arms) * len(KINDS))
             with nullcontext() if method is None else method(pipeline) as report:
-                drawn = edits(pipeline, emoji, concepts, size.steps, done)
+                drawn = edits(pipeline, emoji, KINDS[kind], concepts, size.steps, done)
             bytes_held = 0 if report is None else report.store.nbytes // len(report.store)
-            known.add(identity, {"scores": scores(drawn, emoji, judge, concepts), "bytes": bytes_held})
-        found[arm] = {name: np.asarray(values) for name, values in known[identity]["scores"].items()}
+            known.add(identity, {"scores": scores(drawn, emoji, KINDS[kind], judge, concepts), "bytes": bytes_held})
+        found[kind, arm] = {name: np.asarray(values) for name, values in known[identity]["scores"].items()}
         held[arm] = known[identity]["bytes"]
     losses = {
         arm: DitTrainer(pipeline, size.short, emoji, place).measure()

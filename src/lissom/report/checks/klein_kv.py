@@ -9,7 +9,7 @@ from rich.table import Table
 
 from lissom.devices.machine import describe
 from lissom.evals.checks import klein_kv as study
-from lissom.evals.editing import METRICS
+from lissom.evals.editing import KINDS, METRICS
 from lissom.evals.reference_speed import ARMS, CACHED, FULL, THEIRS, WARM, bounds
 from lissom.evals.stats import Interval, verdict
 from lissom.report.checks import StudyCheck, grid, signed
@@ -17,6 +17,7 @@ from lissom.report.rows import Claim, Result, Row
 
 SOURCE = "FLUX.2 klein KV"
 OURS = "lissom"
+BY_WORD = next(iter(KINDS))
 _EXACT = 1e-4  # of entries of about 1
 _BOUND = 0.85
 _UNITS = {"psnr": "dB", "recognised": "share", "style": "share"}
@@ -34,10 +35,10 @@ def result(run: study.Run) -> Result:
             run.losses[study.PLAIN][name] / value)
         for arm, losses in run.losses.items() for name, value in losses.items()
     ]  # fmt: skip
-    for arm in run.edits:
+    for kind, arm in run.edits:
         for name in METRICS:
-            found, gap, n = run.score(arm, name), run.lost(arm, name), len(run.edits[arm][name])
-            title, unit = f"edit/{arm}/{name}", _UNITS.get(name, "")
+            found, gap, n = run.score(kind, arm, name), run.gained(kind, arm, name), len(run.edits[kind, arm][name])
+            title, unit = f"edit {kind}/{arm}/{name}", _UNITS.get(name, "")
             rows.append(Row(title, found.estimate, unit, None, None, found.low, found.high, n))
             rows.append(Row(f"{title} gained", gap.estimate, unit, 0.0, None, gap.low, gap.high, n))
     rows += [Row(f"difference/{count} references", value, "") for count, value in run.differences.items()]
@@ -86,19 +87,17 @@ def claims(run: study.Run) -> list[Claim]:
             "holds" if worst <= _EXACT else "does not hold",
         )
     ]  # fmt: skip
-    forced = run.lost(study.FORCED, "distance")
+    forced = run.gained(BY_WORD, study.FORCED, "psnr")
     found.append(
         Claim(
-            f"forced on a model that was not trained for it a cache spoils edits: distance {signed(forced)}", OURS,
-            verdict([_negative(forced)], 0.0, strict=True),
+            f"forced on a model that was not trained for it a cache spoils edits: {signed(forced)} dB", OURS,
+            verdict([forced], 0.0, strict=True),
         )
     )  # fmt: skip
     for arm in (study.MADE, study.LORA):
-        gap = run.lost(arm, "distance")
+        gap = run.gained(BY_WORD, arm, "psnr")
         ratios = [run.losses[arm][name] / value for name, value in run.losses[study.PLAIN].items()]
-        words = (
-            f"{arm}: the loss is within 1 % of the ordinary model's ({max(ratios) - 1:+.1%}); distance {signed(gap)}"
-        )
+        words = f"{arm}: the loss is within 1 % of the ordinary model's ({max(ratios) - 1:+.1%}); {signed(gap)} dB"
         found.append(Claim(words, OURS, "holds" if max(ratios) <= 1.01 else "does not hold"))
     return [*found, *speed_claims(run.seconds)]
 
@@ -106,21 +105,18 @@ def claims(run: study.Run) -> list[Claim]:
 def tables(run: study.Run) -> Iterator[Table]:
     """Losses, edits, and times beside their bounds."""
     names = list(run.losses[study.PLAIN])
-    table = grid(
-        "Loss on held-out concepts, by references",
-        "",
-        *(name.removeprefix("held_out_") for name in names),
-        numbers=True,
-    )
+    counts = [name.removeprefix("held_out_") for name in names]
+    table = grid("Loss on held-out concepts, by references", "", *counts, numbers=True)
     for arm, losses in run.losses.items():
         table.add_row(arm, *(f"{losses[name]:.4f}" for name in names))
     yield table
-    title = f"Edits of {run.size.concepts} held-out concepts, {run.size.steps} steps"
-    table = grid(title, "", *METRICS, "distance against as trained [95 %]", numbers=True)
-    for arm in run.edits:
-        gap = "" if arm == study.PLAIN else signed(run.lost(arm, "distance"))
-        table.add_row(arm, *(f"{run.score(arm, name).estimate:.3f}" for name in METRICS), gap)
-    yield table
+    for kind in KINDS:
+        title = f"Edits {kind} of {run.size.concepts} held-out concepts, {run.size.steps} steps"
+        table = grid(title, "", *METRICS, "psnr gained [95 %]", numbers=True)
+        for arm in study.EDITING:
+            gap = "" if arm == study.PLAIN else signed(run.gained(kind, arm, "psnr"))
+            table.add_row(arm, *(f"{run.score(kind, arm, name).estimate:.3f}" for name in METRICS), gap)
+        yield table
     yield speed_table(run.seconds)
 
 
