@@ -60,7 +60,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(references, emoji, tmp_
     assert {"held_out_0", "held_out_1", "held_out_2", "held_out_4"} <= history[-1].keys()
     assert len(list((tmp_path / "whole" / "checkpoints").iterdir())) == 2
     picture = Image.open(tmp_path / "whole" / "samples" / "step-6.png")
-    assert picture.size == (4 * 32, 6 * 32)
+    assert picture.size == (7 * 32, 6 * 32)
 
 
 def test_ctrl_c_is_behind_a_step_and_the_run_goes_on_from_there(emoji, tmp_path):
