@@ -48,7 +48,7 @@ def test_references_are_read_once_and_kept_in_a_file(run, folder, tmp_path):
     code, text, err = run("edit", folder / "joint", *shown, *asked, "-o", tmp_path / "joint.png", "--count", 2)
     assert code == 0 and "references were in every step" in text and (tmp_path / "joint-2.png").exists(), err
     code, text, err = run("edit", folder / "joint", *shown, *asked, "-o", tmp_path / "joint.png", "--cache", "force")
-    assert code == 0 and "forced: the first output is off by" in text, err
+    assert code == 0 and "the first output without references in it is off by" in text, err
 
 
 def test_a_coarse_picture_is_refined(run, folder, tmp_path):
@@ -70,11 +70,15 @@ def test_a_coarse_picture_is_refined(run, folder, tmp_path):
         (("edit", "set", *("--image", "one.png") * 9), "9 references: expected 1 to 8"),
         (("edit", "set", "--image", "one.png", "--size", "18"), "no multiple of 4"),
         (("edit", "set", "--image", "one.png", "--steps", "0"), "expected at least 1"),
-        (("edit", "set", "--image", "one.png", "--cache", "maybe"), "expected one of auto, on, off, force"),
+        (
+            ("edit", "set", "--image", "one.png", "--cache", "maybe"),
+            "expected one of auto, on, off, force, approximate",
+        ),
         (("edit", "set", "--image", "one.png", "--storage", "int3"), "storage='int3'"),
         (("edit", "set", "--references", "none"), "is not there, and there is no --image"),
         (("edit", "set", "--references", "one.png"), "cannot be read"),
         (("edit", "joint", "--image", "one.png", "--cache", "on"), "see noise and text"),
+        (("edit", "joint", "--image", "one.png", "--cache", "approximate"), "which can be approximated"),
         (("edit", "nothing"), "cannot be loaded as a pipeline"),
         (("edit", "."), "has no model_index.json"),
         (("refine", "set", "--guide", "clear.png", "--mask", "one.png"), "does not fit what is drawn"),

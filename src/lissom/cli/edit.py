@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from lissom.diffusion.klein_kv import KleinKV
 
-_CACHES = ("auto", "on", "off", "force")
+_CACHES = ("auto", "on", "off", "force", "approximate")
 
 
 def register(app: typer.Typer) -> None:
@@ -36,7 +36,9 @@ def edit(
     count: int = typer.Option(1, help="Pictures; further ones are written as NAME-2.png and so on."),
     seed: int = typer.Option(0, help="Of the noise."),
     cache: str = typer.Option(
-        "auto", help="References are read once: auto (where the model allows it), on, off, force (whatever it does)."
+        "auto",
+        help="References are read once: auto (where the model allows it), on, off, force (whatever it does); "
+        "approximate: those of FLUX.1 and Qwen-Image are taken from the first step.",
     ),
     storage: str = typer.Option("model", help="Of what is read of references: model (its own type), int8."),
     references: Path = typer.Option(
@@ -53,12 +55,16 @@ def edit(
 
     if cache not in _CACHES:
         raise UserError(f"--cache {cache}: expected one of {', '.join(_CACHES)}.")
-    if references and cache in ("off", "force"):
+    if references and cache not in ("auto", "on"):
         raise UserError(f"--references keeps what a cache holds, which --cache {cache} does not go with.")
     targets = named(output, count)
     pictures = [read_picture(file) for file in image]
     loaded = load_pipeline(pipeline, dtype)
-    method = KleinKV(storage=storage, force=cache == "force")  # type: ignore[arg-type]
+    method = KleinKV(
+        mode="approximate" if cache == "approximate" else "exact",
+        storage=storage,  # type: ignore[arg-type]
+        force=cache == "force",
+    )
     began = time.perf_counter()
     with _cached(method, loaded, pictures, cache, references) as (shown, facts):
         drawn = draw(
@@ -108,7 +114,7 @@ def _told(facts: dict[str, Any], shown: bool) -> str:
         return f"{facts['seconds']:.2f} s" + ("; references were in every step." if shown else ".")
     words = f"{facts['seconds']:.2f} s; what was read of the references takes {facts['reference_bytes'] / 1e6:.1f} MB"
     if "damage" in facts:
-        words += f"; forced: the first output is off by {facts['damage']:.1%}"
+        words += f"; the first output without references in it is off by {facts['damage']:.1%}"
     return words + "."
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline, Flux2KleinKVPipeline, Flux2Transformer2DModel
 
+from lissom.diffusion.klein_kv.approximate import FAMILIES, ApproximateHook
 from lissom.diffusion.klein_kv.hooks import KleinKVReport, Read, ReferenceHook, fingerprint, hooked
 from lissom.diffusion.klein_kv.store import STORAGES, ReferenceStore, Storage
 from lissom.diffusion.klein_kv.warm import WarmReferences, transformer_of
@@ -24,15 +25,20 @@ class KleinKV:
     """Keys and values of reference tokens are computed once and used in every step, of this request and of later ones.
 
     It is exact for models that were trained with references that see neither noise nor text nor time (FLUX.2 klein KV;
-    `PixelEditPipeline` with `references` of `set` or `each`). Any other is refused.
+    `PixelEditPipeline` with `references` of `set` or `each`). Any other is refused, unless an approximation is asked
+    for: then what a whole pass left of the references (FLUX.1 Kontext, Qwen-Image-Edit) is used in the next passes.
 
     Args:
+        mode: `exact`, or `approximate`, for models that were not trained for it, and not for FLUX.2's.
+        refresh_every: passes of which one is whole, in the approximation; None: the first alone.
         limit: bytes of references that are kept for later requests.
         storage: `model`: as the model computes them; `int8`: a scale for each token and head.
         store: where they are kept; one may serve several pipelines. Default: one of `limit` bytes for each entering.
         force: use it on a model that was not trained for it, too. The report says what that does to the first output.
     """
 
+    mode: Literal["exact", "approximate"] = "exact"
+    refresh_every: int | None = None
     limit: int = 2**30
     storage: Storage = "model"
     store: ReferenceStore | None = field(default=None, compare=False)
@@ -41,6 +47,10 @@ class KleinKV:
     def __post_init__(self) -> None:
         if self.storage not in STORAGES:
             raise UserError(f"storage={self.storage!r}: expected one of {', '.join(STORAGES)}.")
+        if self.mode not in ("exact", "approximate"):
+            raise UserError(f"mode={self.mode!r}: expected exact or approximate.")
+        if self.refresh_every is not None and (self.mode == "exact" or self.refresh_every < 2):
+            raise UserError(f"refresh_every={self.refresh_every}: expected 2 or more, with mode='approximate'.")
         if self.store is None:
             ReferenceStore(self.limit)
 
@@ -51,10 +61,25 @@ class KleinKV:
         Raises:
             UserError: the pipeline is of another family, or its model was not trained for it.
         """
+        if self.mode == "approximate":
+            with self._approximate(pipeline) as report:
+                yield report
+            return
         transformer = transformer_of(pipeline)
         hook = self._hook(pipeline, transformer)
         with hooked(transformer, hook):
             yield hook.report
+
+    @contextmanager
+    def _approximate(self, pipeline: DiffusionPipeline) -> Iterator[KleinKVReport]:
+        transformer = getattr(pipeline, "transformer", None)
+        family = next((own for kind, own in FAMILIES.items() if isinstance(transformer, kind)), None)
+        if family is None:
+            names = " or ".join(kind.__name__ for kind in FAMILIES)
+            raise UserError(f"{type(pipeline).__name__} has no {names}, which can be approximated.")
+        report = KleinKVReport(ReferenceStore(self.limit))
+        with hooked(transformer, ApproximateHook(report, family, self.refresh_every)):
+            yield report
 
     def prefill(self, pipeline: DiffusionPipeline, image: Any) -> WarmReferences:
         """Read references before there is a request: what is returned serves every later one, from its first step on.
@@ -65,6 +90,10 @@ class KleinKV:
         Raises:
             UserError: the pipeline or its model cannot, or there is no reference.
         """
+        if self.mode == "approximate":
+            raise UserError(
+                "An approximation needs noise and text: it cannot read references before there is a request."
+            )
         transformer = transformer_of(pipeline)
         hook = self._hook(pipeline, transformer)
         words = torch.zeros(1, 1, transformer.config.joint_attention_dim, dtype=transformer.dtype)

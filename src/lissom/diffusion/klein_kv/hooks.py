@@ -30,8 +30,8 @@ class KleinKVReport:
     Attributes:
         reference_passes: passes over references.
         cached_passes: passes of the transformer that took references from the cache.
-        damage: where it was forced on a model that was not trained for it: relative distance of its first output to
-            that of the model without the cache.
+        damage: where the model was not trained for it, the relative distance of the first output of a pass without
+            references to that of a whole one.
         store: what is held, with its hits and misses.
     """
 
@@ -55,13 +55,14 @@ class Read:
 
 
 @contextmanager
-def hooked(transformer: Flux2Transformer2DModel, hook: ModelHook) -> Iterator[None]:
-    """With `hook` around the transformer's passes, which can take caches."""
+def hooked(transformer: torch.nn.Module, hook: ModelHook) -> Iterator[None]:
+    """With `hook` around the transformer's passes, which can take caches where it is of FLUX.2."""
     registry = HookRegistry.check_if_exists_or_initialize(transformer)
     if registry.get_hook(_HOOK) is not None:
         raise UserError("Klein KV is on in this pipeline already.")
-    processors = transformer.attn_processors
-    prepare(transformer)
+    processors = dict(transformer.attn_processors)
+    if isinstance(transformer, Flux2Transformer2DModel):
+        prepare(transformer)
     registry.register_hook(hook, _HOOK)
     try:
         yield
@@ -212,7 +213,7 @@ def fingerprint(transformer: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def arguments_of(module: Flux2Transformer2DModel, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+def arguments_of(module: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Of a pass, by name."""
     given = dict(inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments)
     del given["self"]

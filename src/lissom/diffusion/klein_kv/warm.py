@@ -134,7 +134,8 @@ def transformer_of(pipeline: DiffusionPipeline) -> Flux2Transformer2DModel:
     transformer = getattr(pipeline, "transformer", None)
     if not isinstance(transformer, Flux2Transformer2DModel):
         raise UserError(
-            f"{type(pipeline).__name__} has no FLUX.2 transformer: Klein KV caches the references of that family."
+            f"{type(pipeline).__name__} has no FLUX.2 transformer: Klein KV is exact for that family alone; "
+            "KleinKV(mode='approximate') takes FLUX.1 and Qwen-Image."
         )
     return transformer
 
