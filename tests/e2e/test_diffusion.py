@@ -11,6 +11,7 @@ from pipelines import small_emoji
 
 from lissom.diffusion.demo.model import Shape, new_pipeline
 from lissom.diffusion.demo.pipeline import PixelEditPipeline
+from lissom.evolve import pipelines
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,38 @@ def test_a_coarse_picture_is_refined(run, folder, tmp_path):
     assert Image.open(tmp_path / "large.png").size == (32, 32)
 
 
+def test_recipes_and_the_search_for_one(run, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipelines, "load_emoji", lambda size: small_emoji())
+    report = tmp_path / "report"
+    for _ in range(2):
+        code, text, err = run("optimize", folder / "set", "--quick", "--max-quality-loss", "99%", "-o", report)
+        assert code == 0 and "Best within a loss of 99.0%" in text, err
+        assert len((report / "measurements.jsonl").read_text().split()) > 9
+        monkeypatch.setattr(pipelines, "_drawn", lambda *given: pytest.fail("drawn again"))
+    results = json.loads((report / "results.json").read_text())
+    rows = {row["name"]: row for row in results["rows"]}
+    assert rows["20 steps/quality loss"]["value"] == 0 and abs(rows["20 steps + klein-kv/quality loss"]["value"]) < 1e-4
+    assert len(rows) == 18
+    asked = ("--image", folder / "one.png", "-o", tmp_path / "out.png")
+    code, _, err = run("edit", folder / "set", "--recipe", report / "recipe.yaml", *asked)
+    assert code == 0, err
+    (tmp_path / "refine.yaml").write_text("steps: 2\nmethods: [h-transform: {alpha: 0}]")
+    code, _, err = run("refine", folder / "set", "--guide", folder / "one.png", "--recipe", tmp_path / "refine.yaml",
+                       "-o", tmp_path / "fine.png")  # fmt: skip
+    assert code == 0, err
+    guide, found = (np.asarray(Image.open(file)).astype(int) for file in (folder / "one.png", tmp_path / "fine.png"))
+    assert np.abs(guide - found).max() <= 1
+    (tmp_path / "other.yaml").write_text("methods: [eviction]")
+    for words, sentence in (
+        (("edit", folder / "set", "--recipe", tmp_path / "other.yaml", *asked), "acts on language models"),
+        (("edit", folder / "set", "--recipe", tmp_path / "refine.yaml", "--steps", 3, *asked), "leave out --steps"),
+        (("generate", "smollm2-135m", "--recipe", tmp_path / "refine.yaml", "a"), "recipe of a diffusion model"),
+        (("optimize", folder / "set", "--device", "other.json", "-o", report), "leave out --device"),
+    ):  # fmt: skip
+        code, _, err = run(*words)
+        assert code == 2 and sentence in err
+
+
 @pytest.mark.parametrize(
     "words,sentence",
     [
@@ -72,7 +105,7 @@ def test_a_coarse_picture_is_refined(run, folder, tmp_path):
         (("edit", "set", "--image", "one.png", "--steps", "0"), "expected at least 1"),
         (
             ("edit", "set", "--image", "one.png", "--cache", "maybe"),
-            "expected one of auto, on, off, force, approximate",
+            "expected one of auto, on, off, force",
         ),
         (("edit", "set", "--image", "one.png", "--storage", "int3"), "storage='int3'"),
         (("edit", "set", "--references", "none"), "is not there, and there is no --image"),

@@ -52,7 +52,7 @@ def main() -> None:
         if code == _INTERRUPTED:
             raise KeyboardInterrupt
         sys.exit(code)
-    except (KeyboardInterrupt, UserError, OSError) as error:
+    except (KeyboardInterrupt, UserError, OSError, ModuleNotFoundError) as error:
         if os.environ.get("LISSOM_DEBUG") == "1":
             raise
         print(f"lissom: {_sentence(error)}", file=sys.stderr)
@@ -67,6 +67,10 @@ def main() -> None:
 def _sentence(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "Interrupted; nothing was half written."
+    if isinstance(error, ModuleNotFoundError):
+        from lissom.models.registry import missing
+
+        return missing(error)
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}."
     return str(error)

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from lissom.diffusion.klein_kv import KleinKV
+    from lissom.recipes import Recipe
 
+DEFAULT_STEPS = 20
 _CACHES = ("auto", "on", "off", "force", "approximate")
 
 
@@ -30,7 +32,8 @@ def edit(
     image: list[Path] = typer.Option([], "--image", help="Reference picture; give the option again for each."),
     prompt: str = typer.Option("", help="What to draw."),
     output: Path = typer.Option(..., "--output", "-o", help="Picture to write: .png, .jpg, .webp."),
-    steps: int = typer.Option(20, help="Of the sampler."),
+    recipe: Path = typer.Option(None, help="Recipe in the place of --cache, --storage and --steps."),
+    steps: int = typer.Option(None, help="Of the sampler. [default: 20]"),
     guidance: float = typer.Option(1.0, help="Above 1 the prompt is followed more closely, at twice the time."),
     size: int = typer.Option(None, help="Pixels of a side. [default: the pipeline's]"),
     count: int = typer.Option(1, help="Pictures; further ones are written as NAME-2.png and so on."),
@@ -59,16 +62,21 @@ def edit(
         raise UserError(f"--references keeps what a cache holds, which --cache {cache} does not go with.")
     targets = named(output, count)
     pictures = [read_picture(file) for file in image]
-    loaded = load_pipeline(pipeline, dtype)
     method = KleinKV(
         mode="approximate" if cache == "approximate" else "exact",
         storage=storage,  # type: ignore[arg-type]
         force=cache == "force",
     )
+    if recipe is not None:
+        chosen = recipe_of(recipe, steps)
+        steps, method = chosen.steps or DEFAULT_STEPS, chosen.pipeline_method(KleinKV.name) or method
+        cache = "on" if chosen.pipeline_method(KleinKV.name) else "off"
+    loaded = load_pipeline(pipeline, dtype)
     began = time.perf_counter()
     with _cached(method, loaded, pictures, cache, references) as (shown, facts):
         drawn = draw(
-            loaded, steps, seed, image=shown or None, prompt=prompt, guidance_scale=guidance,
+            loaded, DEFAULT_STEPS if steps is None else steps, seed,
+            image=shown or None, prompt=prompt, guidance_scale=guidance,
             num_images_per_prompt=count, height=size, width=size,
         )  # fmt: skip
     facts["seconds"] = time.perf_counter() - began
@@ -107,6 +115,20 @@ def _cached(
             yield pictures, facts
         facts |= {"reference_bytes": report.store.nbytes, "reference_passes": report.reference_passes}
         facts |= {} if report.damage is None else {"damage": report.damage}
+
+
+def recipe_of(file: Path, steps: int | None) -> Recipe:
+    """A recipe that is not given together with what it tells.
+
+    Raises:
+        UserError: it is, or it is no recipe.
+    """
+    from lissom.errors import UserError
+    from lissom.recipes import Recipe
+
+    if steps is not None:
+        raise UserError(f"{file} tells how many steps there are: leave out --steps.")
+    return Recipe.load(file)
 
 
 def _told(facts: dict[str, Any], shown: bool) -> str:

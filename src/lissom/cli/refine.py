@@ -8,7 +8,9 @@ from pathlib import Path
 import typer
 
 from lissom.cli.common import JSON, PIPELINE
-from lissom.cli.edit import draw, keep, named, read_picture
+from lissom.cli.edit import draw, keep, named, read_picture, recipe_of
+
+DEFAULT_STEPS = 50
 
 
 def register(app: typer.Typer) -> None:
@@ -20,13 +22,14 @@ def refine(
     guide: Path = typer.Option(..., help="Coarse picture: small, blurred, painted, or with parts that are missing."),
     output: Path = typer.Option(..., "--output", "-o", help="Picture to write: .png, .jpg, .webp."),
     prompt: str = typer.Option("", help="What it shows."),
+    recipe: Path = typer.Option(None, help="Recipe in the place of --alpha, --level, --outside and --steps."),
     alpha: float = typer.Option(5.0, help="From 0, which gives the guide itself; the higher, the freer."),
     level: str = typer.Option("vp", help="Noise level that alpha is a power of: vp, or flow, where it is far freer."),
     mask: Path = typer.Option(None, help="Picture of the guide's size: white where the guide holds. [default: all]"),
     outside: float = typer.Option(float("inf"), help="Alpha where the mask is black; inf leaves that free."),
     image: list[Path] = typer.Option([], "--image", help="Reference picture; give the option again for each."),
     size: int = typer.Option(None, help="Pixels of a side, to which the guide is enlarged. [default: the guide's]"),
-    steps: int = typer.Option(50, help="Of the sampler."),
+    steps: int = typer.Option(None, help="Of the sampler. [default: 50]"),
     guidance: float = typer.Option(1.0, help="Above 1 the prompt is followed more closely, at twice the time."),
     count: int = typer.Option(1, help="Pictures; further ones are written as NAME-2.png and so on."),
     seed: int = typer.Option(0, help="Of the noise."),
@@ -41,6 +44,9 @@ def refine(
 
     targets = named(output, count)
     method = HTransform(alpha, level, outside)  # type: ignore[arg-type]
+    if recipe is not None:
+        chosen = recipe_of(recipe, steps)
+        steps, method = chosen.steps or DEFAULT_STEPS, chosen.pipeline_method(HTransform.name) or method
     coarse, covered = read_picture(guide), None if mask is None else read_picture(mask)
     references = [read_picture(file) for file in image]
     if size is not None:
@@ -50,7 +56,8 @@ def refine(
     began = time.perf_counter()
     with method(loaded, coarse, covered):
         drawn = draw(
-            loaded, steps, seed, image=references or None, prompt=prompt, guidance_scale=guidance,
+            loaded, DEFAULT_STEPS if steps is None else steps, seed,
+            image=references or None, prompt=prompt, guidance_scale=guidance,
             num_images_per_prompt=count, height=coarse.size[1], width=coarse.size[0],
         )  # fmt: skip
     seconds = time.perf_counter() - began

@@ -1,4 +1,5 @@
-"""The methods that recipes and `lissom train` name: what is an installed entry point of the group `lissom.methods`."""
+"""The methods that recipes and `lissom train` name: installed entry points of the group `lissom.methods`, and of
+`lissom.pipeline_methods` for what acts on a pipeline of diffusers."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from lissom.errors import UserError
 
-GROUP = "lissom.methods"
+GROUP, PIPELINES = "lissom.methods", "lissom.pipeline_methods"
 
 
 def method_names() -> list[str]:
@@ -26,19 +27,33 @@ def method_class(key: str) -> Any:
     Raises:
         UserError: there is none.
     """
-    return registered(GROUP, key, "method")
+    return registered((GROUP, PIPELINES), key, "method")
 
 
-def registered(group: str, key: str, what: str) -> Any:
-    """What is installed as the entry point `key` of `group`; `what` names it in the error.
+def acts_on_pipelines(key: str) -> bool:
+    """Whether a method is for pipelines of diffusers, not for language models."""
+    return key in entry_points(group=PIPELINES).names
+
+
+def registered(groups: str | tuple[str, ...], key: str, what: str) -> Any:
+    """What is installed as the entry point `key` of one of `groups`; `what` names it in the error.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or a package that it needs is missing.
     """
-    entries = entry_points(group=group)
-    if key not in entries.names:
-        raise UserError(f"There is no {what} {key!r}.{_nearest(key, sorted(entries.names))}")
-    return entries[key].load()
+    groups = (groups,) if isinstance(groups, str) else groups
+    entries = {entry.name: entry for group in groups for entry in entry_points(group=group)}
+    if key not in entries:
+        raise UserError(f"There is no {what} {key!r}.{_nearest(key, sorted(entries))}")
+    try:
+        return entries[key].load()
+    except ModuleNotFoundError as error:
+        raise UserError(missing(error)) from error
+
+
+def missing(error: ModuleNotFoundError) -> str:
+    """Which package is not there, and how to get it."""
+    return f"{error.name} is not installed; diffusion models need `pip install 'lissom[diffusion]'`."
 
 
 def build(key: str, settings: Mapping[str, Any]) -> Any:

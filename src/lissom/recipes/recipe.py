@@ -17,7 +17,7 @@ from lissom.errors import UserError
 from lissom.files import atomic_path
 from lissom.models.load import DEFAULT_MODEL
 from lissom.models.method import Trainable, changed
-from lissom.models.registry import build, explained
+from lissom.models.registry import acts_on_pipelines, build, explained
 
 FILE_NAME = "recipe.yaml"
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -32,6 +32,7 @@ class Recipe(BaseModel):
         dtype: of the weights; `auto` is the checkpoint's own.
         weights: `dense`, or `packed`: a GGUF file computes with its own blocks.
         threads: of PyTorch and the native kernels; None leaves them as they are.
+        steps: of a diffusion model's sampler; None: what a command takes by itself.
         methods: in the order in which they are applied, each `{key: settings}`; in YAML a bare key is enough.
     """
 
@@ -41,6 +42,7 @@ class Recipe(BaseModel):
     dtype: Dtype = "auto"
     weights: Weights = "dense"
     threads: int | None = Field(default=None, ge=1)
+    steps: int | None = Field(default=None, ge=1)
     methods: tuple[dict[str, dict[str, Any]], ...] = ()
 
     @field_validator("methods", mode="before")
@@ -128,7 +130,13 @@ class Recipe(BaseModel):
         return converting, running
 
     def load_model(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """The model in its dtype, with every method applied that changes weights."""
+        """The model in its dtype, with every method applied that changes weights.
+
+        Raises:
+            UserError: it is a recipe of a diffusion model, or a method cannot be applied.
+        """
+        if self.steps or any(acts_on_pipelines(key) for step in self.methods for key in step):
+            raise UserError("That is a recipe of a diffusion model: use it with `lissom edit` or `lissom refine`.")
         model, tokenizer = lissom.load(self.model, self.dtype, weights=self.weights)
         for method in self.halves()[0].build():
             model = method.convert(model, tokenizer)
@@ -142,6 +150,20 @@ class Recipe(BaseModel):
             stack.enter_context(threads(self.threads))
             yield [stack.enter_context(method(model)) for method in self.halves()[1].build()]
 
+    def pipeline_method(self, key: str) -> Any | None:
+        """The method `key` of a diffusion model's recipe, as an object; None where it is not in it.
+
+        Raises:
+            UserError: there is another method in it, which does not act on pipelines.
+        """
+        for step in self.methods:
+            for other in step:
+                if not acts_on_pipelines(other):
+                    raise UserError(f"{other} acts on language models: a diffusion model's recipe cannot have it.")
+        return next(
+            (build(own, settings) for step in self.methods for own, settings in step.items() if own == key), None
+        )
+
     @property
     def identity(self) -> str:
         """The whole recipe as text; two recipes are the same where theirs are."""
@@ -153,6 +175,7 @@ class Recipe(BaseModel):
         words: list[str] = [self.dtype] if self.dtype != "auto" else []
         words += ["packed"] if self.weights == "packed" else []
         words += [f"{self.threads} thread{'s' * (self.threads > 1)}"] if self.threads else []
+        words += [f"{self.steps} steps"] if self.steps else []
         words += [str(method) for method in self.build()]
         return " + ".join(words) or "untouched"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline
@@ -15,6 +15,7 @@ from lissom.diffusion.h_transform.guide import Guide, region, to_sample
 from lissom.diffusion.h_transform.weights import LEVELS, Level, noise_level, pulled, weight
 from lissom.diffusion.sampling import around_steps, mix_of
 from lissom.errors import UserError
+from lissom.models.method import described
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class HTransform:
         outside: alpha where a mask is black; infinite, the default, leaves that free.
     """
 
+    name: ClassVar[str] = "h-transform"
+
     alpha: float = 5.0
     level: Level = "vp"
     outside: float = float("inf")
@@ -40,6 +43,9 @@ class HTransform:
         for name in ("alpha", "outside"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name}={getattr(self, name)}: expected a number from 0.")
+
+    def __str__(self) -> str:
+        return described(self, self.name)
 
     @contextmanager
     def __call__(self, pipeline: DiffusionPipeline, guide: Guide, mask: Image.Image | None = None) -> Iterator[None]:

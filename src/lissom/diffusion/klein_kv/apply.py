@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import DiffusionPipeline, Flux2KleinKVPipeline, Flux2Transformer2DModel
+from pydantic import InstanceOf
 
 from lissom.diffusion.klein_kv.approximate import FAMILIES, ApproximateHook
 from lissom.diffusion.klein_kv.hooks import KleinKVReport, Read, ReferenceHook, fingerprint, hooked
@@ -16,6 +17,7 @@ from lissom.diffusion.klein_kv.store import STORAGES, ReferenceStore, Storage
 from lissom.diffusion.klein_kv.warm import WarmReferences, transformer_of
 from lissom.diffusion.pictures import quiet
 from lissom.errors import UserError
+from lissom.models.method import described
 
 _SMALL = 64  # pixels of a side of what is drawn where only references are wanted
 
@@ -37,11 +39,13 @@ class KleinKV:
         force: use it on a model that was not trained for it, too. The report says what that does to the first output.
     """
 
+    name: ClassVar[str] = "klein-kv"
+
     mode: Literal["exact", "approximate"] = "exact"
     refresh_every: int | None = None
     limit: int = 2**30
     storage: Storage = "model"
-    store: ReferenceStore | None = field(default=None, compare=False)
+    store: InstanceOf[ReferenceStore] | None = field(default=None, compare=False)
     force: bool = False
 
     def __post_init__(self) -> None:
@@ -53,6 +57,9 @@ class KleinKV:
             raise UserError(f"refresh_every={self.refresh_every}: expected 2 or more, with mode='approximate'.")
         if self.store is None:
             ReferenceStore(self.limit)
+
+    def __str__(self) -> str:
+        return described(self, self.name)
 
     @contextmanager
     def __call__(self, pipeline: DiffusionPipeline) -> Iterator[KleinKVReport]:
