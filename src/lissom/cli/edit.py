@@ -43,7 +43,7 @@ def edit(
         help="References are read once: auto (where the model allows it), on, off, force (whatever it does); "
         "approximate: those of FLUX.1 and Qwen-Image are taken from the first step.",
     ),
-    storage: str = typer.Option("model", help="Of what is read of references: model (its own type), int8."),
+    storage: str = typer.Option("model", help="Of what is read of references: model (its own type), int8, fp8."),
     references: Path = typer.Option(
         None,
         help="File of references that were read: used where it is there, else written, so that they are read once.",

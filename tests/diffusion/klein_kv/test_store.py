@@ -35,9 +35,18 @@ def test_int8_is_rounding_to_a_127th_of_the_largest_of_each_token_and_head(dtype
     assert packed.nbytes < tensor.nbytes * (0.63 if dtype is not torch.float32 else 0.32)
 
 
+def test_fp8_has_three_bits_behind_the_first():
+    tensor = torch.randn(2, 5, 3, 16) * 100
+    packed = pack(tensor, "fp8")
+    largest = tensor.abs().amax(-1, keepdim=True)
+    room = (tensor.abs() / 16).clamp(min=2**-10 * 1.01 / 448 * largest)  # below 2^-6 steps are even
+    assert ((unpack(packed) - tensor).abs() <= room).all() and STORAGES == ("model", "int8", "fp8")
+    assert packed.nbytes == tensor.numel() * 1.25
+
+
 def test_what_is_stored_as_it_is_comes_back_as_it_was():
     tensor = torch.randn(1, 4, 2, 8)
-    assert torch.equal(unpack(pack(tensor, "model")), tensor) and STORAGES == ("model", "int8")
+    assert torch.equal(unpack(pack(tensor, "model")), tensor)
 
 
 @given(st.lists(st.tuples(st.sampled_from("pg"), st.integers(0, 5)), max_size=40), st.integers(1, 4))

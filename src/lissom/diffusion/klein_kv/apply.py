@@ -34,7 +34,7 @@ class KleinKV:
         mode: `exact`, or `approximate`, for models that were not trained for it, and not for FLUX.2's.
         refresh_every: passes of which one is whole, in the approximation; None: the first alone.
         limit: bytes of references that are kept for later requests.
-        storage: `model`: as the model computes them; `int8`: a scale for each token and head.
+        storage: `model`: as the model computes them; `int8` or `fp8`, with a scale for each token and head.
         store: where they are kept; one may serve several pipelines. Default: one of `limit` bytes for each entering.
         force: use it on a model that was not trained for it, too. The report says what that does to the first output.
     """

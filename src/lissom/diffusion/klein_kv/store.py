@@ -11,9 +11,9 @@ import torch
 
 from lissom.errors import UserError
 
-Storage = Literal["model", "int8"]
-STORAGES = ("model", "int8")
-_LARGEST = 127
+Storage = Literal["model", "int8", "fp8"]
+_LARGEST = {"int8": 127.0, "fp8": 448.0}
+STORAGES = ("model", *_LARGEST)
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Packed:
     """A tensor as it is stored.
 
     Attributes:
-        values: of the tensor's own type, or int8.
-        scales: of each token and head where `values` are int8: `[..., tokens, heads, 1]`.
+        values: of the tensor's own type, int8, or float8_e4m3fn.
+        scales: of each token and head where `values` are of 8 bits: `[..., tokens, heads, 1]`.
         dtype: of the tensor.
     """
 
@@ -37,12 +37,13 @@ class Packed:
 
 
 def pack(tensor: torch.Tensor, storage: Storage) -> Packed:
-    """Store `[..., tokens, heads, head_dim]`; int8 takes the largest entry of each token and head as 127."""
+    """Store `[..., tokens, heads, head_dim]`; 8 bits take the largest entry of each token and head as their largest."""
     if storage == "model":
         return Packed(tensor, None, tensor.dtype)
     wide = tensor.float()
-    scales = wide.abs().amax(-1, keepdim=True) / _LARGEST
-    values = (wide / scales.clamp(min=torch.finfo(torch.float32).tiny)).round().to(torch.int8)
+    scales = wide.abs().amax(-1, keepdim=True) / _LARGEST[storage]
+    divided = wide / scales.clamp(min=torch.finfo(torch.float32).tiny)
+    values = divided.round().to(torch.int8) if storage == "int8" else divided.to(torch.float8_e4m3fn)
     return Packed(values, scales.to(torch.float16 if tensor.dtype.itemsize == 2 else torch.float32), tensor.dtype)
 
 
