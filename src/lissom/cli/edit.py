@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from lissom.diffusion.klein_kv import KleinKV
     from lissom.recipes import Recipe
 
-DEFAULT_STEPS = 20
 _CACHES = ("auto", "on", "off", "force", "approximate")
 
 
@@ -33,8 +32,10 @@ def edit(
     prompt: str = typer.Option("", help="What to draw."),
     output: Path = typer.Option(..., "--output", "-o", help="Picture to write: .png, .jpg, .webp."),
     recipe: Path = typer.Option(None, help="Recipe in the place of --cache, --storage and --steps."),
-    steps: int = typer.Option(None, help="Of the sampler. [default: 20]"),
-    guidance: float = typer.Option(1.0, help="Above 1 the prompt is followed more closely, at twice the time."),
+    steps: int = typer.Option(None, help="Of the sampler. [default: the pipeline's]"),
+    guidance: float = typer.Option(
+        None, help="The higher, the more closely the prompt is followed. [default: the pipeline's]"
+    ),
     size: int = typer.Option(None, help="Pixels of a side. [default: the pipeline's]"),
     count: int = typer.Option(1, help="Pictures; further ones are written as NAME-2.png and so on."),
     seed: int = typer.Option(0, help="Of the noise."),
@@ -48,10 +49,11 @@ def edit(
         None,
         help="File of references that were read: used where it is there, else written, so that they are read once.",
     ),
-    dtype: str = typer.Option("auto", help="Of the weights: float32, bfloat16, float16 or auto, the checkpoint's own."),
+    dtype: str = typer.Option("float32", help="Of the weights: float32, bfloat16, float16."),
     json_file: str = JSON,
 ) -> None:
     """Draw with reference pictures, whose keys and values are computed once and used in every step."""
+    from lissom.devices.meters import threads
     from lissom.diffusion.klein_kv import KleinKV
     from lissom.diffusion.load import load_pipeline
     from lissom.errors import UserError
@@ -67,15 +69,21 @@ def edit(
         storage=storage,  # type: ignore[arg-type]
         force=cache == "force",
     )
-    if recipe is not None:
-        chosen = recipe_of(recipe, steps)
-        steps, method = chosen.steps or DEFAULT_STEPS, chosen.pipeline_method(KleinKV.name) or method
+    chosen = recipe_of(recipe, steps, cache != "auto" or storage != "model")
+    if chosen is not None:
+        if chosen.pipeline_method("h-transform") is not None:
+            raise UserError(f"{recipe} has h-transform, which needs a guide: use `lissom refine`.")
+        dtype = dtype if chosen.dtype == "auto" else chosen.dtype
+        method = chosen.pipeline_method(KleinKV.name) or method
         cache = "on" if chosen.pipeline_method(KleinKV.name) else "off"
+        if references and cache == "off":
+            raise UserError(f"{recipe} has no klein-kv: leave out --references.")
     loaded = load_pipeline(pipeline, dtype)
     began = time.perf_counter()
-    with _cached(method, loaded, pictures, cache, references) as (shown, facts):
+    wanted, cores = (steps, None) if chosen is None else (chosen.steps, chosen.threads)
+    with threads(cores), _cached(method, loaded, pictures, cache, references) as (shown, facts):
         drawn = draw(
-            loaded, DEFAULT_STEPS if steps is None else steps, seed,
+            loaded, wanted, seed,
             image=shown or None, prompt=prompt, guidance_scale=guidance,
             num_images_per_prompt=count, height=size, width=size,
         )  # fmt: skip
@@ -117,8 +125,11 @@ def _cached(
         facts |= {} if report.damage is None else {"damage": report.damage}
 
 
-def recipe_of(file: Path, steps: int | None) -> Recipe:
+def recipe_of(file: Path | None, steps: int | None, told: bool) -> Recipe | None:
     """A recipe that is not given together with what it tells.
+
+    Args:
+        told: whether settings of its methods are given beside it.
 
     Raises:
         UserError: it is, or it is no recipe.
@@ -126,8 +137,10 @@ def recipe_of(file: Path, steps: int | None) -> Recipe:
     from lissom.errors import UserError
     from lissom.recipes import Recipe
 
-    if steps is not None:
-        raise UserError(f"{file} tells how many steps there are: leave out --steps.")
+    if file is None:
+        return None
+    if steps is not None or told:
+        raise UserError(f"{file} tells what is done, and how many steps there are: leave out the options that do, too.")
     return Recipe.load(file)
 
 
@@ -181,8 +194,8 @@ def read_picture(file: Path) -> Image.Image:
         raise UserError(f"{file} cannot be read as a picture: {str(error).splitlines()[0]}") from error
 
 
-def draw(pipeline: DiffusionPipeline, steps: int, seed: int, **options: Any) -> list[Image.Image]:
-    """Pictures, with a bar of ours, from a call that is given what it knows of `options`."""
+def draw(pipeline: DiffusionPipeline, steps: int | None, seed: int, **options: Any) -> list[Image.Image]:
+    """Pictures, with a bar of ours, from a call with those of `options` that are not None."""
     import inspect
 
     import torch
@@ -195,6 +208,7 @@ def draw(pipeline: DiffusionPipeline, steps: int, seed: int, **options: Any) -> 
     given = {name: value for name, value in options.items() if value is not None}
     for name in given.keys() - known.keys():
         raise UserError(f"{type(pipeline).__name__} takes no {name}.")
+    steps = int(known["num_inference_steps"].default) if steps is None else steps
     if steps < 1:
         raise UserError(f"--steps {steps}: expected at least 1.")
     with bars(Console(stderr=True)) as progress, quiet(pipeline):

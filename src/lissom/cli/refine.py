@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import typer
 
 from lissom.cli.common import JSON, PIPELINE
 from lissom.cli.edit import draw, keep, named, read_picture, recipe_of
-
-DEFAULT_STEPS = 50
 
 
 def register(app: typer.Typer) -> None:
@@ -29,24 +28,28 @@ def refine(
     outside: float = typer.Option(float("inf"), help="Alpha where the mask is black; inf leaves that free."),
     image: list[Path] = typer.Option([], "--image", help="Reference picture; give the option again for each."),
     size: int = typer.Option(None, help="Pixels of a side, to which the guide is enlarged. [default: the guide's]"),
-    steps: int = typer.Option(None, help="Of the sampler. [default: 50]"),
-    guidance: float = typer.Option(1.0, help="Above 1 the prompt is followed more closely, at twice the time."),
+    steps: int = typer.Option(None, help="Of the sampler. [default: the pipeline's]"),
+    guidance: float = typer.Option(
+        None, help="The higher, the more closely the prompt is followed. [default: the pipeline's]"
+    ),
     count: int = typer.Option(1, help="Pictures; further ones are written as NAME-2.png and so on."),
     seed: int = typer.Option(0, help="Of the noise."),
-    dtype: str = typer.Option("auto", help="Of the weights: float32, bfloat16, float16 or auto, the checkpoint's own."),
+    dtype: str = typer.Option("float32", help="Of the weights: float32, bfloat16, float16."),
     json_file: str = JSON,
 ) -> None:
     """Draw near a coarse picture, with a model that was not trained for it, by the weighted h-transform."""
     from PIL import Image
 
+    from lissom.devices.meters import threads
     from lissom.diffusion.h_transform import HTransform
     from lissom.diffusion.load import load_pipeline
 
     targets = named(output, count)
     method = HTransform(alpha, level, outside)  # type: ignore[arg-type]
-    if recipe is not None:
-        chosen = recipe_of(recipe, steps)
-        steps, method = chosen.steps or DEFAULT_STEPS, chosen.pipeline_method(HTransform.name) or method
+    chosen, cache = recipe_of(recipe, steps, method != HTransform()), None
+    if chosen is not None:
+        dtype = dtype if chosen.dtype == "auto" else chosen.dtype
+        method, cache = chosen.pipeline_method(HTransform.name) or method, chosen.pipeline_method("klein-kv")
     coarse, covered = read_picture(guide), None if mask is None else read_picture(mask)
     references = [read_picture(file) for file in image]
     if size is not None:
@@ -54,9 +57,14 @@ def refine(
         covered = None if covered is None else covered.resize((size, size), Image.Resampling.NEAREST)
     loaded = load_pipeline(pipeline, dtype)
     began = time.perf_counter()
-    with method(loaded, coarse, covered):
+    wanted, cores = (steps, None) if chosen is None else (chosen.steps, chosen.threads)
+    with ExitStack() as stack:
+        stack.enter_context(threads(cores))
+        stack.enter_context(method(loaded, coarse, covered))
+        if cache is not None and references:
+            stack.enter_context(cache(loaded))
         drawn = draw(
-            loaded, DEFAULT_STEPS if steps is None else steps, seed,
+            loaded, wanted, seed,
             image=references or None, prompt=prompt, guidance_scale=guidance,
             num_images_per_prompt=count, height=coarse.size[1], width=coarse.size[0],
         )  # fmt: skip

@@ -104,7 +104,7 @@ def train_dit(
                         f"{cacheable} is a {type(pipeline).__name__}, which this command has no data for: train it as "
                         "docs/methods/klein-kv.md tells."
                     )
-                make_cacheable(pipeline, references, lora)
+                make_cacheable(pipeline, references, lora, seed)
                 emoji = load_emoji(pipeline.config.size, say)
             else:
                 shape = replace(form.shape, **given, references=references)

@@ -10,12 +10,12 @@ from diffusers import DiffusionPipeline
 from lissom.errors import UserError
 
 
-def load_pipeline(name: str, dtype: str = "auto") -> DiffusionPipeline:
+def load_pipeline(name: str, dtype: str = "float32") -> DiffusionPipeline:
     """A pipeline with its weights, on the accelerator where there is one.
 
     Args:
         name: folder that `save_pretrained` or `lissom train-dit` wrote, or Hub id.
-        dtype: `float32`, `bfloat16`, `float16`, or `auto`: the checkpoint's own.
+        dtype: of the weights: `float32`, `bfloat16` or `float16`.
 
     Raises:
         UserError: there is no such pipeline, or it is damaged.
@@ -24,11 +24,10 @@ def load_pipeline(name: str, dtype: str = "auto") -> DiffusionPipeline:
     if folder.exists() and not (folder / "model_index.json").is_file():
         begun = " A run of `lissom train-dit` is there that has not ended." if (folder / "checkpoints").exists() else ""
         raise UserError(f"{name} is no pipeline of diffusers: it has no model_index.json.{begun}")
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise UserError(f"dtype={dtype!r}: expected auto, float32, bfloat16 or float16.")
-    options = {} if dtype == "auto" else {"torch_dtype": getattr(torch, dtype)}
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"dtype={dtype!r}: expected float32, bfloat16 or float16.")
     try:
-        pipeline = DiffusionPipeline.from_pretrained(name, **options)
+        pipeline = DiffusionPipeline.from_pretrained(name, torch_dtype=getattr(torch, dtype))
     except Exception as error:  # diffusers raises what any of its parts does
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{name} cannot be loaded as a pipeline of diffusers: {reason}") from error

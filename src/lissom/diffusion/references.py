@@ -19,16 +19,23 @@ from diffusers.models.transformers.transformer_flux2 import (
     Flux2KVParallelSelfAttnProcessor,
 )
 
+from lissom.errors import UserError
+
 POSITION_OF_REFERENCES = 0  # axis of positions on which references are not at 0
 REFERENCE_DISTANCE = 10  # between references on it (FLUX.2)
 
 
 def prepare(transformer: Flux2Transformer2DModel) -> None:
     """Give every block the attention that reads and writes caches; without one it computes what the plain one does."""
-    for block in transformer.transformer_blocks:
-        block.attn.set_processor(Flux2KVAttnProcessor())
-    for block in transformer.single_transformer_blocks:
-        block.attn.set_processor(Flux2KVParallelSelfAttnProcessor())
+    for blocks, kind in (
+        (transformer.transformer_blocks, Flux2KVAttnProcessor),
+        (transformer.single_transformer_blocks, Flux2KVParallelSelfAttnProcessor),
+    ):
+        for block in blocks:
+            before, processor = block.attn.processor, kind()
+            for name in ("_attention_backend", "_parallel_config"):
+                setattr(processor, name, getattr(before, name, None))
+            block.attn.set_processor(processor)
 
 
 def read(
@@ -38,13 +45,16 @@ def read(
     lengths: Sequence[int] | None = None,
     guidance: torch.Tensor | None = None,
 ) -> Flux2KVCache:
-    """Keys and values of references, after rotation.
+    """Keys and values of references, after rotation, by a transformer that is `prepare`d.
 
     Args:
         tokens: `[batch, tokens of all references, channels]`.
         ids: `[tokens of all references, 4]`, their positions.
         lengths: tokens of each reference, where each sees only itself; None: they see each other.
         guidance: as the transformer takes it, where it does.
+
+    Raises:
+        UserError: it is not prepared.
     """
     parts = [
         _read(transformer, part, places, guidance)
@@ -71,6 +81,8 @@ def _read(
         return_dict=False,
     )
     cache: Flux2KVCache = found[1]
+    if layers(cache)[0].k_ref is None:
+        raise UserError("The transformer's attention writes no caches: call `prepare(transformer)` before.")
     return cache
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 from torch.nn.functional import cosine_similarity
 from torchmetrics.functional.image import structural_similarity_index_measure
 
@@ -18,6 +17,7 @@ from lissom.diffusion.demo.judge import Judge
 from lissom.diffusion.demo.model import new_pipeline
 from lissom.diffusion.demo.pipeline import PixelEditPipeline
 from lissom.diffusion.demo.task import edited, scaled
+from lissom.diffusion.load import load_pipeline
 from lissom.diffusion.pictures import quiet, to_picture, to_pixels
 from lissom.train.dit import DitConfig, Form, make_cacheable, train_dit
 
@@ -46,7 +46,7 @@ def cacheable(
 
 
 def _loaded(folder: Path) -> PixelEditPipeline:
-    pipeline: PixelEditPipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline: PixelEditPipeline = load_pipeline(str(folder))
     return pipeline
 
 

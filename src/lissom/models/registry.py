@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from lissom.errors import UserError
 
+_DIFFUSION = ("diffusers", "peft", "PIL", "resvg_py", "torchmetrics")
 GROUP, PIPELINES = "lissom.methods", "lissom.pipeline_methods"
 
 
@@ -53,7 +54,8 @@ def registered(groups: str | tuple[str, ...], key: str, what: str) -> Any:
 
 def missing(error: ModuleNotFoundError) -> str:
     """Which package is not there, and how to get it."""
-    return f"{error.name} is not installed; diffusion models need `pip install 'lissom[diffusion]'`."
+    extra = " Diffusion models need `pip install 'lissom[diffusion]'`." if error.name in _DIFFUSION else ""
+    return f"{error.name} is not installed.{extra}"
 
 
 def build(key: str, settings: Mapping[str, Any]) -> Any:

@@ -256,7 +256,7 @@ class DitTrainer:
         """Go on from a checkpoint."""
         try:
             state = json.loads((checkpoint / STATE).read_text())
-            tensors = load_file(checkpoint / _TENSORS)
+            tensors = load_file(checkpoint / _TENSORS, device=str(self.accelerator.device))
             with torch.no_grad():
                 for name, parameter in self.trained.items():
                     parameter.copy_(tensors[f"model.{name}"])
@@ -296,13 +296,16 @@ def _forget(folder: Path) -> None:
         shutil.rmtree(checkpoint)
 
 
-def make_cacheable(pipeline: PixelEditPipeline, references: str = "set", rank: int | None = None) -> None:
+def make_cacheable(
+    pipeline: PixelEditPipeline, references: str = "set", rank: int | None = None, seed: int = 0
+) -> None:
     """Prepare a pipeline for a short training after which `KleinKV` is exact for it: its references see what they may.
 
     Args:
         pipeline: changed in place; with adapters only these are trained, and `train_dit` merges them.
         references: `set` or `each`, see `PixelEditPipeline`.
         rank: of LoRA adapters on the transformer's linear layers; None trains all weights.
+        seed: of the adapters.
 
     Raises:
         UserError: it is cacheable as it is, or there is no such rank.
@@ -320,7 +323,9 @@ def make_cacheable(pipeline: PixelEditPipeline, references: str = "set", rank: i
         pipeline.text_encoder.requires_grad_(False)
         names = [name for name, layer in pipeline.transformer.named_modules() if isinstance(layer, torch.nn.Linear)]
         blocks = [name for name in names if "transformer_blocks" in name]
-        pipeline.transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=blocks))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            pipeline.transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=blocks))
 
 
 def train_dit(

@@ -77,6 +77,10 @@ def test_it_is_exact_while_nothing_changes_and_close_when_little_does(make):
         found = velocities(transformer, given, 6)
     assert (report.reference_passes, report.cached_passes) == (3, 3)
     assert max(float((one - other).norm() / other.norm()) for one, other in zip(found, whole, strict=True)) < gaps[5]
+    with KleinKV(mode="approximate")(Pipeline(transformer)) as report:
+        for _ in range(2):
+            velocities(transformer, given, 3)
+    assert (report.reference_passes, report.cached_passes) == (2, 4)  # a new request begins with a whole pass
     for one, other in zip(velocities(transformer, given, 2), whole[:2], strict=True):
         assert torch.equal(one, other)
 
@@ -91,3 +95,5 @@ def test_what_it_is_not_for():
     for bad in ({"mode": "near"}, {"refresh_every": 3}, {"mode": "approximate", "refresh_every": 1}):
         with pytest.raises(UserError, match="expected"):
             KleinKV(**bad)
+    with pytest.raises(UserError, match="leave out storage"):
+        KleinKV(mode="approximate", storage="int8")

@@ -15,6 +15,7 @@ from diffusers import (
 from PIL import Image
 
 from lissom.diffusion.klein_kv import KleinKV
+from lissom.diffusion.klein_kv.hooks import fingerprint
 
 
 def made(kind):
@@ -74,3 +75,28 @@ def test_both_passes_of_guidance_share_the_references():
     with KleinKV(force=True)(pipe) as report:
         drawn(pipe, **words)
     assert (report.reference_passes, report.cached_passes) == (1, 8)
+
+
+@pytest.mark.parametrize("kind", [Flux2KleinKVPipeline])
+def test_references_are_read_before_a_request(kind, tmp_path):
+    pipe = made(kind)
+    random = np.random.default_rng(0)
+    images = [Image.fromarray(random.integers(0, 256, (64, 64 + 32 * number, 3), dtype=np.uint8)) for number in (0, 1)]
+    wanted = drawn(pipe)
+    warm = KleinKV().prefill(pipe, images)
+    words = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(1))
+    with warm(pipe):
+        found = pipe(
+            None, prompt_embeds=words, height=64, width=64, num_inference_steps=4, output_type="latent",
+            generator=torch.Generator().manual_seed(0),
+        ).images  # fmt: skip
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_is_known_again_in_another_folder(tmp_path):
+    pipe = made(Flux2KleinKVPipeline)
+    prints = [fingerprint(pipe.transformer)]
+    for name in ("one", "other"):
+        pipe.transformer.save_pretrained(tmp_path / name)
+        prints.append(fingerprint(Flux2Transformer2DModel.from_pretrained(tmp_path / name)))
+    assert len(set(prints)) == 1

@@ -121,6 +121,7 @@ class PixelEditPipeline(DiffusionPipeline):
         if latents is None:
             shape = (count, rows * columns, self.transformer.config.in_channels)
             latents = randn_tensor(shape, generator=generator, device=device, dtype=prompt_embeds.dtype)
+        latents = latents.to(device)
         image_ids = positions(rows, columns).to(device)
         text_ids = text_positions(prompt_embeds.shape[1]).to(device)
         even = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)

@@ -13,6 +13,7 @@ from PIL import Image
 
 from lissom.diffusion.h_transform.guide import Guide, region, to_sample
 from lissom.diffusion.h_transform.weights import LEVELS, Level, noise_level, pulled, weight
+from lissom.diffusion.pictures import to_pixels
 from lissom.diffusion.sampling import around_steps, mix_of
 from lissom.errors import UserError
 from lissom.models.method import described
@@ -63,8 +64,10 @@ class HTransform:
         scheduler = getattr(pipeline, "scheduler", None)
         if scheduler is None:
             raise UserError(f"{type(pipeline).__name__} has no scheduler.")
-        if mask is None and isinstance(guide, Image.Image) and guide.convert("RGB").getcolors(1):
-            raise UserError("The guide has one colour everywhere: there is nothing to refine.")
+        if mask is None and isinstance(guide, Image.Image):
+            pixels = to_pixels(guide)
+            if bool((pixels == pixels[:, :1, :1]).all()):
+                raise UserError("The guide has one colour everywhere: there is nothing to refine.")
         known: dict[torch.Size, tuple[torch.Tensor, torch.Tensor]] = {}
 
         def step(own: Any, output: torch.Tensor, timestep: Any, sample: torch.Tensor) -> Any:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -43,7 +44,7 @@ class KleinKV:
 
     mode: Literal["exact", "approximate"] = "exact"
     refresh_every: int | None = None
-    limit: int = 2**30
+    limit: int = 2**32
     storage: Storage = "model"
     store: InstanceOf[ReferenceStore] | None = field(default=None, compare=False)
     force: bool = False
@@ -53,6 +54,8 @@ class KleinKV:
             raise UserError(f"storage={self.storage!r}: expected one of {', '.join(STORAGES)}.")
         if self.mode not in ("exact", "approximate"):
             raise UserError(f"mode={self.mode!r}: expected exact or approximate.")
+        if self.mode == "approximate" and (self.storage != "model" or self.store is not None or self.force):
+            raise UserError("An approximation keeps nothing for later: leave out storage, store and force.")
         if self.refresh_every is not None and (self.mode == "exact" or self.refresh_every < 2):
             raise UserError(f"refresh_every={self.refresh_every}: expected 2 or more, with mode='approximate'.")
         if self.store is None:
@@ -88,11 +91,12 @@ class KleinKV:
         with hooked(transformer, ApproximateHook(report, family, self.refresh_every)):
             yield report
 
-    def prefill(self, pipeline: DiffusionPipeline, image: Any) -> WarmReferences:
+    def prefill(self, pipeline: DiffusionPipeline, image: Any, **options: Any) -> WarmReferences:
         """Read references before there is a request: what is returned serves every later one, from its first step on.
 
         Args:
             image: references, as `pipeline` takes them.
+            options: of its call; where the model is told the guidance, `guidance_scale` must be that of the requests.
 
         Raises:
             UserError: the pipeline or its model cannot, or there is no reference.
@@ -102,14 +106,17 @@ class KleinKV:
                 "An approximation needs noise and text: it cannot read references before there is a request."
             )
         transformer = transformer_of(pipeline)
-        hook = self._hook(pipeline, transformer)
+        hook = replace(self, store=ReferenceStore(2**62))._hook(pipeline, transformer)
         words = torch.zeros(1, 1, transformer.config.joint_attention_dim, dtype=transformer.dtype)
         side = pipeline.config.get("size", _SMALL)
+        call = {"prompt_embeds": words.to(pipeline._execution_device), "height": side, "width": side} | options
+        if (
+            not transformer.config.guidance_embeds
+            and "guidance_scale" in inspect.signature(pipeline.__call__).parameters
+        ):
+            call["guidance_scale"] = 1.0  # one pass, without a negative prompt
         with hooked(transformer, hook), quiet(pipeline):
-            pipeline(
-                image=image, prompt_embeds=words.to(pipeline._execution_device), height=side, width=side,
-                num_inference_steps=1, guidance_scale=1.0, output_type="latent",
-            )  # fmt: skip
+            pipeline(image=image, num_inference_steps=1, output_type="latent", **call)
         if not hook.found:
             raise UserError("There is no reference to read: give one picture at least.")
         parts = [part for _, own in sorted(hook.found.items()) for part in own.parts]

@@ -74,11 +74,13 @@ class _Kept:
     Attributes:
         text, references: that it was made with.
         pairs: keys and values of the references in each attention, `[batch, heads, tokens, head_dim]`.
+        time: of the last pass with them.
         age: passes that have used them.
     """
 
     text: torch.Tensor
     references: torch.Tensor
+    time: float
     pairs: Pairs = field(default_factory=list)
     age: int = 0
 
@@ -104,11 +106,13 @@ class ApproximateHook(ModelHook):
             return forward(**given)
         references = hidden[:, drawn:]
         tokens = text.shape[1] + hidden.shape[1]
+        time = float(given["timestep"].flatten()[0])
         known = next(
             (own for own in self.kept if torch.equal(own.text, text) and torch.equal(own.references, references)), None
         )
-        if known is None or (self.refresh_every is not None and known.age + 1 >= self.refresh_every):
-            kept = _Kept(text, references)
+        begins = known is not None and time > known.time  # time rises where another request does
+        if known is None or begins or (self.refresh_every is not None and known.age + 1 >= self.refresh_every):
+            kept = _Kept(text, references, time)
             with _Attentions(tokens, lambda number, key, value: _take(kept.pairs, key, value, count)):
                 output = forward(**given)
             if not kept.pairs:
@@ -119,7 +123,7 @@ class ApproximateHook(ModelHook):
             self.kept = [*others[1 - _RECENT :], kept]
             self.report.reference_passes += 1
             return output
-        known.age += 1
+        known.age, known.time = known.age + 1, time
         changed = given | {"hidden_states": hidden[:, :drawn]} | self.family.without(given, drawn)
         with _Attentions(tokens - count, lambda number, key, value: _put(known.pairs[number], key, value)):
             output = forward(**changed)

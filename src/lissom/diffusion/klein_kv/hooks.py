@@ -20,7 +20,6 @@ from lissom.diffusion.references import POSITION_OF_REFERENCES, REFERENCE_DISTAN
 from lissom.errors import UserError
 
 _HOOK = "lissom_klein_kv"
-_RECENT = 8  # references that are at hand as the transformer takes them: those of a request
 
 
 @dataclass
@@ -132,7 +131,8 @@ class ReferenceHook(ModelHook):
         slots = ids[:, POSITION_OF_REFERENCES].unique_consecutive().tolist()
         self.found[slots[0]] = found[0]
         cache = batched(module, found, slots if self.trained == "each" else None, tokens.shape[0])
-        self.recent = [*self.recent[1 - _RECENT :], (tokens, ids, guiding, cache)]
+        at_hand = 8 if self.trained == "each" else 1  # what a request has: some pipelines read one after the other
+        self.recent = [*self.recent, (tokens, ids, guiding, cache)][-at_hand:]
         return cache
 
     def _row(
@@ -206,7 +206,8 @@ class WarmHook(ModelHook):
 
 def fingerprint(transformer: torch.nn.Module) -> str:
     """Of a model's config and a part of each of its weights: other weights have another one."""
-    digest = hashlib.sha256(json.dumps(dict(transformer.config), sort_keys=True, default=str).encode())
+    facts = {key: value for key, value in dict(transformer.config).items() if not key.startswith("_")}  # not its folder
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     for name, parameter in transformer.named_parameters():
         part = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)].float().cpu()
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode() + part.numpy().tobytes())
@@ -246,11 +247,16 @@ def batched(
         for row in rows:
             turns = [0] if slots is None else [slot - REFERENCE_DISTANCE for slot in slots]
             own = [unpack(part.keys[index]).to(device) for part in row.parts]
-            keys.append(torch.cat([moved(module, part, by) for part, by in zip(own, turns, strict=True)], 1))
-            values.append(torch.cat([unpack(part.values[index]).to(device) for part in row.parts], 1))
-        layer.store(torch.cat(keys).expand(batch, -1, -1, -1), torch.cat(values).expand(batch, -1, -1, -1))
+            keys.append(_joined([moved(module, part, by) for part, by in zip(own, turns, strict=True)], 1))
+            values.append(_joined([unpack(part.values[index]).to(device) for part in row.parts], 1))
+        layer.store(_joined(keys, 0).expand(batch, -1, -1, -1), _joined(values, 0).expand(batch, -1, -1, -1))
     cache.num_ref_tokens = cache.get_double(0).k_ref.shape[1] if double else cache.get_single(0).k_ref.shape[1]
     return cache
+
+
+def _joined(tensors: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+    """Without a copy where there is one alone: then what is at hand is what is stored."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
 
 
 def _key(model: str, tokens: torch.Tensor, ids: torch.Tensor, guidance: float | None, storage: str) -> str:

@@ -209,7 +209,7 @@ def drawn(pipeline: PixelEditPipeline, request: Request, arm: Arm, sampler: str,
     before = pipeline.scheduler
     pipeline.scheduler = type(before).from_config(before.config, stochastic_sampling=sampler == STOCHASTIC)
     try:
-        with around, quiet(pipeline), torch.autocast("cpu", torch.bfloat16, enabled=fast_bf16()):
+        with around, quiet(pipeline), torch.autocast(pipeline.device.type, torch.bfloat16, enabled=fast_bf16()):
             found = pipeline(prompt=list(request.prompts), generator=random, output_type="pt", **call).images
     finally:
         pipeline.scheduler = before
