@@ -89,7 +89,7 @@ def test_recipes_and_the_search_for_one(run, folder, tmp_path, monkeypatch):
         (("edit", folder / "set", "--recipe", tmp_path / "other.yaml", *asked), "acts on language models"),
         (("edit", folder / "set", "--recipe", tmp_path / "refine.yaml", "--steps", 3, *asked), "leave out the options"),
         (("generate", "smollm2-135m", "--recipe", tmp_path / "refine.yaml", "a"), "recipe of a diffusion model"),
-        (("optimize", folder / "set", "--device", "other.json", "-o", report), "leave out --device"),
+        (("optimize", folder / "set", "--device", "other.json", "-o", report), "--device is of language models"),
     ):  # fmt: skip
         code, _, err = run(*words)
         assert code == 2 and sentence in err

@@ -89,8 +89,9 @@ def optimize(
 
     floor = floor_of(max_quality_loss)
     if (Path(model) / "model_index.json").is_file():
-        if device != "this":
-            raise UserError("A diffusion model is measured on this machine alone: leave out --device.")
+        for given, option in ((device != "this", "--device"), (prefer != "balanced", "--prefer"), (tokens, "--tokens")):
+            if given:
+                raise UserError(f"{option} is of language models; a diffusion model is measured on this machine.")
         context.with_resource(_alone(output))
         _pipeline(model, floor, budget or (2.5 if quick else 8.0), quick, output, json_file)
         return
@@ -210,6 +211,8 @@ def _pipeline(model: str, floor: float, minutes: float, quick: bool, output: Pat
         out = Console()
         out.print(table(outcome))
         out.print(f"Best within a loss of {floor:.1%}: [bold]{outcome.best.recipe.label}[/bold]", highlight=False)
+        if outcome.untried:
+            out.print(f"Not tried yet: {', '.join(outcome.untried)}.", highlight=False, markup=False)
         out.print(
             f"Use it:\n  lissom edit {model} --recipe {recipe} --image FILE -o out.png", markup=False, soft_wrap=True
         )

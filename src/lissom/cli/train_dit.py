@@ -38,7 +38,9 @@ def train_dit(
         None, "--lr", help="Highest learning rate. [default: 0.001; small: 0.0015; cacheable: 0.0003]"
     ),
     min_learning_rate: float = typer.Option(1e-5, "--min-lr", help="Last learning rate."),
-    warmup_steps: int = typer.Option(None, help="Steps in which it rises. [default: 100, or half of a shorter run]"),
+    warmup_steps: int = typer.Option(
+        None, help="Steps in which it rises. [default: 100; cacheable: 50; at most half of them]"
+    ),
     schedule: str = typer.Option("wsd", help="cosine, or wsd: constant, then falling over the last steps."),
     weight_decay: float = typer.Option(0.01, help="Of matrices."),
     average: float = typer.Option(0.998, help="Share that a step leaves of the average of the weights."),
@@ -62,21 +64,20 @@ def train_dit(
     from lissom.diffusion.load import load_pipeline
     from lissom.errors import UserError
     from lissom.files import write_json
-    from lissom.train.dit import FULL, SHORT, SMALL, DitConfig, make_cacheable
+    from lissom.train.dit import FULL, SHORT, SMALL, make_cacheable
     from lissom.train.dit import train_dit as run
     from lissom.train.folder import RunFolder, is_first, last_checkpoint
 
     form = SHORT if cacheable else SMALL if small else FULL
-    chosen = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}
-    known = {**asdict(form.config), **{name: value for name, value in chosen.items() if value is not None}}
-    known |= {"warmup_steps": min(100, known["steps"] // 2) if warmup_steps is None else warmup_steps}
-    config = DitConfig(
-        **known | {
-            "min_learning_rate": min_learning_rate, "schedule": schedule, "weight_decay": weight_decay,
-            "average": average, "precision": precision, "seed": seed, "eval_steps": eval_steps,
-            "save_steps": save_steps, "logging_steps": logging_steps, "sample_steps": sample_steps,
-        }
-    )  # fmt: skip
+    settings: dict[str, Any] = {
+        "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "warmup_steps": warmup_steps,
+        "min_learning_rate": min_learning_rate, "schedule": schedule, "weight_decay": weight_decay,
+        "average": average, "precision": precision, "seed": seed, "eval_steps": eval_steps,
+        "save_steps": save_steps, "logging_steps": logging_steps, "sample_steps": sample_steps,
+    }  # fmt: skip
+    if warmup_steps is None and steps is not None:
+        settings["warmup_steps"] = min(form.config.warmup_steps, steps // 2)
+    config = replace(form.config, **{name: value for name, value in settings.items() if value is not None})
     sizes = {"size": size, "patch": patch, "width": width, "double": double, "single": single}
     given = {name: value for name, value in sizes.items() if value is not None}
     facts: dict[str, Any] = {"config": asdict(config)}

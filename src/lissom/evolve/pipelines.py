@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -17,14 +18,14 @@ from lissom.diffusion.demo import BY_EXAMPLE, BY_WORD, draw, load_emoji
 from lissom.diffusion.klein_kv import KleinKV
 from lissom.diffusion.klein_kv.apply import references_of
 from lissom.diffusion.klein_kv.approximate import FAMILIES
+from lissom.diffusion.klein_kv.hooks import fingerprint
 from lissom.diffusion.pictures import quiet, to_picture, to_pixels
 from lissom.errors import UserError
 from lissom.evals.journal import Journal, scope_of
 from lissom.evals.stats import Interval, paired_bootstrap
 from lissom.recipes import Recipe
 
-STEPS = 20  # of the untouched pipeline
-_FEWER = (12, 8, 6, 4)
+_FEWER = (0.6, 0.4, 0.3, 0.2)  # shares of the pipeline's own number of steps
 _SIDE = 256  # pixels of the requests of pipelines that do not say
 
 
@@ -61,10 +62,12 @@ class Outcome:
 
     Attributes:
         max_loss: the quality floor.
+        untried: labels of recipes that there was no time for.
     """
 
     measured: list[Measured]
     max_loss: float
+    untried: list[str]
 
     @property
     def base(self) -> Measured:
@@ -95,9 +98,25 @@ def recipes(name: str, pipeline: DiffusionPipeline, quick: bool) -> Iterator[Rec
         methods += [KleinKV(), KleinKV(storage="int8")]
     elif isinstance(getattr(pipeline, "transformer", None), tuple(FAMILIES)):
         methods += [KleinKV(mode="approximate"), KleinKV(mode="approximate", refresh_every=3)]
-    for steps in (STEPS, *(_FEWER[1::2] if quick else _FEWER)):
+    most = own_steps(pipeline)
+    fewer = [max(1, round(most * share)) for share in (_FEWER[1::2] if quick else _FEWER)]
+    for steps in dict.fromkeys((most, *fewer)):
         for method in methods:
             yield Recipe.of(*(() if method is None else (method,)), model=name, steps=steps)
+
+
+def own_steps(pipeline: DiffusionPipeline) -> int:
+    """Steps that a pipeline takes where nothing is said.
+
+    Raises:
+        UserError: it takes no reference pictures.
+    """
+    known = inspect.signature(type(pipeline).__call__).parameters
+    if not {"image", "num_inference_steps"} <= known.keys():
+        raise UserError(
+            f"{type(pipeline).__name__} takes no reference pictures: there is nothing that is searched for it."
+        )
+    return int(known["num_inference_steps"].default)
 
 
 def requests(pipeline: DiffusionPipeline, count: int) -> list[Request]:
@@ -134,11 +153,10 @@ def optimize_pipeline(
     Raises:
         UserError: the pipeline takes no reference pictures.
     """
-    if not hasattr(pipeline, "scheduler"):
-        raise UserError(f"{type(pipeline).__name__} has no scheduler: there are no steps to spare.")
+    own_steps(pipeline)
     end, asked = time.monotonic() + 60 * minutes, requests(pipeline, 4 if quick else 10)
-    todo, found = list(recipes(name, pipeline, quick)), list[Measured]()
-    key = scope_of(name, len(asked), references_of(pipeline))
+    todo, found, untried = list(recipes(name, pipeline, quick)), list[Measured](), list[str]()
+    key = scope_of(name, len(asked), references_of(pipeline), fingerprint(pipeline.transformer))
     identities = [f"{key} {recipe.identity}" for recipe in todo]
     wanted: list[torch.Tensor] = []
     if any(identity not in journal for identity in identities):
@@ -147,6 +165,7 @@ def optimize_pipeline(
         progress(recipe.label, number, len(todo))
         if identity not in journal:
             if number and time.monotonic() > end:
+                untried.append(recipe.label)
                 continue
             pictures, seconds = zip(*(_drawn(pipeline, recipe, request) for request in asked), strict=True)
             losses = [1 - _ssim(one, other) for one, other in zip(pictures, wanted, strict=True)]
@@ -154,7 +173,7 @@ def optimize_pipeline(
         record = journal[identity]
         found.append(Measured(recipe, np.asarray(record["losses"]), np.asarray(record["seconds"])))
     progress("done", len(todo), len(todo))
-    return Outcome(found, max_loss)
+    return Outcome(found, max_loss, untried)
 
 
 def _drawn(pipeline: DiffusionPipeline, recipe: Recipe, request: Request) -> tuple[torch.Tensor, float]:

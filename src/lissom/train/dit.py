@@ -206,17 +206,10 @@ class DitTrainer:
         if self.accelerator.is_main_process:
             say(entry)
 
-    @torch.no_grad()
     def measure(self) -> dict[str, float]:
         """Loss of the averaged weights on concepts that are held out, by the number of references."""
-        found: dict[str, list[float]] = {}
-        concepts = self.emoji.concepts(held_out=True).tolist()[:64]
         with self._averaged(), self.accelerator.autocast():
-            for number, kind in enumerate(KINDS):
-                batch = draw(self.emoji, kind, concepts, np.random.default_rng(number))
-                loss = self.own(self._inputs(batch, number)).item()
-                found.setdefault(f"held_out_{kind.references}", []).append(loss)
-        return {name: sum(losses) / len(losses) for name, losses in sorted(found.items())}
+            return held_out_losses(self.own, self.pipeline, self.emoji)
 
     def sheet(self, file: Path, rows: int = 8) -> None:
         """Pictures of held-out concepts: references, what the averaged weights draw, and what there is to draw."""
@@ -281,6 +274,19 @@ class DitTrainer:
             self.pipeline.save_pretrained(unfinished)
             move_into(self.output, unfinished, "model_index.json")
         self.accelerator.wait_for_everyone()
+
+
+@torch.no_grad()
+def held_out_losses(model: EditModel, pipeline: PixelEditPipeline, emoji: Emoji) -> dict[str, float]:
+    """`held_out_K`: the loss with K references, on concepts that are held out."""
+    found: dict[str, list[float]] = {}
+    concepts = emoji.concepts(held_out=True).tolist()[:64]
+    for number, kind in enumerate(KINDS):
+        batch = draw(emoji, kind, concepts, np.random.default_rng(number))
+        inputs = prepared(batch, pipeline.tokenizer, pipeline.config.patch, number)
+        loss = model({name: value.to(pipeline.device) for name, value in inputs.items()})
+        found.setdefault(f"held_out_{kind.references}", []).append(loss.item())
+    return {name: sum(losses) / len(losses) for name, losses in sorted(found.items())}
 
 
 @torch.no_grad()

@@ -133,7 +133,7 @@ class Size:
         pictures: of each kind of guide, at most five of each held-out concept.
         steps: of the deterministic sampler, and of the stochastic one.
         stochastic: kinds of guide for which that is tried.
-        strengths: of each method.
+        kinds: of guide, of `KINDS`.
         judge_steps: of the training of the network that judges.
     """
 
@@ -153,13 +153,13 @@ DEFAULT = Size()
 PAPER = Size(Form(dit.FULL.shape, DitConfig(steps=200_000, batch_size=256)), 745, (50, 1000), tuple(KINDS))
 
 Arm = tuple[str, float]
-STRENGTHS: dict[str, tuple[float, ...]] = {
-    H_VP: (1.0, 2.0, 5.0, 10.0),
-    H_FLOW: (0.5, 1.0, 2.0, 4.0),
-    SDEDIT: (0.3, 0.5, 0.7, 0.85),
-    IMG2IMG: (0.5, 0.7),
+STRENGTHS: dict[str, tuple[float, float, float]] = {  # as many of each, or its frontier would be the larger for it
+    H_VP: (1.0, 3.0, 8.0),
+    H_FLOW: (0.5, 1.0, 3.0),
+    SDEDIT: (0.3, 0.5, 0.7),
+    IMG2IMG: (0.3, 0.5, 0.7),
     "ILVR": (0.0, 0.3, 0.6),
-    "replacement": (0.0, 0.3),
+    "replacement": (0.0, 0.3, 0.6),
     "FlowDPS": (0.5, 2.0, 8.0),
     "DPS": (0.3, 1.0, 3.0),
 }

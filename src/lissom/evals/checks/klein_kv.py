@@ -18,7 +18,7 @@ import numpy as np
 
 from lissom.diffusion.demo import load_emoji
 from lissom.diffusion.demo.judge import kept_judge
-from lissom.diffusion.demo.model import Shape
+from lissom.diffusion.demo.model import EditModel, Shape
 from lissom.diffusion.demo.pipeline import PixelEditPipeline
 from lissom.diffusion.klein_kv import KleinKV
 from lissom.diffusion.load import load_pipeline
@@ -28,7 +28,7 @@ from lissom.evals.journal import Journal, scope_of
 from lissom.evals.reference_speed import FULL, MASKED, Setting, inputs_of, sampled, speeds
 from lissom.evals.stats import Interval, paired_bootstrap, ratio_interval
 from lissom.train import dit
-from lissom.train.dit import DitConfig, DitTrainer, Form
+from lissom.train.dit import DitConfig, Form, held_out_losses
 
 STAGES = ("training", "short training", "adapters", "judge", "editing", "speed")
 PLAIN, FORCED, MADE, INT8, LORA = "as trained", "cache forced", "made cacheable", "made cacheable, int8", "by adapters"
@@ -135,10 +135,11 @@ def run(model: str | None, size: Size, journal: Path, progress: Callable[[str, i
             known.add(identity, {"scores": scores(drawn, emoji, KINDS[kind], judge, concepts), "bytes": bytes_held})
         found[kind, arm] = {name: np.asarray(values) for name, values in known[identity]["scores"].items()}
         held[arm] = known[identity]["bytes"]
-    losses = {
-        arm: DitTrainer(pipeline, size.short, emoji, place).measure()
-        for arm, pipeline in ((PLAIN, plain), (MADE, made), (LORA, lora))
-    }
+    identity = f"{scope_of(place.name)} losses"
+    if identity not in known:
+        pipelines = {PLAIN: plain, MADE: made, LORA: lora}
+        known.add(identity, {arm: held_out_losses(EditModel(own), own, emoji) for arm, own in pipelines.items()})
+    losses = {arm: known[identity][arm] for arm in (PLAIN, MADE, LORA)}
     identity = f"{scope_of(asdict(size)['settings'], size.rounds)} speed"
     if identity not in known:
         seconds = speeds(size.settings, size.rounds, progress=partial(progress, STAGES[5]))
