@@ -87,11 +87,27 @@ def test_blur_is_that_of_a_normal_distribution():
     np.testing.assert_allclose(found, wanted / wanted.sum(), atol=1e-6)
 
 
-def test_area_and_frechet_distance():
+def test_area_and_kernel_distance():
     assert study.area([(2.0, 1.0), (1.0, 0.5), (1.5, 3.0)], (0.0, 2.0)) == pytest.approx(2 * 1 + 1 * 0.5)
     assert study.area([(-1.0, 0.0)], (0.0, 2.0)) == 0
     random = np.random.default_rng(0)
-    one = random.standard_normal((20000, 3))
-    other = random.standard_normal((20000, 3)) * [1, 2, 3] + [1, 0, 0]
-    assert study.frechet(one, other) == pytest.approx(1 + (2 - 1) ** 2 + (3 - 1) ** 2, rel=0.05)
-    assert study.frechet(one, one) == pytest.approx(0, abs=1e-6)
+    one, other = random.standard_normal((6, 4)), random.standard_normal((5, 4))
+    rows = np.asarray([4, 0, 3])
+
+    def mean(left, right, same):
+        values = [
+            (x @ y / 4 + 1) ** 3 for i, x in enumerate(left) for j, y in enumerate(right) if not (same and i == j)
+        ]
+        return np.mean(values)
+
+    wanted = mean(one[rows], one[rows], True) + mean(other, other, True) - 2 * mean(one[rows], other, False)
+    assert study.KernelDistance(one, other).of(rows) == pytest.approx(wanted)
+    same = [study.KernelDistance(*random.standard_normal((2, 40, 8))).of(np.arange(40)) for _ in range(200)]
+    assert abs(np.mean(same)) < 3 * np.std(same) / 200**0.5  # two samples of one distribution are at 0
+
+
+def test_intervals_hold_their_estimates(run):
+    for kind, sampler in run.arms:
+        gap = run.ahead(kind, sampler, study.H_VP, study.SDEDIT)
+        assert gap.low <= gap.estimate <= gap.high
+        assert run.ahead(kind, sampler, study.SDEDIT, study.SDEDIT) == study.Interval(0.0, 0.0, 0.0)

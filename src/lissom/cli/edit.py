@@ -166,7 +166,7 @@ def named(output: Path, count: int) -> list[Path]:
 
     if count < 1:
         raise UserError(f"--count {count}: expected at least 1.")
-    if output.suffix.lower() not in Image.registered_extensions():
+    if Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
         raise UserError(f"{output}: expected a picture such as {output.with_suffix('.png').name}.")
     files = [output, *(output.with_stem(f"{output.stem}-{number}") for number in range(2, count + 1))]
     for file in files:
@@ -206,9 +206,19 @@ def draw(pipeline: DiffusionPipeline, steps: int | None, seed: int, **options: A
 
     known = inspect.signature(type(pipeline).__call__).parameters
     given = {name: value for name, value in options.items() if value is not None}
+    for name, nothing in (("prompt", ""), ("num_images_per_prompt", 1)):
+        if name not in known and given.get(name) == nothing:
+            del given[name]
     for name in given.keys() - known.keys():
         raise UserError(f"{type(pipeline).__name__} takes no {name}.")
     steps = int(known["num_inference_steps"].default) if steps is None else steps
+    for name in ("height", "width"):
+        if given.get(name, 1) < 1:
+            raise UserError(f"A {name} of {given[name]} pixels: expected at least 1.")
+    if not given.get("guidance_scale", 1.0) < float("inf"):
+        raise UserError(f"--guidance {given['guidance_scale']}: expected a number.")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed {seed}: expected a number from 0 to below 2^63.")
     if steps < 1:
         raise UserError(f"--steps {steps}: expected at least 1.")
     with bars(Console(stderr=True)) as progress, quiet(pipeline):

@@ -43,6 +43,7 @@ def refine(
     from lissom.devices.meters import threads
     from lissom.diffusion.h_transform import HTransform
     from lissom.diffusion.load import load_pipeline
+    from lissom.errors import UserError
 
     targets = named(output, count)
     method = HTransform(alpha, level, outside)  # type: ignore[arg-type]
@@ -52,6 +53,8 @@ def refine(
         method, cache = chosen.pipeline_method(HTransform.name) or method, chosen.pipeline_method("klein-kv")
     coarse, covered = read_picture(guide), None if mask is None else read_picture(mask)
     references = [read_picture(file) for file in image]
+    if size is not None and size < 1:
+        raise UserError(f"--size {size}: expected at least 1.")
     if size is not None:
         coarse = coarse.resize((size, size), Image.Resampling.BICUBIC)
         covered = None if covered is None else covered.resize((size, size), Image.Resampling.NEAREST)

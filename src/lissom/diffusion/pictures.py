@@ -18,11 +18,13 @@ def to_pixels(picture: Any) -> torch.Tensor:
     """`[3, height, width]`, -1 to 1; on white where it is transparent.
 
     Raises:
-        UserError: it is no picture of PIL.
+        UserError: it is no picture of PIL, or has more than 8 bits.
     """
     if not isinstance(picture, Image.Image):
         raise UserError(f"Got a {type(picture).__name__}: expected a picture of PIL.")
-    if picture.mode in ("RGBA", "LA", "P", "PA"):
+    if picture.mode in ("F", "I") or picture.mode.startswith("I;"):
+        raise UserError(f"A picture of mode {picture.mode} has more than 8 bits: give one of 8 bits for each channel.")
+    if picture.mode in ("RGBA", "LA", "P", "PA") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, (255, 255, 255, 255)), picture)
     return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1

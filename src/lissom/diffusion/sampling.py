@@ -7,6 +7,7 @@ A sample is `x = a x₀ + b ε`. A model's output is linear in it, so that the c
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from diffusers import SchedulerMixin
 
 from lissom.errors import UserError
 
+_TAKEN = ("model_output", "timestep", "sample")
 _PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction")
 
 
@@ -50,14 +52,19 @@ def mix_of(scheduler: SchedulerMixin, timestep: Any) -> Mix:
         UserError: the scheduler has no noise levels, or its model predicts something else than noise, picture or
             velocity.
     """
-    predicts = scheduler.config.get("prediction_type", "flow_prediction")
-    if predicts not in _PREDICTIONS or "EDM" in type(scheduler).__name__:
-        raise UserError(f"{type(scheduler).__name__} predicts {predicts!r}: expected one of {', '.join(_PREDICTIONS)}.")
+    name = type(scheduler).__name__
+    predicts = scheduler.config.get("prediction_type", "flow_prediction" if name.startswith("FlowMatch") else None)
+    if predicts not in _PREDICTIONS or "sigma_data" in scheduler.config:
+        raise UserError(f"{name} predicts {predicts!r}, or in a way of its own: expected {', '.join(_PREDICTIONS)}.")
+    if "Inverse" in name or hasattr(scheduler, "sigmas_interpol") or hasattr(scheduler, "noise_sampler"):
+        raise UserError(f"The noise level of a step of {name} is not known: take another scheduler.")
     a, b = _shares(scheduler, timestep, predicts)
     if predicts == "flow_prediction":
         return Mix(a, b, 1.0, -b)
     if predicts == "sample":
         return Mix(a, b, 0.0, 1.0)
+    if predicts == "epsilon" and a == 0:
+        raise UserError("A model that predicts noise cannot begin at noise alone: leave out rescale_betas_zero_snr.")
     if predicts == "epsilon":
         return Mix(a, b, 1 / a, -b / a)
     length = (a * a + b * b) ** 0.5  # the velocity is that of the sample when its variance is kept
@@ -94,13 +101,20 @@ def around_steps(scheduler: SchedulerMixin, around: Around) -> Iterator[None]:
     own = scheduler.step
     if "step" in vars(scheduler):
         raise UserError("Another method has hold of this pipeline's steps already.")
+    signature = inspect.signature(own)
+    if list(signature.parameters)[:3] != list(_TAKEN):
+        raise UserError(f"{type(scheduler).__name__}.step takes other things than {', '.join(_TAKEN)}.")
 
     @functools.wraps(own)
-    def step(output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        def rest(output: torch.Tensor, timestep: Any, sample: torch.Tensor) -> Any:
-            return own(output, timestep, sample, *args, **kwargs)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        if given.get("s_churn"):
+            raise UserError("s_churn makes noise before a step, whose level is then another: leave it out.")
 
-        return around(rest, output, timestep, sample)
+        def rest(output: torch.Tensor, timestep: Any, sample: torch.Tensor) -> Any:
+            return own(**given | dict(zip(_TAKEN, (output, timestep, sample), strict=True)))
+
+        return around(rest, *(given[name] for name in _TAKEN))
 
     scheduler.step = step  # type: ignore[method-assign]
     try:

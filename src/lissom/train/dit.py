@@ -316,8 +316,8 @@ def make_cacheable(
     Raises:
         UserError: it is cacheable as it is, or there is no such rank.
     """
-    if references == "joint":
-        raise UserError("references=joint is what cannot be cached: expected set or each.")
+    if references not in ("set", "each"):
+        raise UserError(f"references={references!r}: expected set or each, which can be cached.")
     if pipeline.config.references == references:
         raise UserError(f"The references of this model see no more than {references} allows: it is cacheable already.")
     if rank is not None and rank < 1:

@@ -193,9 +193,9 @@ def test_noise_is_moved_as_the_paper_has_it_for_images():
     scheduler = pipe.scheduler
 
     class Kept(DDIMScheduler):
-        def step(self, output, timestep, sample, *args, **kwargs):
-            seen.append((output, timestep, sample))
-            return super().step(output, timestep, sample, *args, **kwargs)
+        def step(self, model_output, timestep, sample, *args, **kwargs):
+            seen.append((model_output, timestep, sample))
+            return super().step(model_output, timestep, sample, *args, **kwargs)
 
     pipe.scheduler = Kept.from_config(scheduler.config)
     plain = pipe.unet.forward
@@ -232,6 +232,13 @@ def test_masks_divide_what_is_drawn_into_regions(case):
     assert inside.max() < 1e-4 < 0.05 < outside.mean()
 
 
+def test_a_step_without_noise_is_left_alone():
+    pipe = editing()
+    with HTransform(2.0)(pipe, guide()):
+        found = pipe(prompt="red", sigmas=[1.0, 0.5, 0.0], output_type="latent").images
+    assert found.isfinite().all()
+
+
 def test_a_guide_for_each_picture():
     pipe = editing()
     with HTransform(alpha=0)(pipe, [guide(), guide(seed=1)]):
@@ -249,8 +256,16 @@ def test_what_does_not_fit_is_refused():
     ):  # fmt: skip
         with pytest.raises(UserError, match=words), HTransform()(pipe, bad):
             pipe(prompt=["red"] * 2, num_inference_steps=2)
-    with pytest.raises(UserError, match="does not fit"), HTransform()(pipe, guide(), guide(20)):
-        pipe(prompt="red", num_inference_steps=2)
+    for mask, words in ((guide(20), "does not fit"), (guide(32, width=8), "does not fit"), ("mask", "a mask is")):
+        with pytest.raises(UserError, match=f"(?i){words}"), HTransform()(pipe, guide(), mask):
+            pipe(prompt="red", num_inference_steps=2)
+    for bad in ([], [guide(), guide(20)]):
+        with pytest.raises(UserError, match="several of one size"), HTransform()(pipe, bad):
+            pipe(prompt="red", num_inference_steps=2)
+    with pytest.raises(UserError, match="more than 8 bits"), HTransform()(pipe, Image.new("I;16", (16, 16))):
+        pass
+    with pytest.raises(UserError, match="alpha='5'"):
+        HTransform(alpha="5")
     with pytest.raises(UserError, match="alpha=-1"):
         HTransform(alpha=-1)
     with pytest.raises(UserError, match="level='ve'"):

@@ -28,18 +28,18 @@ def smaller(pictures):
 
 
 def test_sdedit_begins_at_the_noised_guide():
-    arguments = started(to_tokens(GUIDE, 4), 0.5, 5, random())
     noise = torch.randn(2, 16, 48, generator=random())
+    arguments = started(to_tokens(GUIDE, 4), noise, 0.5, 5)
     torch.testing.assert_close(arguments["latents"], 0.5 * to_tokens(GUIDE, 4) + 0.5 * noise)
     assert arguments["sigmas"] == pytest.approx([0.5, 0.4, 0.3, 0.2, 0.1])
     pipe = editing()
     distances = [
-        float((drawn(pipe, **started(to_tokens(GUIDE, 4), strength, 10, random())) - GUIDE).norm())
+        float((drawn(pipe, **started(to_tokens(GUIDE, 4), noise, strength, 10)) - GUIDE).norm())
         for strength in (0.01, 0.3, 1.0)
     ]
     assert distances[0] < 0.1 * distances[2] and distances == sorted(distances)
     with pytest.raises(UserError, match="strength=0"):
-        started(GUIDE, 0, 5)
+        started(GUIDE, GUIDE, 0, 5)
 
 
 def test_ilvr_keeps_low_frequencies():
@@ -69,7 +69,7 @@ def test_replacement_keeps_what_is_known():
 def test_posterior_sampling_draws_what_measures_alike(method):
     pipe, measured = editing(), smaller(GUIDE)
     plain = drawn(pipe)
-    made = FlowDPS(8.0)(pipe, measured, smaller, random()) if method == "FlowDPS" else DPS(4.0)(pipe, measured, smaller)
+    made = FlowDPS(1.0)(pipe, measured, smaller, random()) if method == "FlowDPS" else DPS(4.0)(pipe, measured, smaller)
     with made:
         found = drawn(pipe)
     assert (smaller(found) - measured).norm() < 0.5 * (smaller(plain) - measured).norm()

@@ -66,10 +66,22 @@ def test_multistep_solvers_of_flows():
 
 
 def test_schedulers_without_levels_are_refused():
-    with pytest.raises(UserError, match="neither sigmas nor alphas"):
+    with pytest.raises(UserError, match="in a way of its own"):
         mix_of(diffusers.ScoreSdeVeScheduler(), 0)
-    with pytest.raises(UserError, match="predicts 'epsilon'"):
-        mix_of(diffusers.EDMEulerScheduler(), 0)
+    for name, words in (
+        ("EDMEulerScheduler", "predicts 'epsilon'"), ("CosineDPMSolverMultistepScheduler", "in a way of its own"),
+        ("CMStochasticIterativeScheduler", "in a way of its own"), ("KDPM2DiscreteScheduler", "is not known"),
+        ("DDIMInverseScheduler", "is not known"),
+    ):  # fmt: skip
+        scheduler = getattr(diffusers, name)()
+        scheduler.set_timesteps(4)
+        with pytest.raises(UserError, match=words):
+            mix_of(scheduler, scheduler.timesteps[0])
+    scheduler = diffusers.EulerDiscreteScheduler()
+    scheduler.set_timesteps(4)
+    sample = torch.zeros(1, 3, 4, 4)
+    with around_steps(scheduler, lambda step, *given: step(*given)), pytest.raises(UserError, match="s_churn"):
+        scheduler.step(sample, scheduler.timesteps[0], sample, s_churn=5.0)
 
 
 def test_steps_are_given_back():

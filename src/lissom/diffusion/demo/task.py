@@ -108,7 +108,8 @@ def training_batch(emoji: Emoji, size: int, seed: int, step: int, without: float
     """The batch of a step. It depends on seed and step alone: a run that goes on sees what it would have seen."""
     random = np.random.default_rng((seed, step))
     kind = KINDS[random.choice(len(KINDS), p=[kind.share for kind in KINDS])]
-    concepts = random.choice(emoji.concepts(held_out=False).numpy(), size, replace=False)
+    known = emoji.concepts(held_out=False).numpy()
+    concepts = random.choice(known, size, replace=size > len(known))
     return draw(emoji, kind, [int(concept) for concept in concepts], random, without)
 
 

@@ -16,7 +16,7 @@ from lissom.diffusion.h_transform.weights import LEVELS, Level, noise_level, pul
 from lissom.diffusion.pictures import to_pixels
 from lissom.diffusion.sampling import around_steps, mix_of
 from lissom.errors import UserError
-from lissom.models.method import described
+from lissom.models.method import check_types, described
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class HTransform:
     outside: float = float("inf")
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.level not in LEVELS:
             raise UserError(f"level={self.level!r}: expected one of {', '.join(LEVELS)}.")
         for name in ("alpha", "outside"):
@@ -64,10 +65,12 @@ class HTransform:
         scheduler = getattr(pipeline, "scheduler", None)
         if scheduler is None:
             raise UserError(f"{type(pipeline).__name__} has no scheduler.")
-        if mask is None and isinstance(guide, Image.Image):
-            pixels = to_pixels(guide)
-            if bool((pixels == pixels[:, :1, :1]).all()):
+        for picture in [guide] if isinstance(guide, Image.Image) else []:
+            pixels = to_pixels(picture)
+            if mask is None and bool((pixels == pixels[:, :1, :1]).all()):
                 raise UserError("The guide has one colour everywhere: there is nothing to refine.")
+            if isinstance(mask, Image.Image) and mask.size != picture.size:
+                raise UserError(f"A mask of {mask.size} pixels does not fit a guide of {picture.size}.")
         known: dict[torch.Size, tuple[torch.Tensor, torch.Tensor]] = {}
 
         def step(own: Any, output: torch.Tensor, timestep: Any, sample: torch.Tensor) -> Any:
@@ -75,6 +78,8 @@ class HTransform:
                 known[sample.shape] = to_sample(pipeline, guide, sample), self._alphas(pipeline, mask, sample)
             wanted, alphas = known[sample.shape]
             mix = mix_of(scheduler, timestep)
+            if mix.d == 0:  # there is no noise left
+                return own(output, timestep, sample)
             channels = sample.shape[1] if sample.ndim == 4 else output.shape[1]
             meant, variance = output[:, :channels], output[:, channels:]  # some models predict a variance, too
             clean = mix.clean(sample, meant)

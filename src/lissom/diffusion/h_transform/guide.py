@@ -68,17 +68,15 @@ def to_sample(pipeline: DiffusionPipeline, guide: Guide, sample: torch.Tensor) -
     if isinstance(guide, torch.Tensor):
         given = guide
     else:
-        pictures = guide if isinstance(guide, Sequence) else [guide]
+        pictures = list(guide) if isinstance(guide, Sequence) else [guide]
+        pixels = [to_pixels(picture) for picture in pictures]
+        if len({own.shape for own in pixels}) != 1:
+            raise UserError("Expected a guide, or several of one size.")
         space = space_of(pipeline, sample.ndim)
-        pixels = torch.stack([to_pixels(picture) for picture in pictures])
-        with torch.no_grad():
-            try:
-                given = space.pack(space.encode(pixels.to(sample.device, _dtype(pipeline))))
-            except RuntimeError as error:
-                raise UserError(f"A guide of {_size(pixels)} pixels does not fit this pipeline: {error}.") from error
+        given = space.pack(_grid(pipeline, space, torch.stack(pixels).to(sample.device), "guide"))
     if not given.isfinite().all():
         raise UserError("The guide has entries that are not finite.")
-    if given.shape[1:] != sample.shape[1:] or sample.shape[0] % given.shape[0]:
+    if given.shape[1:] != sample.shape[1:] or not given.shape[0] or sample.shape[0] % given.shape[0]:
         raise UserError(
             f"A guide of shape {tuple(given.shape)} cannot guide samples of {tuple(sample.shape)}: give one of the "
             "size that is drawn, for all pictures or for each."
@@ -95,20 +93,32 @@ def region(pipeline: DiffusionPipeline, mask: Image.Image, sample: torch.Tensor)
     Raises:
         UserError: its size is another than that of what is drawn.
     """
+    if not isinstance(mask, Image.Image):
+        raise UserError(f"A mask is a {type(mask).__name__}: expected a picture of PIL.")
     space = space_of(pipeline, sample.ndim)
     pixels = torch.from_numpy(np.array(mask.convert("L"))).float()[None, None].expand(1, 3, -1, -1) / 255
-    if getattr(pipeline, "vae", None) is None:
-        spread = space.pack(space.encode(pixels))
-    else:
-        with torch.no_grad():
-            grid = space.encode((2 * pixels - 1).to(sample.device, _dtype(pipeline)))
-        covered = F.interpolate(pixels[:, :1], grid.shape[2:], mode="area").to(grid)
-        spread = space.pack(covered.expand(1, grid.shape[1], -1, -1))
+    grid = _grid(pipeline, space, pixels.to(sample.device), "mask")
+    if getattr(pipeline, "vae", None) is not None:  # latents have no places within an entry
+        grid = F.interpolate(pixels[:, :1], grid.shape[2:], mode="area").to(grid).expand_as(grid)
+    spread = space.pack(grid)
     if spread.shape[1:] != sample.shape[1:]:
         raise UserError(
             f"A mask of {mask.size[0]} by {mask.size[1]} pixels does not fit what is drawn: give one of its size."
         )
     return spread.to(sample.device, torch.float32)
+
+
+@torch.no_grad()
+def _grid(pipeline: DiffusionPipeline, space: Space, pixels: torch.Tensor, what: str) -> torch.Tensor:
+    """Pictures in the space in which a pipeline samples."""
+    height, width = pixels.shape[2:]
+    try:
+        grid = space.encode(pixels.to(_dtype(pipeline)))
+    except RuntimeError as error:
+        raise UserError(f"A {what} of {width} by {height} pixels does not fit this pipeline: {error}.") from error
+    if height % grid.shape[2] or width % grid.shape[3]:
+        raise UserError(f"A {what} of {width} by {height} pixels does not fit this pipeline: give one of its sizes.")
+    return grid
 
 
 def _latents(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
@@ -129,7 +139,3 @@ def _rows(grid: torch.Tensor) -> torch.Tensor:
 def _dtype(pipeline: DiffusionPipeline) -> torch.dtype:
     vae = getattr(pipeline, "vae", None)
     return torch.float32 if vae is None else vae.dtype
-
-
-def _size(pixels: torch.Tensor) -> str:
-    return f"{pixels.shape[-1]} by {pixels.shape[-2]}"

@@ -22,21 +22,18 @@ from lissom.errors import UserError
 Measure = Callable[[torch.Tensor], torch.Tensor]
 
 
-def started(
-    guide: torch.Tensor, strength: float, steps: int, generator: torch.Generator | None = None
-) -> dict[str, Any]:
+def started(guide: torch.Tensor, noise: torch.Tensor, strength: float, steps: int) -> dict[str, Any]:
     """SDEdit (arXiv 2108.01073): arguments of a flow pipeline's call that begins at the noised guide.
 
     With fewer steps the higher noise levels are left out, which is what diffusers' img2img pipelines do: there
     `strength` of the steps remain.
 
     Args:
-        guide: as a sample.
+        guide, noise: as samples.
         strength: noise level at which it begins, above 0 to 1.
     """
     if not 0 < strength <= 1:
         raise UserError(f"strength={strength}: expected a noise level above 0, up to 1.")
-    noise = torch.randn(guide.shape, generator=generator).to(guide)
     sigmas = torch.linspace(strength, strength / steps, steps, dtype=torch.float64).tolist()
     return {"latents": torch.lerp(guide, noise, strength), "sigmas": sigmas, "num_inference_steps": steps}
 
@@ -105,7 +102,7 @@ class FlowDPS:
     """Data consistency by gradients through the measurement alone, with fresh noise in every step (arXiv 2503.08136).
 
     Args:
-        rate: of each gradient step of the squared distance.
+        rate: of each gradient step of the squared distance, 1 the largest that no direction diverges with or swings.
         iterations: gradient steps in a step.
     """
 
@@ -117,16 +114,18 @@ class FlowDPS:
         self, pipeline: PixelEditPipeline, measured: torch.Tensor, measure: Measure, generator: torch.Generator
     ) -> Iterator[None]:
         """Draw what measures as `measured`."""
-        scheduler, patch = pipeline.scheduler, pipeline.config.patch
+        scheduler, patch, rate = pipeline.scheduler, pipeline.config.patch, None
 
         def step(own: Any, output: torch.Tensor, timestep: Any, sample: torch.Tensor) -> Any:
+            nonlocal rate
             mix = mix_of(scheduler, timestep)
             later = _next(scheduler)
             clean = mix.clean(sample, output)
             noise = mix.noise(sample, clean)
             pictures = _pictures(clean, patch)
+            rate = rate or self.rate / _largest(measure, pictures)
             for _ in range(self.iterations):
-                pictures = pictures - self.rate * _slope(pictures, measured, measure)
+                pictures = pictures - rate * _slope(pictures, measured, measure)
             clean = torch.lerp(clean, to_tokens(pictures, patch), mix.b)
             fresh = torch.randn(clean.shape, generator=generator).to(clean)
             noise = later.b**0.5 * noise + (1 - later.b) ** 0.5 * fresh
@@ -204,6 +203,17 @@ def _next(scheduler: Any) -> Mix:
     """The mix behind the step that comes next, in a flow."""
     sigma = float(scheduler.sigmas[scheduler.step_index + 1])
     return Mix(1 - sigma, sigma, 1.0, -sigma)
+
+
+def _largest(measure: Measure, pictures: torch.Tensor) -> float:
+    """Largest eigenvalue of `measure` and back, by power iteration; it is taken for linear."""
+    direction = torch.randn(pictures[:1].shape, generator=torch.Generator().manual_seed(0)).to(pictures)
+    value = 1.0
+    for _ in range(30):
+        direction = direction / direction.norm()
+        turned = _slope(direction, torch.zeros_like(measure(direction)), measure)
+        value, direction = float(turned.norm()), turned
+    return value
 
 
 def _slope(pictures: torch.Tensor, measured: torch.Tensor, measure: Measure) -> torch.Tensor:

@@ -18,7 +18,7 @@ from lissom.diffusion.klein_kv.store import STORAGES, ReferenceStore, Storage
 from lissom.diffusion.klein_kv.warm import WarmReferences, transformer_of
 from lissom.diffusion.pictures import quiet
 from lissom.errors import UserError
-from lissom.models.method import described
+from lissom.models.method import check_types, described
 
 _SMALL = 64  # pixels of a side of what is drawn where only references are wanted
 
@@ -50,6 +50,7 @@ class KleinKV:
     force: bool = False
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.storage not in STORAGES:
             raise UserError(f"storage={self.storage!r}: expected one of {', '.join(STORAGES)}.")
         if self.mode not in ("exact", "approximate"):

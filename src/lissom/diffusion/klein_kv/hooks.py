@@ -205,9 +205,15 @@ class WarmHook(ModelHook):
 
 
 def fingerprint(transformer: torch.nn.Module) -> str:
-    """Of a model's config and a part of each of its weights: other weights have another one."""
+    """Of a model's config, a part of each of its weights, and the strengths of its adapters; others have another one.
+
+    It is made when a block begins: a model that is changed within the block is not seen to be.
+    """
     facts = {key: value for key, value in dict(transformer.config).items() if not key.startswith("_")}  # not its folder
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+    for name, module in transformer.named_modules():
+        if scaling := getattr(module, "scaling", None):  # of adapters that are on
+            digest.update(f"{name} {scaling} {getattr(module, 'active_adapters', None)}".encode())
     for name, parameter in transformer.named_parameters():
         part = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)].float().cpu()
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode() + part.numpy().tobytes())

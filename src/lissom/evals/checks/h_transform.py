@@ -160,7 +160,7 @@ STRENGTHS: dict[str, tuple[float, float, float]] = {  # as many of each, or its 
     IMG2IMG: (0.3, 0.5, 0.7),
     "ILVR": (0.0, 0.3, 0.6),
     "replacement": (0.0, 0.3, 0.6),
-    "FlowDPS": (0.5, 2.0, 8.0),
+    "FlowDPS": (0.2, 0.5, 1.0),
     "DPS": (0.3, 1.0, 3.0),
 }
 _STOCHASTIC = (H_VP, H_FLOW, SDEDIT)
@@ -197,7 +197,8 @@ def drawn(pipeline: PixelEditPipeline, request: Request, arm: Arm, sampler: str,
         mask = None if known is None else to_picture(known.expand(3, -1, -1) * 2 - 1)
         around = HTransform(strength, "vp" if method == H_VP else "flow")(pipeline, tokens, mask)
     elif method in (SDEDIT, IMG2IMG):
-        call |= started(tokens, strength, steps if method == SDEDIT else max(1, round(steps * strength)), random)
+        spent = steps if method == SDEDIT else max(1, round(steps * strength))
+        call |= started(tokens, call["latents"], strength, spent)
     elif method == "ILVR":
         around = ILVR(4, strength)(pipeline, request.guide, random)
     elif method == "replacement" and known is not None:
@@ -213,7 +214,8 @@ def drawn(pipeline: PixelEditPipeline, request: Request, arm: Arm, sampler: str,
             found = pipeline(prompt=list(request.prompts), generator=random, output_type="pt", **call).images
     finally:
         pipeline.scheduler = before
-    return found.float() * 2 - 1
+    pictures = found.float() * 2 - 1
+    return pictures if known is None else torch.where(known > 0, request.guide, pictures)  # as anyone would
 
 
 @dataclass(frozen=True)
@@ -237,45 +239,48 @@ class Run:
 
     Attributes:
         arms: by kind of guide, sampler and arm.
-        real: what the judge sees of the pictures that there were, by kind of guide.
+        real: what the judge sees of held-out pictures that were not to be drawn, by kind of guide.
     """
 
     size: Size
     arms: dict[tuple[str, str], dict[Arm, Drawn]]
     real: dict[str, np.ndarray]
 
-    def point(self, kind: str, sampler: str, arm: Arm, rows: Sequence[int] | None = None) -> tuple[float, float]:
-        """(PSNR, Fréchet distance) of an arm, of all pictures or of some."""
-        own = self.arms[kind, sampler][arm]
-        chosen = np.arange(len(own.psnr)) if rows is None else np.asarray(rows)
-        return float(own.psnr[chosen].mean()), frechet(own.features[chosen], self.real[kind])
-
     @cached_property
-    def areas(self) -> dict[tuple[str, str], dict[str, np.ndarray]]:
-        """Area below each method's frontier, of all pictures and then of draws of them, by kind and sampler."""
-        return {(kind, sampler): self._areas(kind, sampler) for kind, sampler in self.arms}
+    def points(self) -> dict[tuple[str, str], dict[Arm, np.ndarray]]:
+        """(PSNR, kernel distance) of every arm, `[1 + draws, 2]`: of all pictures, and then of random halves of them,
+        the same for all arms."""
+        return {(kind, sampler): self._points(kind, sampler) for kind, sampler in self.arms}
 
-    def _areas(self, kind: str, sampler: str) -> dict[str, np.ndarray]:
+    def _points(self, kind: str, sampler: str) -> dict[Arm, np.ndarray]:
         random, arms = np.random.default_rng(0), self.arms[kind, sampler]
         count = len(next(iter(arms.values())).psnr)
-        draws = [None, *(random.integers(0, count, count) for _ in range(_DRAWS))]
-        corner = self.point(kind, sampler, (FREE, 0.0))[0], self.point(kind, sampler, (GUIDE, 0.0))[1]
-        methods = dict.fromkeys(method for method, _ in arms if method not in (GUIDE, FREE))
-        found: dict[str, list[float]] = {method: [] for method in methods}
-        for rows in draws:
-            points = {arm: self.point(kind, sampler, arm, rows) for arm in arms}  # type: ignore[arg-type]
-            for method in methods:
-                own = [point for (name, _), point in points.items() if name == method]
-                found[method].append(area(own, corner))
-        return {method: np.asarray(values) for method, values in found.items()}
+        draws = [np.arange(count), *(random.permutation(count)[: count // 2] for _ in range(_DRAWS))]
+        found = {}
+        for arm, own in arms.items():
+            distance = KernelDistance(own.features, self.real[kind])
+            found[arm] = np.asarray([(own.psnr[rows].mean(), distance.of(rows)) for rows in draws])
+        return found
 
     def ahead(self, kind: str, sampler: str, ours: str, theirs: str) -> Interval:
-        """Area of one method less that of another, as a share of the other's."""
-        areas = self.areas[kind, sampler]
-        base = max(float(areas[theirs][0]), 1e-9)
-        gaps = (areas[ours] - areas[theirs]) / base
-        low, high = np.quantile(gaps[1:], [0.025, 0.975])
-        return Interval(float(gaps[0]), float(low), float(high))
+        """Area below one method's frontier less that below another's, as a share of the other's.
+
+        Areas reach to the worst fidelity and the worst quality of any arm. The spread over halves of the pictures is
+        that of an estimate from all of them.
+        """
+        points = self.points[kind, sampler]
+        corners = np.stack([np.min([own[:, 0] for own in points.values()], 0),
+                            np.max([own[:, 1] for own in points.values()], 0)], 1)  # fmt: skip
+        areas = {
+            method: np.asarray([
+                area([tuple(own[draw]) for (name, _), own in points.items() if name == method], tuple(corner))
+                for draw, corner in enumerate(corners)
+            ])
+            for method in (ours, theirs)
+        }  # fmt: skip
+        gaps = (areas[ours] - areas[theirs]) / max(float(areas[theirs][0]), 1e-9)
+        low, high = np.quantile(gaps[1:] - gaps[1:].mean(), [0.025, 0.975])
+        return Interval(float(gaps[0]), float(gaps[0] + low), float(gaps[0] + high))
 
 
 def area(points: Sequence[tuple[float, float]], corner: tuple[float, float]) -> float:
@@ -288,14 +293,30 @@ def area(points: Sequence[tuple[float, float]], corner: tuple[float, float]) -> 
     return total
 
 
-def frechet(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Fréchet distance of two normal distributions that have the means and covariances of `ours` and `theirs`."""
-    gap = ours.mean(0) - theirs.mean(0)
-    one, other = (np.cov(features, rowvar=False) for features in (ours, theirs))
-    values, vectors = np.linalg.eigh(other)
-    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
-    shared = np.sqrt(np.linalg.eigvalsh(root @ one @ root).clip(0)).sum()
-    return float(gap @ gap + np.trace(one + other) - 2 * shared)
+class KernelDistance:
+    """Squared distance of two distributions by the kernel `(x y / d + 1)³`, without bias (KID, arXiv 1801.01401).
+
+    Args:
+        ours, theirs: samples of them, `[n, d]`; they may be fewer than they have entries.
+    """
+
+    def __init__(self, ours: np.ndarray, theirs: np.ndarray) -> None:
+        self.own, self.both = _kernel(ours, ours), _kernel(ours, theirs)
+        self.other = _without_diagonal(_kernel(theirs, theirs))
+
+    def of(self, rows: np.ndarray) -> float:
+        """Of some of `ours`, each at most once."""
+        return _without_diagonal(self.own[np.ix_(rows, rows)]) + self.other - 2 * float(self.both[rows].mean())
+
+
+def _kernel(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    found: np.ndarray = (one @ other.T / one.shape[1] + 1) ** 3
+    return found
+
+
+def _without_diagonal(kernel: np.ndarray) -> float:
+    count = len(kernel)
+    return float((kernel.sum() - np.trace(kernel)) / (count * (count - 1)))
 
 
 def requests(emoji: Emoji, size: Size) -> Iterator[tuple[str, Request]]:
@@ -355,9 +376,18 @@ def run(model: str | None, size: Size, journal: Path, progress: Callable[[str, i
         record = {key: np.asarray(known[identity][key]) for key in ("psnr", "distance", "features")}
         found.setdefault((name, sampler), {})[arm] = Drawn(**record)
         progress(STAGES[2], number + 1, len(todo))
-    with torch.no_grad():
-        real = {name: judge.features(request.target).numpy() for name, request in wanted.items()}
-    return Run(size, found, real)
+    return Run(size, found, {name: _others(emoji, judge, request) for name, request in wanted.items()})
+
+
+@torch.no_grad()
+def _others(emoji: Emoji, judge: Judge, request: Request) -> np.ndarray:
+    """What the judge sees of held-out pictures that were not to be drawn: a copy of what was is no better for it."""
+    held, asked = emoji.concepts(held_out=True).tolist(), set(request.prompts)
+    places = [
+        (style, own) for style in range(len(emoji.styles)) for own in held if emoji.prompt(own, style) not in asked
+    ]
+    pictures = torch.stack([emoji.pictures[style, own] for style, own in places])
+    return judge.features(scaled(pictures)).numpy()
 
 
 def _all(pipeline: PixelEditPipeline, request: Request, arm: Arm, sampler: str, steps: int) -> torch.Tensor:

@@ -30,7 +30,7 @@ def result(run: study.Run) -> Result:
             for name, values, unit in (("PSNR", own.psnr, "dB"), ("feature distance", own.distance, "")):
                 found = paired_bootstrap(values)
                 rows.append(Row(f"{title}/{name}", found.estimate, unit, None, None, found.low, found.high, n))
-            rows.append(Row(f"{title}/Fréchet distance", run.point(kind, sampler, arm)[1], "", n=n))
+            rows.append(Row(f"{title}/kernel distance", float(run.points[kind, sampler][arm][0, 1]), "", n=n))
         for method in _methods(run, kind, sampler):
             if method != study.SDEDIT:
                 gap = run.ahead(kind, sampler, method, study.SDEDIT)
@@ -63,12 +63,12 @@ def tables(run: study.Run) -> Iterator[Table]:
         steps = run.size.steps[sampler == study.STOCHASTIC]
         table = grid(
             f"{kind}: {sampler}, {steps} steps, {run.size.pictures} pictures", "", "strength", "PSNR",
-            "feature distance", "Fréchet distance", numbers=True,
+            "feature distance", "kernel distance", numbers=True,
         )  # fmt: skip
         for arm, own in arms.items():
-            fidelity, quality = run.point(kind, sampler, arm)
+            fidelity, quality = run.points[kind, sampler][arm][0]
             strength = f"{arm[1]:g}" if arm[0] in study.STRENGTHS else ""
-            table.add_row(arm[0], strength, f"{fidelity:.2f}", f"{own.distance.mean():.3f}", f"{quality:.2f}")
+            table.add_row(arm[0], strength, f"{fidelity:.2f}", f"{own.distance.mean():.3f}", f"{quality:.4f}")
         yield table
 
 
