@@ -107,14 +107,15 @@ def around_steps(scheduler: SchedulerMixin, around: Around) -> Iterator[None]:
 
     @functools.wraps(own)
     def step(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs).arguments
-        if given.get("s_churn"):
+        call = signature.bind(*args, **kwargs)
+        if call.arguments.get("s_churn"):
             raise UserError("s_churn makes noise before a step, whose level is then another: leave it out.")
 
         def rest(output: torch.Tensor, timestep: Any, sample: torch.Tensor) -> Any:
-            return own(**given | dict(zip(_TAKEN, (output, timestep, sample), strict=True)))
+            call.arguments.update(zip(_TAKEN, (output, timestep, sample), strict=True))
+            return own(*call.args, **call.kwargs)
 
-        return around(rest, *(given[name] for name in _TAKEN))
+        return around(rest, *(call.arguments[name] for name in _TAKEN))
 
     scheduler.step = step  # type: ignore[method-assign]
     try:
