@@ -57,14 +57,15 @@ def scope(model: PreTrainedModel, *settings: object) -> str:
     """What a measurement depends on beside its arm: model, machine, versions, and the `settings` of the study."""
     here = describe()
     runtime = (str(model.dtype), here["machine"]["cpu"], here["machine"]["threads"], here["versions"])
-    return _digest((fingerprint(model), settings, runtime))
+    return digest(fingerprint(model), settings, runtime)
 
 
 def scope_of(*settings: object) -> str:
     """The same without a model: machine, versions and `settings`."""
     here = describe()
-    return _digest((settings, here["machine"]["cpu"], here["machine"]["threads"], here["versions"]))
+    return digest(settings, here["machine"]["cpu"], here["machine"]["threads"], here["versions"])
 
 
-def _digest(facts: object) -> str:
+def digest(*facts: object) -> str:
+    """Of settings, for names and identities of what no machine changes."""
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:12]

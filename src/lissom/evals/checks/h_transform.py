@@ -26,11 +26,12 @@ from lissom.diffusion.demo.pipeline import PixelEditPipeline, to_tokens
 from lissom.diffusion.demo.task import scaled
 from lissom.diffusion.h_transform import HTransform
 from lissom.diffusion.h_transform.rivals import DPS, ILVR, FlowDPS, Measure, Replacement, started
+from lissom.diffusion.klein_kv.hooks import fingerprint
 from lissom.diffusion.load import load_pipeline
 from lissom.diffusion.pictures import quiet, to_picture
 from lissom.errors import UserError
 from lissom.evals.editing import trained
-from lissom.evals.journal import Journal, scope_of
+from lissom.evals.journal import Journal, digest
 from lissom.evals.stats import Interval
 from lissom.train import dit
 from lissom.train.dit import DitConfig, Form
@@ -354,7 +355,8 @@ def run(model: str | None, size: Size, journal: Path, progress: Callable[[str, i
     if pipeline is not None and not isinstance(pipeline, PixelEditPipeline):
         raise UserError(f"{model}: expected a model of `lissom train-dit`, or none.")
     emoji = load_emoji(size.form.shape.size if pipeline is None else pipeline.config.size)
-    place = journal.with_suffix("") / scope_of(size.form, model)
+    source = size.form if pipeline is None else fingerprint(pipeline.transformer)
+    place = journal.with_suffix("") / digest(source, size.judge_steps)
     if pipeline is None:
         pipeline = trained(place / "set", size.form, "set", emoji, partial(progress, STAGES[0]))
     judge = kept_judge(emoji, place / "judge.safetensors", size.judge_steps, partial(progress, STAGES[1]))
@@ -369,7 +371,7 @@ def run(model: str | None, size: Size, journal: Path, progress: Callable[[str, i
     found: dict[tuple[str, str], dict[Arm, Drawn]] = {}
     for number, (name, sampler, arm) in enumerate(todo):
         steps = size.steps[sampler == STOCHASTIC]
-        key = scope_of(place.name, size.pictures, steps, size.judge_steps)
+        key = digest(place.name, size.pictures, steps)
         identity = f"{key} {name}/{sampler}/{arm[0]}/{arm[1]:g}"
         if identity not in known:
             known.add(identity, _scores(judge, wanted[name], _all(pipeline, wanted[name], arm, sampler, steps)))

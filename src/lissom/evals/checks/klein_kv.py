@@ -21,10 +21,11 @@ from lissom.diffusion.demo.judge import kept_judge
 from lissom.diffusion.demo.model import EditModel, Shape
 from lissom.diffusion.demo.pipeline import PixelEditPipeline
 from lissom.diffusion.klein_kv import KleinKV
+from lissom.diffusion.klein_kv.hooks import fingerprint
 from lissom.diffusion.load import load_pipeline
 from lissom.errors import UserError
 from lissom.evals.editing import KINDS, cacheable, edits, scores, trained
-from lissom.evals.journal import Journal, scope_of
+from lissom.evals.journal import Journal, digest, scope_of
 from lissom.evals.reference_speed import FULL, MASKED, Setting, inputs_of, sampled, speeds
 from lissom.evals.stats import Interval, paired_bootstrap, ratio_interval
 from lissom.train import dit
@@ -110,8 +111,10 @@ def run(model: str | None, size: Size, journal: Path, progress: Callable[[str, i
         model: a trained `PixelEditPipeline` of `references="joint"`, in the place of one that is trained here.
     """
     known, here = Journal(journal), journal.with_suffix("")
-    emoji = load_emoji(size.form.shape.size if model is None else _of(model).config.size)
-    place = here / scope_of(size.form, size.short, model)
+    given = None if model is None else _of(model)
+    emoji = load_emoji(size.form.shape.size if given is None else given.config.size)
+    source = size.form if given is None else fingerprint(given.transformer)
+    place = here / digest(source, size.short, size.rank, size.judge_steps)
     base = place / "joint" if model is None else Path(model)
     if model is None:
         trained(base, size.form, "joint", emoji, partial(progress, STAGES[0]))
@@ -126,7 +129,7 @@ def run(model: str | None, size: Size, journal: Path, progress: Callable[[str, i
     }  # fmt: skip
     found, held = {}, {}
     for number, ((arm, (pipeline, method)), kind) in enumerate(product(arms.items(), KINDS)):
-        identity = f"{scope_of(place.name, size.concepts, size.steps, size.judge_steps)} {kind}/{arm}"
+        identity = f"{digest(place.name, size.concepts, size.steps)} {kind}/{arm}"
         if identity not in known:
             done = partial(_within, partial(progress, STAGES[4]), number, len(arms) * len(KINDS))
             with nullcontext() if method is None else method(pipeline) as report:
@@ -135,7 +138,7 @@ def run(model: str | None, size: Size, journal: Path, progress: Callable[[str, i
             known.add(identity, {"scores": scores(drawn, emoji, KINDS[kind], judge, concepts), "bytes": bytes_held})
         found[kind, arm] = {name: np.asarray(values) for name, values in known[identity]["scores"].items()}
         held[arm] = known[identity]["bytes"]
-    identity = f"{scope_of(place.name)} losses"
+    identity = f"{place.name} losses"
     if identity not in known:
         pipelines = {PLAIN: plain, MADE: made, LORA: lora}
         known.add(identity, {arm: held_out_losses(EditModel(own), own, emoji) for arm, own in pipelines.items()})
