@@ -114,7 +114,7 @@ def test_recipes_and_the_search_for_one(run, folder, tmp_path, monkeypatch):
         (("edit", "joint", "--image", "one.png", "--cache", "approximate"), "which can be approximated"),
         (("edit", "nothing"), "cannot be loaded as a pipeline"),
         (("edit", "."), "has no model_index.json"),
-        (("refine", "set", "--guide", "clear.png", "--mask", "one.png"), "does not fit what is drawn"),
+        (("refine", "set", "--guide", "clear.png", "--mask", "one.png"), "does not fit a guide of"),
         (("refine", "set", "--guide", "one.png", "--alpha", "-1"), "alpha=-1"),
         (("refine", "set", "--guide", "grey.png", "--level", "ve"), "level='ve'"),
         (("train-dit", "--lora", "2"), "--make-cacheable"),

@@ -60,6 +60,8 @@ def edit(
 
     if cache not in _CACHES:
         raise UserError(f"--cache {cache}: expected one of {', '.join(_CACHES)}.")
+    if cache in ("on", "force", "approximate") and not image and not references:
+        raise UserError(f"--cache {cache} is of references: give at least one --image.")
     if references and cache not in ("auto", "on"):
         raise UserError(f"--references keeps what a cache holds, which --cache {cache} does not go with.")
     targets = named(output, count)

@@ -35,7 +35,7 @@ def train_dit(
     steps: int = typer.Option(None, help="Of the optimiser. [default: 4000; small: 2500; cacheable: 300]"),
     batch_size: int = typer.Option(None, help="Requests that a process takes in a step. [default: 32; small: 16]"),
     learning_rate: float = typer.Option(
-        None, "--lr", help="Highest learning rate. [default: 0.001; small: 0.0015; cacheable: 0.0003]"
+        None, "--lr", help="Highest learning rate. [default: 0.001; small: 0.0015; cacheable: 0.0005; adapters: 0.002]"
     ),
     min_learning_rate: float = typer.Option(1e-5, "--min-lr", help="Last learning rate."),
     warmup_steps: int = typer.Option(
@@ -64,7 +64,7 @@ def train_dit(
     from lissom.diffusion.load import load_pipeline
     from lissom.errors import UserError
     from lissom.files import write_json
-    from lissom.train.dit import FULL, SHORT, SMALL, make_cacheable
+    from lissom.train.dit import ADAPTER_RATE, FULL, SHORT, SMALL, make_cacheable
     from lissom.train.dit import train_dit as run
     from lissom.train.folder import RunFolder, is_first, last_checkpoint
 
@@ -75,6 +75,8 @@ def train_dit(
         "average": average, "precision": precision, "seed": seed, "eval_steps": eval_steps,
         "save_steps": save_steps, "logging_steps": logging_steps, "sample_steps": sample_steps,
     }  # fmt: skip
+    if lora is not None and learning_rate is None:
+        settings["learning_rate"] = ADAPTER_RATE
     if warmup_steps is None and steps is not None:
         settings["warmup_steps"] = min(form.config.warmup_steps, steps // 2)
     config = replace(form.config, **{name: value for name, value in settings.items() if value is not None})

@@ -108,7 +108,8 @@ FULL = Form(Shape(width=224, single=4), DitConfig(steps=4000))
 SMALL = Form(
     Shape(width=128, single=4), DitConfig(steps=2500, batch_size=16, learning_rate=1.5e-3)
 )  # about 20 minutes on two cores
-SHORT = Form(Shape(), DitConfig(steps=300, learning_rate=3e-4, warmup_steps=50))  # of a model that is trained
+SHORT = Form(Shape(), DitConfig(steps=300, learning_rate=5e-4, warmup_steps=50))  # of a model that is trained
+ADAPTER_RATE = 2e-3  # learning rate of adapters in that, which begin at nothing
 
 
 class DitTrainer:

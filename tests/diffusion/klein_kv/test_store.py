@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lissom.diffusion.klein_kv.store import STORAGES, Entry, ReferenceStore, pack, unpack
+from lissom.diffusion.klein_kv.store import Entry, ReferenceStore, pack, unpack
 from lissom.errors import UserError
 
 
@@ -40,7 +40,7 @@ def test_fp8_has_three_bits_behind_the_first():
     packed = pack(tensor, "fp8")
     largest = tensor.abs().amax(-1, keepdim=True)
     room = (tensor.abs() / 16).clamp(min=2**-10 * 1.01 / 448 * largest)  # below 2^-6 steps are even
-    assert ((unpack(packed) - tensor).abs() <= room).all() and STORAGES == ("model", "int8", "fp8")
+    assert ((unpack(packed) - tensor).abs() <= room).all()
     assert packed.nbytes == tensor.numel() * 1.25
 
 

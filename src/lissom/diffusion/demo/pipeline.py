@@ -108,6 +108,8 @@ class PixelEditPipeline(DiffusionPipeline):
         prompts = [prompt or ""] if prompt is None or isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise UserError("There is no prompt: expected at least one, which may be empty.")
+        if num_inference_steps < 1:
+            raise UserError(f"num_inference_steps={num_inference_steps}: expected at least 1.")
         device = self._execution_device
         if prompt_embeds is None:
             prompt_embeds = self.encode_prompt(prompts, num_images_per_prompt)
@@ -116,7 +118,9 @@ class PixelEditPipeline(DiffusionPipeline):
         if guided:
             others = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
             negative_embeds = self.encode_prompt(others, num_images_per_prompt)
-        rows, columns = (self._patches(side or self.config.size) for side in (height, width))
+            if len(negative_embeds) != count:
+                raise UserError(f"{len(others)} negative prompts for {len(prompts)}: expected one, or one for each.")
+        rows, columns = (self._patches(self.config.size if side is None else side) for side in (height, width))
         shown = None if image is None else self.encode_images(image, count)
         if latents is None:
             shape = (count, rows * columns, self.transformer.config.in_channels)

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from lissom.diffusion.h_transform.guide import Guide, region, to_sample
-from lissom.diffusion.h_transform.weights import LEVELS, Level, noise_level, pulled, weight
+from lissom.diffusion.h_transform.weights import Level, noise_level, pulled, weight
 from lissom.diffusion.pictures import to_pixels
 from lissom.diffusion.sampling import around_steps, mix_of
 from lissom.errors import UserError
@@ -40,8 +40,6 @@ class HTransform:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if self.level not in LEVELS:
-            raise UserError(f"level={self.level!r}: expected one of {', '.join(LEVELS)}.")
         for name in ("alpha", "outside"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name}={getattr(self, name)}: expected a number from 0.")
@@ -70,7 +68,8 @@ class HTransform:
             if mask is None and bool((pixels == pixels[:, :1, :1]).all()):
                 raise UserError("The guide has one colour everywhere: there is nothing to refine.")
             if isinstance(mask, Image.Image) and mask.size != picture.size:
-                raise UserError(f"A mask of {mask.size} pixels does not fit a guide of {picture.size}.")
+                sizes = " does not fit a guide of ".join(f"{own.width} by {own.height}" for own in (mask, picture))
+                raise UserError(f"A mask of {sizes} pixels.")
         known: dict[torch.Size, tuple[torch.Tensor, torch.Tensor]] = {}
 
         def step(own: Any, output: torch.Tensor, timestep: Any, sample: torch.Tensor) -> Any:

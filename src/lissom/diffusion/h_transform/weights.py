@@ -7,7 +7,6 @@ from typing import Literal
 import torch
 
 Level = Literal["vp", "flow"]
-LEVELS = ("vp", "flow")
 
 
 def noise_level(a: float, b: float, level: Level) -> float:

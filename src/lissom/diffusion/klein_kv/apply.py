@@ -14,7 +14,7 @@ from pydantic import InstanceOf
 
 from lissom.diffusion.klein_kv.approximate import FAMILIES, ApproximateHook
 from lissom.diffusion.klein_kv.hooks import KleinKVReport, Read, ReferenceHook, fingerprint, hooked
-from lissom.diffusion.klein_kv.store import STORAGES, ReferenceStore, Storage
+from lissom.diffusion.klein_kv.store import ReferenceStore, Storage
 from lissom.diffusion.klein_kv.warm import WarmReferences, transformer_of
 from lissom.diffusion.pictures import quiet
 from lissom.errors import UserError
@@ -51,10 +51,6 @@ class KleinKV:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if self.storage not in STORAGES:
-            raise UserError(f"storage={self.storage!r}: expected one of {', '.join(STORAGES)}.")
-        if self.mode not in ("exact", "approximate"):
-            raise UserError(f"mode={self.mode!r}: expected exact or approximate.")
         if self.mode == "approximate" and (self.storage != "model" or self.store is not None or self.force):
             raise UserError("An approximation keeps nothing for later: leave out storage, store and force.")
         if self.refresh_every is not None and (self.mode == "exact" or self.refresh_every < 2):

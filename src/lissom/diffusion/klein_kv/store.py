@@ -13,7 +13,6 @@ from lissom.errors import UserError
 
 Storage = Literal["model", "int8", "fp8"]
 _LARGEST = {"int8": 127.0, "fp8": 448.0}
-STORAGES = ("model", *_LARGEST)
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class Size:
 
 SMALL = Size(
     replace(dit.SMALL, config=replace(dit.SMALL.config, steps=1200)),
-    replace(dit.SHORT.config, steps=120, batch_size=16),
+    replace(dit.SHORT.config, steps=400, batch_size=16),
     concepts=60, judge_steps=300, settings=tuple(Setting(count, 4) for count in (1, 2, 4)), rounds=3,
 )  # fmt: skip
 DEFAULT = Size()
@@ -119,7 +119,8 @@ def run(model: str | None, size: Size, journal: Path, progress: Callable[[str, i
     if model is None:
         trained(base, size.form, "joint", emoji, partial(progress, STAGES[0]))
     made = cacheable(place / "set", base, size.short, emoji, partial(progress, STAGES[1]))
-    lora = cacheable(place / "lora", base, size.short, emoji, partial(progress, STAGES[2]), size.rank)
+    adapters = replace(size.short, learning_rate=dit.ADAPTER_RATE)
+    lora = cacheable(place / "lora", base, adapters, emoji, partial(progress, STAGES[2]), size.rank)
     judge = kept_judge(emoji, place / "judge.safetensors", size.judge_steps, partial(progress, STAGES[3]))
     concepts = emoji.concepts(held_out=True).tolist()[: size.concepts]
     plain = _of(str(base))
