@@ -76,8 +76,8 @@ def edit(
         if chosen.pipeline_method("h-transform") is not None:
             raise UserError(f"{recipe} has h-transform, which needs a guide: use `lissom refine`.")
         dtype = dtype if chosen.dtype == "auto" else chosen.dtype
-        method = chosen.pipeline_method(KleinKV.name) or method
-        cache = "on" if chosen.pipeline_method(KleinKV.name) else "off"
+        own = chosen.pipeline_method(KleinKV.name)
+        method, cache = own or method, "on" if own else "off"
         if references and cache == "off":
             raise UserError(f"{recipe} has no klein-kv: leave out --references.")
     loaded = load_pipeline(pipeline, dtype)

@@ -109,6 +109,11 @@ def moved(transformer: Flux2Transformer2DModel, keys: torch.Tensor, by: int) -> 
     return turned
 
 
+def reference_numbers(count: int) -> range:
+    """Where references lie on the first axis of positions, on which what is drawn lies at 0 (FLUX.2)."""
+    return range(REFERENCE_DISTANCE, REFERENCE_DISTANCE * (count + 1), REFERENCE_DISTANCE)
+
+
 def layers(cache: Flux2KVCache) -> list[Any]:
     """The cache of each block, in the order in which they run."""
     return [*cache.double_block_caches, *cache.single_block_caches]

@@ -15,11 +15,11 @@ import torch
 
 from lissom.diffusion.demo import Emoji
 from lissom.diffusion.demo.model import Shape, new_pipeline
-from lissom.diffusion.demo.pipeline import PixelEditPipeline, positions, reference_numbers, text_positions
+from lissom.diffusion.demo.pipeline import PixelEditPipeline, positions, text_positions
 from lissom.diffusion.klein_kv import KleinKV, ReferenceStore
 from lissom.diffusion.klein_kv.cost import cost
 from lissom.diffusion.klein_kv.hooks import Read, WarmHook, hooked
-from lissom.diffusion.references import prepare
+from lissom.diffusion.references import prepare, reference_numbers
 from lissom.evals.training_steps import rounds_of
 
 FULL, MASKED, THEIRS, CACHED, WARM = "in every step", "in every step, masked", "diffusers", "cached", "warm"

@@ -17,6 +17,10 @@ class Interval:
     low: float
     high: float
 
+    def __neg__(self) -> Interval:
+        """Of the negative."""
+        return Interval(-self.estimate, -self.high, -self.low)
+
 
 def paired_bootstrap(
     ours: np.ndarray, theirs: np.ndarray | None = None, samples: int = 4000, level: float = 0.95, seed: int = 0

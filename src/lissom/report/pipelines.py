@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from rich.box import SIMPLE
 from rich.table import Table
 
 from lissom.evals.stats import ratio_interval
 from lissom.evolve.pipelines import Outcome
+from lissom.report.checks import grid
 from lissom.report.rows import Result, Row
 
 
@@ -28,9 +28,8 @@ def result(outcome: Outcome) -> Result:
 
 def table(outcome: Outcome) -> Table:
     """Every recipe, those of the front in bold."""
-    shown = Table(title="Recipes, against the untouched pipeline", box=SIMPLE, padding=(0, 1, 0, 0))
-    for number, heading in enumerate(("recipe", "loss (1 - SSIM) [95 %]", "seconds", "faster [95 %]")):
-        shown.add_column(heading, justify="right" if number else "left")
+    headings = ("recipe", "loss (1 - SSIM) [95 %]", "seconds", "faster [95 %]")
+    shown = grid("Recipes, against the untouched pipeline", *headings, numbers=True)
     front = {own.recipe.label for own in outcome.front}
     for own in outcome.measured:
         faster = ratio_interval(outcome.base.seconds.tolist(), own.seconds.tolist())

@@ -12,9 +12,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lissom.diffusion.demo.emoji import Emoji
-from lissom.diffusion.demo.pipeline import PixelEditPipeline, positions, reference_numbers, text_positions, to_tokens
+from lissom.diffusion.demo.pipeline import PixelEditPipeline, positions, text_positions, to_tokens
 from lissom.diffusion.demo.task import EDITS, Batch
 from lissom.diffusion.demo.words import WordTable, word_tokenizer
+from lissom.diffusion.references import reference_numbers
 from lissom.errors import UserError
 
 

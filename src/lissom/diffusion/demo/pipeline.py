@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lissom.diffusion.demo.words import MAX_WORDS, WordTable
 from lissom.diffusion.pictures import to_pixels
-from lissom.diffusion.references import REFERENCE_DISTANCE, prepare, read
+from lissom.diffusion.references import prepare, read, reference_numbers
 from lissom.errors import UserError
 
 REFERENCES = ("joint", "set", "each")
@@ -233,11 +233,6 @@ def positions(rows: int, columns: int, picture: int = 0) -> torch.Tensor:
     return torch.cartesian_prod(
         torch.tensor([picture]), torch.arange(rows), torch.arange(columns), torch.zeros(1, dtype=torch.long)
     )
-
-
-def reference_numbers(count: int) -> range:
-    """Where references lie on the first axis of positions, on which what is drawn lies at 0 (FLUX.2)."""
-    return range(REFERENCE_DISTANCE, REFERENCE_DISTANCE * (count + 1), REFERENCE_DISTANCE)
 
 
 def text_positions(words: int) -> torch.Tensor:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from lissom.diffusion.klein_kv.hooks import Read, WarmHook, fingerprint, hooked
 from lissom.diffusion.klein_kv.store import Entry, Packed
-from lissom.diffusion.references import REFERENCE_DISTANCE
+from lissom.diffusion.references import reference_numbers
 from lissom.errors import UserError
 from lissom.files import atomic_path
 
@@ -61,7 +61,7 @@ class WarmReferences:
         transformer = transformer_of(pipeline)
         if fingerprint(transformer) != self.model:
             raise UserError("The references were read by another model: read them with this one.")
-        places = range(REFERENCE_DISTANCE, REFERENCE_DISTANCE * (len(self.read.parts) + 1), REFERENCE_DISTANCE)
+        places = reference_numbers(len(self.read.parts))
         with hooked(transformer, WarmHook(self.read, places if self.trained == "each" else None)):
             yield
 

@@ -11,7 +11,7 @@ from lissom.devices.machine import describe
 from lissom.evals.checks import klein_kv as study
 from lissom.evals.editing import KINDS, METRICS
 from lissom.evals.reference_speed import ARMS, CACHED, FULL, THEIRS, WARM, bounds
-from lissom.evals.stats import Interval, verdict
+from lissom.evals.stats import Interval, ratio_interval, verdict
 from lissom.report.checks import StudyCheck, grid, signed
 from lissom.report.rows import Claim, Result, Row
 
@@ -52,7 +52,7 @@ def speed_rows(seconds: dict[study.Setting, dict[str, list[float]]]) -> Iterator
     for setting, arms in seconds.items():
         base = float(np.median(arms[FULL])) * 1e3
         for arm in ARMS:
-            ratio = study.ratio_interval(arms[FULL], arms[arm])
+            ratio = ratio_interval(arms[FULL], arms[arm])
             yield Row(f"time/{setting}/{arm}", float(np.median(arms[arm])) * 1e3, "ms", base, ratio.estimate, ratio.low,
                       ratio.high, len(arms[arm]))  # fmt: skip
         for arm, bound in bounds(setting).items():
@@ -63,16 +63,16 @@ def speed_claims(seconds: dict[study.Setting, dict[str, list[float]]]) -> Iterat
     """What the times come to."""
     for arm in (CACHED, WARM):
         shares = [
-            _scaled(study.ratio_interval(arms[FULL], arms[arm]), 1 / bounds(setting)[arm])
+            _scaled(ratio_interval(arms[FULL], arms[arm]), 1 / bounds(setting)[arm])
             for setting, arms in seconds.items()
         ]
         least = min(share.estimate for share in shares)
         words = f"{arm}: at least {_BOUND:.0%} of what the operations allow; the least is {least:.0%}"
-        yield Claim(words, OURS, verdict([_negative(share) for share in shares], -_BOUND))
-    slower = [study.ratio_interval(arms[CACHED], arms[THEIRS]) for arms in seconds.values()]
+        yield Claim(words, OURS, verdict([-share for share in shares], -_BOUND))
+    slower = [ratio_interval(arms[CACHED], arms[THEIRS]) for arms in seconds.values()]
     most = max(found.estimate for found in slower)
     yield Claim(f"as fast as diffusers' own cache: at most {most:.2f} of its time", OURS, verdict(slower, 1.02))
-    best = max(study.ratio_interval(arms[FULL], arms[CACHED]).estimate for arms in seconds.values())
+    best = max(ratio_interval(arms[FULL], arms[CACHED]).estimate for arms in seconds.values())
     yield Claim(
         f"up to 2.5 times faster, and here up to {best:.2f} times", SOURCE, "holds" if best >= 2.5 else "weaker"
     )
@@ -126,16 +126,11 @@ def speed_table(seconds: dict[study.Setting, dict[str, list[float]]]) -> Table:
     for setting, arms in seconds.items():
         limits = bounds(setting)
         cells = [
-            f"{study.ratio_interval(arms[FULL], arms[arm]).estimate:.2f}"
-            + (f" ({limits[arm]:.2f})" if arm in limits else "")
+            f"{ratio_interval(arms[FULL], arms[arm]).estimate:.2f}" + (f" ({limits[arm]:.2f})" if arm in limits else "")
             for arm in ARMS[1:]
         ]
         table.add_row(str(setting), f"{float(np.median(arms[FULL])) * 1e3:.0f}", *cells)
     return table
-
-
-def _negative(found: Interval) -> Interval:
-    return Interval(-found.estimate, -found.high, -found.low)
 
 
 def _scaled(found: Interval, by: float) -> Interval:
