@@ -12,13 +12,13 @@ from tiny import VOCAB, tiny_model
 from lissom import sparse_prefill
 from lissom.evals import retrieval
 from lissom.evals.checks import flash_prefill as study
-from lissom.evals.checks.flash_prefill import DENSE, MANUAL, NATIVE, OWN, PAPER, ROWS, SDPA, STRICT
+from lissom.evals.checks.flash_prefill import DENSE, FLASH, MANUAL, NATIVE, OWN, ROWS, SDPA, STRICT
 from lissom.evals.retrieval import TASKS, judged, trials
 from lissom.report.checks import check_of
 from lissom.report.checks import flash_prefill as report
 
 TINY = study.Size(
-    texts=((MANUAL, 400, 2),), arms=(DENSE, PAPER, "forced"), tasks=((400, 2),), copies=((800, 1),), task_arms=(PAPER,),
+    texts=((MANUAL, 400, 2),), arms=(DENSE, FLASH, "forced"), tasks=((400, 2),), copies=((800, 1),), task_arms=(FLASH,),
     times=(300,), rounds=2, dtypes=("float32", "bfloat16"), synthetic=(300, 600),
 )  # fmt: skip
 
@@ -84,11 +84,11 @@ def test_it_is_measured_and_resumed(tmp_path, monkeypatch):
     assert found.texts.keys() == {(MANUAL, 400, arm) for arm in TINY.arms}
     assert found.texts[MANUAL, 400, DENSE]["density"] == 1.0
     assert found.tasks.keys() == {
-        (task, 800 if task == "copy" else 400, arm) for task in TASKS for arm in (DENSE, PAPER, PAPER + STRICT)
+        (task, 800 if task == "copy" else 400, arm) for task in TASKS for arm in (DENSE, FLASH, FLASH + STRICT)
     }
     assert len(found.tasks["needle", 400, DENSE]["right"]) == 2
     for arm, times in (
-        (arm, found.times["float32", 300, arm]) for arm in (SDPA, OWN, PAPER, ROWS, f"{NATIVE}, {PAPER}")
+        (arm, found.times["float32", 300, arm]) for arm in (SDPA, OWN, FLASH, ROWS, f"{NATIVE}, {FLASH}")
     ):
         assert len(times["whole"]) == 2 and all(
             0 < a < b for a, b in zip(times["attention"], times["whole"], strict=True)
@@ -126,16 +126,16 @@ def made_up(attention: float, whole: float, nll: float, right: int) -> study.Run
     run = study.Run(study.DEFAULT, 30)
     stretches = [3.0 + 0.1 * i for i in range(20)]
     run.texts = {(MANUAL, 8192, DENSE): {"nll": stretches, "density": 1.0},
-                 (MANUAL, 8192, PAPER): {"nll": [x + nll for x in stretches], "density": 0.3}}  # fmt: skip
+                 (MANUAL, 8192, FLASH): {"nll": [x + nll for x in stretches], "density": 0.3}}  # fmt: skip
     run.tasks = {("needle", 2048, arm): {"right": [True] * n + [False] * (50 - n), "nll": [0.1], "density": 1.0}
-                 for arm, n in ((DENSE, 50), (PAPER, right), (PAPER + STRICT, 20))}  # fmt: skip
+                 for arm, n in ((DENSE, 50), (FLASH, right), (FLASH + STRICT, 20))}  # fmt: skip
     for dtype in ("float32", "bfloat16"):
-        times = {SDPA: (6.0, 10.0), OWN: (2.2 * attention, 9.0), PAPER: (attention, whole)}
-        times[f"{NATIVE}, {PAPER}"] = times[PAPER]
+        times = {SDPA: (6.0, 10.0), OWN: (2.2 * attention, 9.0), FLASH: (attention, whole)}
+        times[f"{NATIVE}, {FLASH}"] = times[FLASH]
         for arm, (a, b) in times.items():
             parts = {"attention": [a] * 3, "whole": [b] * 3, "choosing": [0.04 * a] * 3, "density": [0.3] * 3}
             run.times[dtype, 8192, arm] = parts
-    seconds = {SDPA: 2.4, OWN: 1.0, PAPER: 0.4, "forced": 0.25}
+    seconds = {SDPA: 2.4, OWN: 1.0, FLASH: 0.4, "forced": 0.25}
     run.synthetic = {(8192, arm): {"seconds": [s] * 3, "density": 0.2} for arm, s in seconds.items()}
     return run
 
@@ -143,7 +143,7 @@ def made_up(attention: float, whole: float, nll: float, right: int) -> study.Run
 def test_verdicts():
     good = {claim.claim: claim.verdict for claim in report.result(made_up(1.0, 4.0, 0.02, 49)).claims}
     (words,) = (words for words, verdict in good.items() if verdict != "holds")
-    assert len(good) == 13 and words.startswith(f"needle, {PAPER}{STRICT}:") and "-60.0%" in words
+    assert len(good) == 13 and words.startswith(f"needle, {FLASH}{STRICT}:") and "-60.0%" in words
     bad = report.result(made_up(1.5, 7.0, 0.04, 48)).claims
     failed = [claim.claim.split(":")[0] for claim in bad if claim.verdict == "does not hold"]
     assert len(failed) == 6 and failed[0].startswith("8192 tokens, float32") and "needle, flashprefill" in failed

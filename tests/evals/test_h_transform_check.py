@@ -10,9 +10,11 @@ import torch
 from pipelines import small_emoji
 from scipy.stats import multivariate_normal
 
+from lissom.diffusion.demo import Emoji
 from lissom.diffusion.demo.model import Shape
-from lissom.evals import editing
+from lissom.evals import editing, frontier, guides
 from lissom.evals.checks import h_transform as study
+from lissom.evals.stats import Interval
 from lissom.report.checks import check_of
 from lissom.report.checks import h_transform as report
 from lissom.train.dit import DitConfig, Form
@@ -28,7 +30,7 @@ SIZE = study.Size(
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     emoji = small_emoji()
-    emoji = study.Emoji(emoji.pictures, ("a", "b", "c", "d", "line"), *(emoji.names, emoji.categories, emoji.held_out))
+    emoji = Emoji(emoji.pictures, ("a", "b", "c", "d", "line"), *(emoji.names, emoji.categories, emoji.held_out))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(study, "load_emoji", lambda size: emoji)
         patch.setattr(study, "_DRAWS", 3)
@@ -42,8 +44,8 @@ def run(tmp_path_factory):
 
 
 def test_every_arm_draws(run):
-    assert set(run.arms) == {(kind, study.DETERMINISTIC) for kind in study.KINDS} | {("blur", study.STOCHASTIC)}
-    methods = {kind: {method for method, _ in run.arms[kind, study.DETERMINISTIC]} for kind in study.KINDS}
+    assert set(run.arms) == {(kind, study.DETERMINISTIC) for kind in study.GUIDES} | {("blur", study.STOCHASTIC)}
+    methods = {kind: {method for method, _ in run.arms[kind, study.DETERMINISTIC]} for kind in study.GUIDES}
     assert {"DPS", "FlowDPS", "replacement"} <= methods["missing region"] and "ILVR" not in methods["missing region"]
     assert not {"DPS", "FlowDPS", "replacement"} & methods["sketch"]
     for arms in run.arms.values():
@@ -68,8 +70,8 @@ def test_what_is_shown(run, monkeypatch):
 
 def test_guides_are_what_they_are_called():
     emoji = small_emoji()
-    emoji = study.Emoji(emoji.pictures, ("a", "b", "c", "d", "line"), *(emoji.names, emoji.categories, emoji.held_out))
-    found = dict(study.requests(emoji, SIZE))
+    emoji = Emoji(emoji.pictures, ("a", "b", "c", "d", "line"), *(emoji.names, emoji.categories, emoji.held_out))
+    found = dict(guides.requests(emoji, SIZE.kinds, SIZE.pictures))
     assert len(set(found["blur"].prompts)) == 12
     torch.testing.assert_close(found["blur"].guide, found["blur"].target)  # of one colour
     assert (found["another style"].guide - found["another style"].target).abs().amax((1, 2, 3)).min() > 0
@@ -83,13 +85,13 @@ def test_blur_is_that_of_a_normal_distribution():
     point[:, :, 12, 12] = 1
     grid = np.stack(np.meshgrid(range(-6, 7), range(-6, 7)), -1)
     wanted = multivariate_normal(cov=4 * np.eye(2)).pdf(grid)
-    found = study._blurred(point)[0, 0, 6:19, 6:19].double().numpy()
+    found = guides._blurred(point)[0, 0, 6:19, 6:19].double().numpy()
     np.testing.assert_allclose(found, wanted / wanted.sum(), atol=1e-6)
 
 
 def test_area_and_kernel_distance():
-    assert study.area([(2.0, 1.0), (1.0, 0.5), (1.5, 3.0)], (0.0, 2.0)) == pytest.approx(2 * 1 + 1 * 0.5)
-    assert study.area([(-1.0, 0.0)], (0.0, 2.0)) == 0
+    assert frontier.area([(2.0, 1.0), (1.0, 0.5), (1.5, 3.0)], (0.0, 2.0)) == pytest.approx(2 * 1 + 1 * 0.5)
+    assert frontier.area([(-1.0, 0.0)], (0.0, 2.0)) == 0
     random = np.random.default_rng(0)
     one, other = random.standard_normal((6, 4)), random.standard_normal((5, 4))
     rows = np.asarray([4, 0, 3])
@@ -101,8 +103,8 @@ def test_area_and_kernel_distance():
         return np.mean(values)
 
     wanted = mean(one[rows], one[rows], True) + mean(other, other, True) - 2 * mean(one[rows], other, False)
-    assert study.KernelDistance(one, other).of(rows) == pytest.approx(wanted)
-    same = [study.KernelDistance(*random.standard_normal((2, 40, 8))).of(np.arange(40)) for _ in range(200)]
+    assert frontier.KernelDistance(one, other).of(rows) == pytest.approx(wanted)
+    same = [frontier.KernelDistance(*random.standard_normal((2, 40, 8))).of(np.arange(40)) for _ in range(200)]
     assert abs(np.mean(same)) < 3 * np.std(same) / 200**0.5  # two samples of one distribution are at 0
 
 
@@ -110,4 +112,4 @@ def test_intervals_hold_their_estimates(run):
     for kind, sampler in run.arms:
         gap = run.ahead(kind, sampler, study.H_VP, study.SDEDIT)
         assert gap.low <= gap.estimate <= gap.high
-        assert run.ahead(kind, sampler, study.SDEDIT, study.SDEDIT) == study.Interval(0.0, 0.0, 0.0)
+        assert run.ahead(kind, sampler, study.SDEDIT, study.SDEDIT) == Interval(0.0, 0.0, 0.0)

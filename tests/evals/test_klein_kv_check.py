@@ -13,6 +13,7 @@ from pipelines import small_emoji
 from lissom.diffusion.demo.model import Shape
 from lissom.evals import editing, reference_speed
 from lissom.evals.checks import klein_kv as study
+from lissom.evals.judge import Judge
 from lissom.evals.reference_speed import ARMS, CACHED, FULL, MASKED, THEIRS, WARM, Setting
 from lissom.report.checks import check_of
 from lissom.report.checks import klein_kv as report
@@ -78,7 +79,7 @@ def test_every_arm_draws_the_same():
 def test_scores_of_what_there_was_to_draw():
     emoji = small_emoji()
     torch.manual_seed(0)
-    judge = editing.Judge().eval()
+    judge = Judge().eval()
     concepts = emoji.concepts(held_out=True).tolist()
     for kind in editing.KINDS.values():
         batch = editing.draw(emoji, kind, concepts, np.random.default_rng(0))

@@ -28,8 +28,15 @@ def asked(monkeypatch) -> list[object]:
     def result(found: int) -> Result:
         return Result("fake", [Row("n", found, "")], [Claim("it counts", "here", "weaker")])
 
-    fake = StudyCheck(("counting",), {"small": 1, "default": 2, "paper": 3}, run, result, lambda found: [Table("one")])
-    monkeypatch.setattr(lissom, "load", lambda name: (f"model {name}", "tokenizer"))
+    sizes = {"small": 1, "default": 2, "paper": 3}
+    fake = StudyCheck(
+        ("counting",),
+        sizes,
+        run,
+        result,
+        lambda found: [Table("one")],
+        load=lambda name: (f"model {name}", "tokenizer"),
+    )
     monkeypatch.setattr(lissom.report.checks, "check_of", lambda method: fake)
     return calls
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import typer
 
 from lissom.cli.common import JSON, PIPELINE
-from lissom.cli.edit import draw, keep, named, read_picture, recipe_of
+from lissom.cli.pictures import draw, keep, named, read_picture, recipe_of
 
 
 def register(app: typer.Typer) -> None:

@@ -9,16 +9,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import cosine_similarity
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from lissom.diffusion.demo import BY_EXAMPLE, BY_WORD, Emoji, Kind, draw
-from lissom.diffusion.demo.judge import Judge
 from lissom.diffusion.demo.model import new_pipeline
 from lissom.diffusion.demo.pipeline import PixelEditPipeline
 from lissom.diffusion.demo.task import edited, scaled
 from lissom.diffusion.load import load_pipeline
 from lissom.diffusion.pictures import quiet, to_picture, to_pixels
+from lissom.evals.judge import Judge
 from lissom.train.dit import DitConfig, Form, make_cacheable, train_dit
 
 Progress = Callable[[int, int], None]
@@ -95,10 +94,15 @@ def scores(
             known[style, word] = judge(torch.stack([edited(other, word) for other in others]))[1]
         near.append(int((known[style, word] @ place).argmax()))
     found = {
-        "psnr": 10 * torch.log10(4 / (drawn - wanted).square().mean((1, 2, 3)).clamp(min=1e-10)),
+        "psnr": psnr(drawn, wanted),
         "ssim": structural_similarity_index_measure(drawn, wanted, data_range=(-1.0, 1.0), reduction="none"),
-        "distance": 1 - cosine_similarity(judge.features(drawn), judge.features(wanted)),
+        "distance": judge.distance(drawn, wanted),
         "recognised": (everything[near] == batch.concept).float(),
         "style": (logits.argmax(1) == judge(wanted)[0].argmax(1)).float(),
     }
     return {name: values.tolist() for name, values in found.items()}
+
+
+def psnr(drawn: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """In dB, of each of `[pictures, 3, height, width]`, -1 to 1."""
+    return 10 * torch.log10(4 / (drawn - wanted).square().mean((1, 2, 3)).clamp(min=1e-10))

@@ -18,7 +18,8 @@ from lissom.diffusion.demo.model import Shape, new_pipeline
 from lissom.diffusion.demo.pipeline import PixelEditPipeline, positions, text_positions
 from lissom.diffusion.klein_kv import KleinKV, ReferenceStore
 from lissom.diffusion.klein_kv.cost import cost
-from lissom.diffusion.klein_kv.hooks import Read, WarmHook, hooked
+from lissom.diffusion.klein_kv.hooks import WarmHook, hooked
+from lissom.diffusion.klein_kv.store import Entry
 from lissom.diffusion.references import prepare, reference_numbers
 from lissom.evals.training_steps import rounds_of
 
@@ -135,7 +136,7 @@ def _works(pipeline: PixelEditPipeline, setting: Setting) -> dict[str, Callable[
             sampled(pipeline, inputs, setting.steps, FULL)
 
     def at_hand() -> None:
-        with hooked(pipeline.transformer, WarmHook(warm, None)):
+        with hooked(pipeline.transformer, WarmHook(warm)):
             sampled(pipeline, inputs, setting.steps, WARM)
 
     works: dict[str, Callable[[], Any]] = {
@@ -144,9 +145,9 @@ def _works(pipeline: PixelEditPipeline, setting: Setting) -> dict[str, Callable[
     return works | {CACHED: cached, WARM: at_hand}
 
 
-def read_of(pipeline: PixelEditPipeline, inputs: Mapping[str, torch.Tensor]) -> Read:
+def read_of(pipeline: PixelEditPipeline, inputs: Mapping[str, torch.Tensor]) -> list[Entry]:
     """The references of `inputs`, read."""
     store = ReferenceStore(2**32)
     with KleinKV(store=store)(pipeline):
         sampled(pipeline, inputs, 1, FULL)
-    return Read(tuple(store.entries()))
+    return store.entries()

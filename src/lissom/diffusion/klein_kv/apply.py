@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline, Flux2KleinKVPipeline, Flux2Transformer2
 from pydantic import InstanceOf
 
 from lissom.diffusion.klein_kv.approximate import FAMILIES, ApproximateHook
-from lissom.diffusion.klein_kv.hooks import KleinKVReport, Read, ReferenceHook, fingerprint, hooked
+from lissom.diffusion.klein_kv.hooks import KleinKVReport, ReferenceHook, fingerprint, hooked
 from lissom.diffusion.klein_kv.store import ReferenceStore, Storage
 from lissom.diffusion.klein_kv.warm import WarmReferences, transformer_of
 from lissom.diffusion.pictures import quiet
@@ -116,8 +116,8 @@ class KleinKV:
             pipeline(image=image, num_inference_steps=1, output_type="latent", **call)
         if not hook.found:
             raise UserError("There is no reference to read: give one picture at least.")
-        parts = [part for _, own in sorted(hook.found.items()) for part in own.parts]
-        return WarmReferences(hook.model, hook.trained, Read(tuple(parts), hook.found[min(hook.found)].guidance))
+        parts = tuple(entry for _, row in sorted(hook.found.items()) for entry in row)
+        return WarmReferences(hook.model, hook.trained, parts, hook.guidance)
 
     def _hook(self, pipeline: DiffusionPipeline, transformer: Flux2Transformer2DModel) -> ReferenceHook:
         trained = references_of(pipeline)

@@ -40,19 +40,6 @@ class KleinKVReport:
     damage: float | None = None
 
 
-@dataclass(frozen=True)
-class Read:
-    """References that have been read, as they are stored.
-
-    Attributes:
-        parts: keys and values: of all references, or where each sees only itself of every one, as if it were the first.
-        guidance: that was embedded with them, where the model does that.
-    """
-
-    parts: tuple[Entry, ...]
-    guidance: float | None = None
-
-
 @contextmanager
 def hooked(transformer: torch.nn.Module, hook: ModelHook) -> Iterator[None]:
     """With `hook` around the transformer's passes, which can take caches where it is of FLUX.2."""
@@ -79,13 +66,16 @@ class ReferenceHook(ModelHook):
         trained: what references see.
 
     Attributes:
-        found: what a first row had, by the place on the first axis of positions where it begins.
+        found: of the first row of each pass over references, by the place on the first axis of positions where it
+            begins: one entry for all, or one for each where each sees only itself.
+        guidance: that the model was told with them, where it is told one.
     """
 
     def __init__(self, report: KleinKVReport, storage: Storage, model: str, trained: str) -> None:
         super().__init__()
         self.report, self.storage, self.model, self.trained = report, storage, model, trained
-        self.found: dict[int, Read] = {}
+        self.found: dict[int, tuple[Entry, ...]] = {}
+        self.guidance: float | None = None
         self.reading = False
         self.recent: list[tuple[torch.Tensor, torch.Tensor, float | None, Flux2KVCache]] = []
 
@@ -129,7 +119,7 @@ class ReferenceHook(ModelHook):
         rows = tokens[:1] if bool((tokens == tokens[:1]).all()) else tokens
         found = [self._row(module, row[None], ids, guidance) for row in rows]
         slots = ids[:, POSITION_OF_REFERENCES].unique_consecutive().tolist()
-        self.found[slots[0]] = found[0]
+        self.found[slots[0]], self.guidance = found[0], guiding
         cache = batched(module, found, slots if self.trained == "each" else None, tokens.shape[0])
         at_hand = 8 if self.trained == "each" else 1  # what a request has: some pipelines read one after the other
         self.recent = [*self.recent, (tokens, ids, guiding, cache)][-at_hand:]
@@ -137,7 +127,7 @@ class ReferenceHook(ModelHook):
 
     def _row(
         self, module: Flux2Transformer2DModel, tokens: torch.Tensor, ids: torch.Tensor, guidance: torch.Tensor | None
-    ) -> Read:
+    ) -> tuple[Entry, ...]:
         """The references of one row, from the store where it has them."""
         lengths = ids[:, POSITION_OF_REFERENCES].unique_consecutive(return_counts=True)[1].tolist()
         parts = lengths if self.trained == "each" else [len(ids)]
@@ -157,7 +147,7 @@ class ReferenceHook(ModelHook):
                 )
                 self.report.store.put(key, entry)
             found.append(entry)
-        return Read(tuple(found), guiding)
+        return tuple(found)
 
     def _read(
         self, module: Flux2Transformer2DModel, tokens: torch.Tensor, ids: torch.Tensor, guidance: torch.Tensor | None
@@ -179,13 +169,16 @@ class WarmHook(ModelHook):
     """Every pass is given the same references, which are in none of them.
 
     Args:
-        references: what was read.
+        references: see `batched`.
+        guidance: that the model was told with them, where it is told one.
         slots: see `batched`.
     """
 
-    def __init__(self, references: Read, slots: Sequence[int] | None) -> None:
+    def __init__(
+        self, references: Sequence[Entry], guidance: float | None = None, slots: Sequence[int] | None = None
+    ) -> None:
         super().__init__()
-        self.references, self.slots = references, slots
+        self.references, self.guidance, self.slots = references, guidance, slots
         self.cache: tuple[int, Flux2KVCache] | None = None
 
     def new_forward(self, module: Flux2Transformer2DModel, *args: Any, **kwargs: Any) -> Any:
@@ -194,10 +187,8 @@ class WarmHook(ModelHook):
         if bool((given["img_ids"][..., POSITION_OF_REFERENCES] != 0).any()) or given.get("kv_cache") is not None:
             raise UserError("References have been read before this request: give it no pictures.")
         guiding = embedded(given.get("guidance"))
-        if guiding != self.references.guidance:
-            raise UserError(
-                f"The references were read with a guidance of {self.references.guidance}: the request has {guiding}."
-            )
+        if guiding != self.guidance:
+            raise UserError(f"The references were read with a guidance of {self.guidance}: the request has {guiding}.")
         batch = given["hidden_states"].shape[0]
         if self.cache is None or self.cache[0] != batch:
             self.cache = batch, batched(module, [self.references], self.slots, batch)
@@ -238,11 +229,12 @@ def embedded(guidance: torch.Tensor | None) -> float | None:
 
 
 def batched(
-    module: Flux2Transformer2DModel, rows: Sequence[Read], slots: Sequence[int] | None, batch: int
+    module: Flux2Transformer2DModel, rows: Sequence[Sequence[Entry]], slots: Sequence[int] | None, batch: int
 ) -> Flux2KVCache:
     """As the transformer takes it: a single row serves the whole batch without a copy.
 
     Args:
+        rows: of each, what was read: one entry of all references, or one of each.
         slots: places of the references on the first axis of positions, where each was read by itself.
     """
     double = len(module.transformer_blocks)
@@ -252,9 +244,9 @@ def batched(
         keys, values = [], []
         for row in rows:
             turns = [0] if slots is None else [slot - REFERENCE_DISTANCE for slot in slots]
-            own = [unpack(part.keys[index]).to(device) for part in row.parts]
+            own = [unpack(part.keys[index]).to(device) for part in row]
             keys.append(_joined([moved(module, part, by) for part, by in zip(own, turns, strict=True)], 1))
-            values.append(_joined([unpack(part.values[index]).to(device) for part in row.parts], 1))
+            values.append(_joined([unpack(part.values[index]).to(device) for part in row], 1))
         layer.store(_joined(keys, 0).expand(batch, -1, -1, -1), _joined(values, 0).expand(batch, -1, -1, -1))
     cache.num_ref_tokens = cache.get_double(0).k_ref.shape[1] if double else cache.get_single(0).k_ref.shape[1]
     return cache

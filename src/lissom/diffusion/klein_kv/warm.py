@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline, Flux2Transformer2DModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lissom.diffusion.klein_kv.hooks import Read, WarmHook, fingerprint, hooked
+from lissom.diffusion.klein_kv.hooks import WarmHook, fingerprint, hooked
 from lissom.diffusion.klein_kv.store import Entry, Packed
 from lissom.diffusion.references import reference_numbers
 from lissom.errors import UserError
@@ -34,22 +34,24 @@ class WarmReferences:
     Args:
         model: fingerprint of the model that read them.
         trained: what references see in it, `set` or `each` (or `joint`, where that was forced).
-        read: what was read.
+        parts: one entry of all, or where each sees only itself one of each, as if it were the first.
+        guidance: that the model was told with them, where it is told one.
     """
 
     model: str
     trained: str
-    read: Read
+    parts: tuple[Entry, ...]
+    guidance: float | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes that are held."""
-        return sum(part.nbytes for part in self.read.parts)
+        return sum(part.nbytes for part in self.parts)
 
     @property
     def tokens(self) -> int:
         """Of all references."""
-        return sum(part.tokens for part in self.read.parts)
+        return sum(part.tokens for part in self.parts)
 
     @contextmanager
     def __call__(self, pipeline: DiffusionPipeline) -> Iterator[None]:
@@ -61,8 +63,8 @@ class WarmReferences:
         transformer = transformer_of(pipeline)
         if fingerprint(transformer) != self.model:
             raise UserError("The references were read by another model: read them with this one.")
-        places = reference_numbers(len(self.read.parts))
-        with hooked(transformer, WarmHook(self.read, places if self.trained == "each" else None)):
+        slots = reference_numbers(len(self.parts)) if self.trained == "each" else None
+        with hooked(transformer, WarmHook(self.parts, self.guidance, slots)):
             yield
 
     def __add__(self, other: WarmReferences) -> WarmReferences:
@@ -73,14 +75,14 @@ class WarmReferences:
         """
         if self.trained != "each":
             raise UserError("References of this model see each other: read them together.")
-        if (self.model, self.read.guidance) != (other.model, other.read.guidance):
+        if (self.model, self.guidance) != (other.model, other.guidance):
             raise UserError("The references were read by different models.")
-        return WarmReferences(self.model, self.trained, Read(self.read.parts + other.read.parts, self.read.guidance))
+        return replace(self, parts=self.parts + other.parts)
 
     def save(self, file: str | Path) -> None:
         """Write a safetensors file, atomically."""
         tensors, dtypes = {}, []
-        for part, entry in enumerate(self.read.parts):
+        for part, entry in enumerate(self.parts):
             for side, blocks in (("key", entry.keys), ("value", entry.values)):
                 for index, packed in enumerate(blocks):
                     tensors[f"{part}.{index}.{side}"] = packed.values.contiguous()
@@ -88,8 +90,8 @@ class WarmReferences:
                         tensors[f"{part}.{index}.{side}.scale"] = packed.scales.contiguous()
             dtypes.append(str(entry.keys[0].dtype).removeprefix("torch."))
         facts: dict[str, Any] = {
-            "version": _VERSION, "model": self.model, "trained": self.trained, "guidance": self.read.guidance,
-            "dtypes": dtypes, "blocks": len(self.read.parts[0].keys), "sha256": _digest(tensors),
+            "version": _VERSION, "model": self.model, "trained": self.trained, "guidance": self.guidance,
+            "dtypes": dtypes, "blocks": len(self.parts[0].keys), "sha256": _digest(tensors),
         }  # fmt: skip
         with atomic_path(file) as temporary:
             save_file(tensors, temporary, metadata={"format": _FORMAT, "facts": json.dumps(facts)})
@@ -118,7 +120,7 @@ class WarmReferences:
                 Entry(*(_blocks(tensors, part, facts["blocks"], side, dtype) for side in ("key", "value")))
                 for part, dtype in enumerate(facts["dtypes"])
             )
-            return cls(facts["model"], facts["trained"], Read(parts, facts["guidance"]))
+            return cls(facts["model"], facts["trained"], parts, facts["guidance"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             if isinstance(error, UserError):
                 raise

@@ -37,17 +37,17 @@ from lissom.models.assets import corpus
 
 STAGES = ("text", "tasks", "times", "synthetic")
 MANUAL = "manual"
-DENSE, PAPER, ROWS = "dense", "flashprefill", "row-normalised"
+DENSE, FLASH, ROWS = "dense", "flashprefill", "row-normalised"
 _STRETCH = 128  # tokens of a text that are one unit of the bootstrap
 _SPARSE = FlashPrefill(min_tokens=0)
 ARMS: dict[str, FlashPrefill | None] = {
     DENSE: None,
-    PAPER: _SPARSE,
-    f"{PAPER} α 0.05": replace(_SPARSE, alpha=0.05),
-    f"{PAPER} α 0.2": replace(_SPARSE, alpha=0.2),
-    f"{PAPER} shared": replace(_SPARSE, shared=True),
-    f"{PAPER} corrected": replace(_SPARSE, corrected=True),
-    f"{PAPER} blocks of 64": replace(_SPARSE, block_size=64, sink=4, window=8),
+    FLASH: _SPARSE,
+    f"{FLASH} α 0.05": replace(_SPARSE, alpha=0.05),
+    f"{FLASH} α 0.2": replace(_SPARSE, alpha=0.2),
+    f"{FLASH} shared": replace(_SPARSE, shared=True),
+    f"{FLASH} corrected": replace(_SPARSE, corrected=True),
+    f"{FLASH} blocks of 64": replace(_SPARSE, block_size=64, sink=4, window=8),
     ROWS: replace(_SPARSE, selection="row-normalised"),
     f"{ROWS} α 0.05": replace(_SPARSE, selection="row-normalised", alpha=0.05),
     f"{ROWS} α 0.2": replace(_SPARSE, selection="row-normalised", alpha=0.2),
@@ -59,18 +59,18 @@ ARMS: dict[str, FlashPrefill | None] = {
     "forced": replace(_SPARSE, selection="forced"),
 }
 # Whose thresholds are chosen on other text, so that each head leaves out at most a share of its attention there.
-BUDGETS = {f"{arm}, {budget:.0%} by head": (arm, budget) for arm in (PAPER, ROWS) for budget in (0.05, 0.02)}
+BUDGETS = {f"{arm}, {budget:.0%} by head": (arm, budget) for arm in (FLASH, ROWS) for budget in (0.05, 0.02)}
 STRICT = ", nothing dense at the end"
 SDPA, OWN, NATIVE = "SDPA", "all blocks", "native"
 _TIMED: dict[str, tuple[Any, ...]] = {
     SDPA: (),
     OWN: (replace(_SPARSE, alpha=0.0),),
-    PAPER: (_SPARSE,),
+    FLASH: (_SPARSE,),
     ROWS: (ARMS[ROWS],),
     f"{NATIVE}, {OWN}": (NativeDecode(), replace(_SPARSE, alpha=0.0)),
-    f"{NATIVE}, {PAPER}": (NativeDecode(), _SPARSE),
+    f"{NATIVE}, {FLASH}": (NativeDecode(), _SPARSE),
 }
-SYNTHETIC = (SDPA, OWN, PAPER, "forced")
+SYNTHETIC = (SDPA, OWN, FLASH, "forced")
 
 
 @dataclass(frozen=True)
@@ -97,13 +97,13 @@ class Size:
     synthetic: tuple[int, ...]
 
 
-_TASK_ARMS = (PAPER, ROWS, "xattention", "random", "forced")
+_TASK_ARMS = (FLASH, ROWS, "xattention", "random", "forced")
 QUICK = Size(
-    ((MANUAL, 1536, 1),), (DENSE, PAPER, "forced"), ((1536, 1),), ((1536, 1),), (PAPER,), (1536,), 1, ("float32",),
+    ((MANUAL, 1536, 1),), (DENSE, FLASH, "forced"), ((1536, 1),), ((1536, 1),), (FLASH,), (1536,), 1, ("float32",),
     (2048, 4096),
 )  # fmt: skip
 SMALL = Size(
-    ((MANUAL, 2048, 2), (MANUAL, 4096, 1)), (DENSE, PAPER, ROWS, "random", "forced"), ((2048, 8),), ((2048, 2),),
+    ((MANUAL, 2048, 2), (MANUAL, 4096, 1)), (DENSE, FLASH, ROWS, "random", "forced"), ((2048, 8),), ((2048, 2),),
     _TASK_ARMS, (2048, 4096), 3, ("float32",), (2048, 4096, 8192, 16384),
 )  # fmt: skip
 DEFAULT = Size(
@@ -117,7 +117,7 @@ DEFAULT = Size(
     dtypes=("float32", "bfloat16"),
     synthetic=(2048, 4096, 8192, 16384, 32768, 65536),
 )
-PAPER_SIZE = replace(
+PAPER = replace(
     DEFAULT, texts=((MANUAL, 8192, 20), (MANUAL, 32768, 10), (MANUAL, 131072, 5)), times=(4096, 8192, 32768, 131072)
 )
 
@@ -249,7 +249,7 @@ def _tasks(
     found: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, once: Callable[..., Any], progress: Progress
 ) -> None:
     """The paper's rule as it is used, and every selection with `last=0`: so even the last tokens are read sparsely."""
-    arms = {DENSE: replace(_SPARSE, alpha=0.0), PAPER: _SPARSE}  # on the same kernel
+    arms = {DENSE: replace(_SPARSE, alpha=0.0), FLASH: _SPARSE}  # on the same kernel
     arms |= {name + STRICT: replace(ARMS[name] or _SPARSE, last=0) for name in found.size.task_arms}
     plan = [
         (task, *part, name)
@@ -350,7 +350,7 @@ def _synthetic(entries: int, shape: tuple[int, int, int], rounds: int) -> dict[s
             F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
             return time.perf_counter() - begun
         rules = Rules(last=0) if name == "forced" else Rules()
-        found = sparse(alpha={OWN: 0.0, PAPER: 0.1, "forced": 2.0}[name], rules=rules)
+        found = sparse(alpha={OWN: 0.0, FLASH: 0.1, "forced": 2.0}[name], rules=rules)
         seconds = time.perf_counter() - begun
         density[name] = rules.layout(entries, entries, shape[0] // shape[1]).density(found.selected[0])
         return seconds
@@ -358,7 +358,7 @@ def _synthetic(entries: int, shape: tuple[int, int, int], rounds: int) -> dict[s
     arms = {name: partial(attend, name) for name in SYNTHETIC}
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     if entries <= 8192:
-        attend(PAPER), attend(SDPA)
+        attend(FLASH), attend(SDPA)
     for name, spent in interleaved(arms, rounds if entries <= 16384 else 1):
         seconds[name].append(spent)
     return {name: {"seconds": seconds[name], "density": density[name]} for name in arms}

@@ -7,7 +7,7 @@ to the picture that there was, and quality, how near what it draws lies to real 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -16,22 +16,22 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch.nn.functional import cosine_similarity
 
 from lissom.devices.machine import fast_bf16
 from lissom.diffusion.demo import Emoji, load_emoji
-from lissom.diffusion.demo.judge import Judge, kept_judge
 from lissom.diffusion.demo.pipeline import PixelEditPipeline, to_tokens
 from lissom.diffusion.demo.task import scaled
 from lissom.diffusion.h_transform import HTransform
-from lissom.diffusion.h_transform.rivals import DPS, ILVR, FlowDPS, Measure, Replacement, started
 from lissom.diffusion.klein_kv.hooks import fingerprint
 from lissom.diffusion.load import load_pipeline
 from lissom.diffusion.pictures import quiet, to_picture
 from lissom.errors import UserError
-from lissom.evals.editing import trained
+from lissom.evals.editing import psnr, trained
+from lissom.evals.frontier import KernelDistance, area
+from lissom.evals.guided_sampling import DPS, ILVR, FlowDPS, Replacement, started
+from lissom.evals.guides import GUIDES, Guide, Request, requests
 from lissom.evals.journal import Journal, digest
+from lissom.evals.judge import Judge, kept_judge
 from lissom.evals.stats import Interval
 from lissom.train import dit
 from lissom.train.dit import DitConfig, Form
@@ -45,87 +45,6 @@ _ROWS = 50  # pictures that are drawn at a time
 
 
 @dataclass(frozen=True)
-class Kind:
-    """How a guide comes about.
-
-    Attributes:
-        guide: of pictures `[batch, 3, size, size]`, or of those of another style.
-        measure: what methods that need one are told; None: nothing is known.
-        known: `[size, size]` to where the guide holds; None: everywhere.
-        from_style: the guide is made of the concept in this style, and in any other where it is ""; None: of the
-            picture itself.
-    """
-
-    guide: Callable[[torch.Tensor], torch.Tensor]
-    measure: Measure | None = None
-    known: Callable[[int], torch.Tensor] | None = None
-    from_style: str | None = None
-
-
-def _smaller(pictures: torch.Tensor) -> torch.Tensor:
-    return F.avg_pool2d(pictures, 4)
-
-
-def _blurred(pictures: torch.Tensor, sigma: float = 2.0) -> torch.Tensor:
-    places = torch.arange(-6, 7, dtype=pictures.dtype)
-    line = torch.exp(-(places**2) / (2 * sigma**2))
-    kernel = (line / line.sum()).expand(3, 1, 1, -1)
-    padded = F.pad(pictures, (6, 6, 6, 6), mode="replicate")
-    across = F.conv2d(padded, kernel, groups=3)
-    return F.conv2d(across, kernel.transpose(2, 3), groups=3)
-
-
-def _hole(size: int) -> torch.Tensor:
-    """1 but for a square in the middle, half as wide."""
-    known = torch.ones(size, size)
-    known[size // 4 : -size // 4, size // 4 : -size // 4] = 0
-    return known
-
-
-def _with_hole(pictures: torch.Tensor) -> torch.Tensor:
-    return pictures * _hole(pictures.shape[-1])
-
-
-def _enlarged(pictures: torch.Tensor, mode: str, factor: int) -> torch.Tensor:
-    small = F.avg_pool2d(pictures, factor)
-    return F.interpolate(small, scale_factor=factor, mode=mode).clamp(-1, 1)
-
-
-def _itself(pictures: torch.Tensor) -> torch.Tensor:
-    return pictures
-
-
-KINDS = {
-    "low resolution": Kind(partial(_enlarged, mode="bicubic", factor=4), _smaller),
-    "blur": Kind(_blurred, _blurred),
-    "missing region": Kind(_with_hole, _with_hole, _hole),
-    "colour layout": Kind(partial(_enlarged, mode="nearest", factor=8)),
-    "sketch": Kind(_itself, from_style="line"),
-    "another style": Kind(_itself, from_style=""),
-}
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is drawn.
-
-    Attributes:
-        target, guide: `[pictures, 3, size, size]`, -1 to 1.
-        prompts: of each.
-        kind: of the guide.
-    """
-
-    target: torch.Tensor
-    guide: torch.Tensor
-    prompts: tuple[str, ...]
-    kind: Kind
-
-    def part(self, rows: slice) -> Request:
-        """Some of the pictures."""
-        return replace(self, target=self.target[rows], guide=self.guide[rows], prompts=self.prompts[rows])
-
-
-@dataclass(frozen=True)
 class Size:
     """How much is trained and drawn.
 
@@ -134,15 +53,15 @@ class Size:
         pictures: of each kind of guide, at most five of each held-out concept.
         steps: of the deterministic sampler, and of the stochastic one.
         stochastic: kinds of guide for which that is tried.
-        kinds: of guide, of `KINDS`.
+        kinds: of guide, of `GUIDES`.
         judge_steps: of the training of the network that judges.
     """
 
     form: Form = dit.FULL
     pictures: int = 200
-    steps: tuple[int, int] = (20, 100)
-    stochastic: tuple[str, ...] = ("low resolution", "missing region")
-    kinds: tuple[str, ...] = tuple(KINDS)
+    steps: tuple[int, int] = (12, 100)
+    stochastic: tuple[str, ...] = ("low resolution",)
+    kinds: tuple[str, ...] = tuple(GUIDES)
     judge_steps: int = 400
 
 
@@ -151,7 +70,7 @@ SMALL = Size(
     stochastic=("low resolution",), kinds=("low resolution", "missing region", "another style"), judge_steps=300,
 )  # fmt: skip
 DEFAULT = Size()
-PAPER = Size(Form(dit.FULL.shape, DitConfig(steps=200_000, batch_size=256)), 745, (50, 1000), tuple(KINDS))
+PAPER = Size(Form(dit.FULL.shape, DitConfig(steps=200_000, batch_size=256)), 745, (50, 1000), tuple(GUIDES))
 
 Arm = tuple[str, float]
 STRENGTHS: dict[str, tuple[float, float, float]] = {  # as many of each, or its frontier would be the larger for it
@@ -167,14 +86,14 @@ STRENGTHS: dict[str, tuple[float, float, float]] = {  # as many of each, or its 
 _STOCHASTIC = (H_VP, H_FLOW, SDEDIT)
 
 
-def arms_of(kind: Kind, sampler: str) -> list[Arm]:
+def arms_of(how: Guide, sampler: str) -> list[Arm]:
     """Methods and strengths that a kind of guide allows."""
     allowed = [
         method
         for method in STRENGTHS
-        if (method != "replacement" or kind.known is not None)
-        and (method != "ILVR" or kind.known is None)
-        and (method not in ("FlowDPS", "DPS") or kind.measure is not None)
+        if (method != "replacement" or how.known is not None)
+        and (method != "ILVR" or how.known is None)
+        and (method not in ("FlowDPS", "DPS") or how.measure is not None)
         and (sampler == DETERMINISTIC or method in _STOCHASTIC)
     ]
     return [(GUIDE, 0.0), (FREE, 0.0), *((method, strength) for method in allowed for strength in STRENGTHS[method])]
@@ -191,8 +110,8 @@ def drawn(pipeline: PixelEditPipeline, request: Request, arm: Arm, sampler: str,
     call: dict[str, Any] = {
         "latents": torch.randn(tokens.shape, generator=random), "num_inference_steps": steps,
     }  # fmt: skip
-    kind = request.kind
-    known = None if kind.known is None else kind.known(request.guide.shape[-1])
+    how = request.how
+    known = None if how.known is None else how.known(request.guide.shape[-1])
     around: AbstractContextManager[Any] = nullcontext()
     if method in (H_VP, H_FLOW):
         mask = None if known is None else to_picture(known.expand(3, -1, -1) * 2 - 1)
@@ -204,10 +123,10 @@ def drawn(pipeline: PixelEditPipeline, request: Request, arm: Arm, sampler: str,
         around = ILVR(4, strength)(pipeline, request.guide, random)
     elif method == "replacement" and known is not None:
         around = Replacement(strength)(pipeline, request.guide, known, random)
-    elif method == "FlowDPS" and kind.measure is not None:
-        around = FlowDPS(strength)(pipeline, kind.measure(request.target), kind.measure, random)
-    elif method == "DPS" and kind.measure is not None:
-        around = DPS(strength)(pipeline, kind.measure(request.target), kind.measure)
+    elif method == "FlowDPS" and how.measure is not None:
+        around = FlowDPS(strength)(pipeline, how.measure(request.target), how.measure, random)
+    elif method == "DPS" and how.measure is not None:
+        around = DPS(strength)(pipeline, how.measure(request.target), how.measure)
     before = pipeline.scheduler
     pipeline.scheduler = type(before).from_config(before.config, stochastic_sampling=sampler == STOCHASTIC)
     try:
@@ -284,66 +203,6 @@ class Run:
         return Interval(float(gaps[0]), float(gaps[0] + low), float(gaps[0] + high))
 
 
-def area(points: Sequence[tuple[float, float]], corner: tuple[float, float]) -> float:
-    """What points of (fidelity, higher is better; distance, lower is better) dominate, up to a corner."""
-    total, best = 0.0, corner[1]
-    for fidelity, distance in sorted(points, reverse=True):
-        if fidelity > corner[0] and distance < best:
-            total += (fidelity - corner[0]) * (best - distance)
-            best = distance
-    return total
-
-
-class KernelDistance:
-    """Squared distance of two distributions by the kernel `(x y / d + 1)³`, without bias (KID, arXiv 1801.01401).
-
-    Args:
-        ours, theirs: samples of them, `[n, d]`; they may be fewer than they have entries.
-    """
-
-    def __init__(self, ours: np.ndarray, theirs: np.ndarray) -> None:
-        self.own, self.both = _kernel(ours, ours), _kernel(ours, theirs)
-        self.other = _without_diagonal(_kernel(theirs, theirs))
-
-    def of(self, rows: np.ndarray) -> float:
-        """Of some of `ours`, each at most once."""
-        return _without_diagonal(self.own[np.ix_(rows, rows)]) + self.other - 2 * float(self.both[rows].mean())
-
-
-def _kernel(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    found: np.ndarray = (one @ other.T / one.shape[1] + 1) ** 3
-    return found
-
-
-def _without_diagonal(kernel: np.ndarray) -> float:
-    count = len(kernel)
-    return float((kernel.sum() - np.trace(kernel)) / (count * (count - 1)))
-
-
-def requests(emoji: Emoji, size: Size) -> Iterator[tuple[str, Request]]:
-    """What is drawn, by kind of guide: held-out concepts in turn, each in every style."""
-    held = emoji.concepts(held_out=True)
-    for name in size.kinds:
-        kind, random = KINDS[name], np.random.default_rng(0)
-        targets, sources, prompts = [], [], []
-        order = [(int(concept), style) for style in range(len(emoji.styles)) for concept in held]
-        random.shuffle(order)
-        for concept, style in order:
-            others = [own for own in range(len(emoji.styles)) if own != style]
-            source = style
-            if kind.from_style is not None:
-                source = emoji.styles.index(kind.from_style) if kind.from_style else int(random.choice(others))
-            if kind.from_style is not None and source == style:
-                continue
-            targets.append(emoji.pictures[style, concept])
-            sources.append(emoji.pictures[source, concept])
-            prompts.append(emoji.prompt(concept, style))
-            if len(targets) == size.pictures:
-                break
-        guide = kind.guide(scaled(torch.stack(sources)))
-        yield name, Request(scaled(torch.stack(targets)), guide, tuple(prompts), kind)
-
-
 def run(model: str | None, size: Size, journal: Path, progress: Callable[[str, int, int], None]) -> Run:
     """Train and draw; what `journal` and the folder beside it hold is not made again.
 
@@ -360,13 +219,13 @@ def run(model: str | None, size: Size, journal: Path, progress: Callable[[str, i
     if pipeline is None:
         pipeline = trained(place / "set", size.form, "set", emoji, partial(progress, STAGES[0]))
     judge = kept_judge(emoji, place / "judge.safetensors", size.judge_steps, partial(progress, STAGES[1]))
-    wanted = dict(requests(emoji, size))
+    wanted = dict(requests(emoji, size.kinds, size.pictures))
     todo = [
         (name, sampler, arm)
         for name, request in wanted.items()
         for sampler in (DETERMINISTIC, STOCHASTIC)
         if sampler == DETERMINISTIC or name in size.stochastic
-        for arm in arms_of(request.kind, sampler)
+        for arm in arms_of(request.how, sampler)
     ]
     found: dict[tuple[str, str], dict[Arm, Drawn]] = {}
     for number, (name, sampler, arm) in enumerate(todo):
@@ -400,10 +259,8 @@ def _all(pipeline: PixelEditPipeline, request: Request, arm: Arm, sampler: str, 
 @torch.no_grad()
 def _scores(judge: Judge, request: Request, found: torch.Tensor) -> dict[str, Any]:
     found = found.clamp(-1, 1)
-    seen, wanted = judge.features(found), judge.features(request.target)
-    error = (found - request.target).square().mean((1, 2, 3)).clamp(min=1e-10)
     return {
-        "psnr": (10 * torch.log10(4 / error)).tolist(),
-        "distance": (1 - cosine_similarity(seen, wanted)).tolist(),
-        "features": [[round(value, 4) for value in row] for row in seen.tolist()],
+        "psnr": psnr(found, request.target).tolist(),
+        "distance": judge.distance(found, request.target).tolist(),
+        "features": [[round(value, 4) for value in row] for row in judge.features(found).tolist()],
     }

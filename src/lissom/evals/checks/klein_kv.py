@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 
 from lissom.diffusion.demo import load_emoji
-from lissom.diffusion.demo.judge import kept_judge
 from lissom.diffusion.demo.model import EditModel, Shape
 from lissom.diffusion.demo.pipeline import PixelEditPipeline
 from lissom.diffusion.klein_kv import KleinKV
@@ -26,6 +25,7 @@ from lissom.diffusion.load import load_pipeline
 from lissom.errors import UserError
 from lissom.evals.editing import KINDS, cacheable, edits, scores, trained
 from lissom.evals.journal import Journal, digest, scope_of
+from lissom.evals.judge import kept_judge
 from lissom.evals.reference_speed import FULL, MASKED, Setting, inputs_of, sampled, speeds
 from lissom.evals.stats import Interval, paired_bootstrap, ratio_interval
 from lissom.train import dit

@@ -58,10 +58,10 @@ class StudyCheck:
     Attributes:
         stages, model: see `Check`.
         sizes: of the study, by name.
-        run: called with a model, its tokenizer, a size, a journal and a progress function; where `model` is None, with
-            what was given in the place of both.
+        run: called with what `load` gives, a size, a journal and a progress function.
         result: of what `run` returns, in the one shape of everything measured.
         tables: of the same, for the terminal.
+        load: called with the name of a model.
     """
 
     stages: Sequence[str]
@@ -70,6 +70,7 @@ class StudyCheck:
     result: Callable[[Any], Result]
     tables: Callable[[Any], Iterable[Table]]
     model: str | None = DEFAULT_MODEL
+    load: Callable[[Any], Sequence[Any]] = lissom.load
 
     def __call__(self, size: SizeName, model: str | None, journal: Path, progress: Progress) -> Outcome:
         """See `Check`."""
@@ -77,9 +78,25 @@ class StudyCheck:
 
     def measure(self, size: Any, model: str | None, journal: Path, progress: Progress) -> Outcome:
         """The same at any size of the study."""
-        given = (model,) if self.model is None else lissom.load(model or self.model)
-        run = self.run(*given, size, journal, progress)
+        run = self.run(*self.load(model or self.model), size, journal, progress)
         return Outcome(self.result(run), list(self.tables(run)))
+
+
+def study_check(
+    study: Any, result: Callable[[Any], Result], tables: Callable[[Any], Iterable[Table]], **own: Any
+) -> StudyCheck:
+    """The check of a module of `lissom.evals.checks`.
+
+    Args:
+        own: further attributes of `StudyCheck`.
+    """
+    sizes: dict[SizeName, Any] = {"small": study.SMALL, "default": study.DEFAULT, "paper": study.PAPER}
+    return StudyCheck(study.STAGES, sizes, study.run, result, tables, **own)
+
+
+def pipeline_or_none(model: str | None) -> tuple[str | None]:
+    """What a study of diffusion is given: the folder of a pipeline, or nothing where it trains one."""
+    return (model,)
 
 
 def grid(title: str, *headings: str, numbers: bool = False) -> Table:

@@ -12,7 +12,7 @@ from rich.table import Table
 from lissom.evals.checks import attention_matching as study
 from lissom.evals.checks.attention_matching import HIGHER_IS_BETTER
 from lissom.evals.stats import paired_bootstrap
-from lissom.report.checks import StudyCheck
+from lissom.report.checks import study_check
 from lissom.report.rows import Claim, Result, Row
 
 Records = Sequence[dict[str, Any]]
@@ -118,10 +118,4 @@ def tables(run: study.Run) -> Iterator[Table]:
         yield table
 
 
-CHECK = StudyCheck(
-    study.STAGES,
-    {"small": study.SMALL, "default": study.DEFAULT, "paper": study.PAPER},
-    study.run,
-    result,
-    tables,
-)
+CHECK = study_check(study, result, tables)

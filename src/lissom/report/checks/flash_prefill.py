@@ -8,9 +8,9 @@ import numpy as np
 from rich.table import Table
 
 from lissom.evals.checks import flash_prefill as study
-from lissom.evals.checks.flash_prefill import DENSE, NATIVE, OWN, PAPER, ROWS, SDPA, STRICT, Run
+from lissom.evals.checks.flash_prefill import DENSE, FLASH, NATIVE, OWN, ROWS, SDPA, STRICT, Run
 from lissom.evals.stats import Interval, median_interval, paired_bootstrap, ratio_interval
-from lissom.report.checks import StudyCheck, grid, signed
+from lissom.report.checks import grid, signed, study_check
 from lissom.report.rows import Claim, Result, Row
 
 SOURCE = "lissom"
@@ -108,14 +108,14 @@ def _claims(run: Run) -> Iterator[Claim]:
         return claim(reached, found.low >= factor, found.estimate >= factor)
 
     for dtype, whole in (("float32", 1.7), ("bfloat16", 2.5)):
-        if (dtype, LENGTH, PAPER) in run.times:
-            ours, own, sdpa = (run.times[dtype, LENGTH, arm] for arm in (PAPER, OWN, SDPA))
+        if (dtype, LENGTH, FLASH) in run.times:
+            ours, own, sdpa = (run.times[dtype, LENGTH, arm] for arm in (FLASH, OWN, SDPA))
             where = f"{LENGTH} tokens, {dtype}"
             yield faster(f"{where}: the whole prompt, beside SDPA,", sdpa["whole"], ours["whole"], whole)
             if dtype == "float32":
                 yield faster(f"{where}: attention, beside SDPA,", sdpa["attention"], ours["attention"], 6.0)
                 yield faster(f"{where}: attention, beside all blocks,", own["attention"], ours["attention"], 2.2)
-            for arm in (PAPER, ROWS, f"{NATIVE}, {PAPER}"):
+            for arm in (FLASH, ROWS, f"{NATIVE}, {FLASH}"):
                 if (dtype, LENGTH, arm) not in run.times:
                     continue
                 share = choosing(run.times[dtype, LENGTH, arm])
@@ -132,13 +132,13 @@ def _claims(run: Run) -> Iterator[Claim]:
         )
         yield claim(words, time.high <= 0.35, time.estimate <= 0.35)
     for source, tokens, arm in run.texts:
-        if tokens == LENGTH and arm in (PAPER, study.ROWS):
+        if tokens == LENGTH and arm in (FLASH, study.ROWS):
             gap = above_dense(run, source, tokens, arm)
             words = f"{tokens} tokens of {source}, {arm}: NLL at most {NLL} above dense: {signed(gap)}"
             yield claim(words, gap.high <= NLL, gap.estimate <= NLL)
     for task in dict.fromkeys(task for task, _, _ in run.tasks):
         dense = task_of(run, task, DENSE)
-        for arm in (PAPER, PAPER + STRICT) if len(dense) >= LEAST else ():
+        for arm in (FLASH, FLASH + STRICT) if len(dense) >= LEAST else ():
             gap = paired_bootstrap(task_of(run, task, arm), dense)
             words = (
                 f"{task}, {arm}: at most one item in fifty fewer is right than dense: {gap.estimate:+.1%} "
@@ -187,10 +187,4 @@ def tables(run: Run) -> Iterator[Table]:
         yield table
 
 
-CHECK = StudyCheck(
-    study.STAGES,
-    {"small": study.SMALL, "default": study.DEFAULT, "paper": study.PAPER_SIZE},
-    study.run,
-    result,
-    tables,
-)
+CHECK = study_check(study, result, tables)

@@ -10,7 +10,7 @@ from rich.table import Table
 from lissom.devices.machine import describe
 from lissom.evals.checks import h_transform as study
 from lissom.evals.stats import paired_bootstrap, verdict
-from lissom.report.checks import StudyCheck, grid
+from lissom.report.checks import grid, pipeline_or_none, study_check
 from lissom.report.rows import Claim, Result, Row
 
 SOURCE = "arXiv 2603.12057"
@@ -75,11 +75,4 @@ def _methods(run: study.Run, kind: str, sampler: str) -> list[str]:
     return list(dict.fromkeys(method for method, _ in run.arms[kind, sampler] if method in study.STRENGTHS))
 
 
-CHECK = StudyCheck(
-    study.STAGES,
-    {"small": study.SMALL, "default": study.DEFAULT, "paper": study.PAPER},
-    study.run,
-    result,
-    tables,
-    model=None,
-)
+CHECK = study_check(study, result, tables, model=None, load=pipeline_or_none)

@@ -12,7 +12,7 @@ from lissom.evals.checks import klein_kv as study
 from lissom.evals.editing import KINDS, METRICS
 from lissom.evals.reference_speed import ARMS, CACHED, FULL, THEIRS, WARM, bounds
 from lissom.evals.stats import Interval, ratio_interval, verdict
-from lissom.report.checks import StudyCheck, grid, signed
+from lissom.report.checks import grid, pipeline_or_none, signed, study_check
 from lissom.report.rows import Claim, Result, Row
 
 SOURCE = "FLUX.2 klein KV"
@@ -137,11 +137,4 @@ def _scaled(found: Interval, by: float) -> Interval:
     return Interval(found.estimate * by, found.low * by, found.high * by)
 
 
-CHECK = StudyCheck(
-    study.STAGES,
-    {"small": study.SMALL, "default": study.DEFAULT, "paper": study.PAPER},
-    study.run,
-    result,
-    tables,
-    model=None,
-)
+CHECK = study_check(study, result, tables, model=None, load=pipeline_or_none)

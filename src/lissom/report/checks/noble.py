@@ -10,7 +10,7 @@ from rich.table import Table
 from lissom.devices.machine import describe
 from lissom.evals.checks import noble as study
 from lissom.evals.stats import Interval
-from lissom.report.checks import StudyCheck, grid, signed
+from lissom.report.checks import grid, signed, study_check
 from lissom.report.rows import Claim, Result, Row
 
 SOURCE = "arXiv 2603.06492"
@@ -91,10 +91,4 @@ def _times(found: Interval) -> str:
     return f"{found.estimate:.2f}x [{found.low:.2f}, {found.high:.2f}]"
 
 
-CHECK = StudyCheck(
-    study.STAGES,
-    {"small": study.SMALL, "default": study.DEFAULT, "paper": study.PAPER},
-    study.run,
-    result,
-    tables,
-)
+CHECK = study_check(study, result, tables)

@@ -10,7 +10,7 @@ from rich.table import Table
 from lissom.devices.machine import describe
 from lissom.evals.checks import quantize as study
 from lissom.evals.stats import Interval, median_interval
-from lissom.report.checks import StudyCheck, grid, signed
+from lissom.report.checks import grid, signed, study_check
 from lissom.report.rows import Claim, Result, Row
 
 SOURCE = "lissom"
@@ -83,10 +83,4 @@ def tables(run: study.Run) -> Iterator[Table]:
         yield table
 
 
-CHECK = StudyCheck(
-    study.STAGES,
-    {"small": study.SMALL, "default": study.DEFAULT, "paper": study.PAPER},
-    study.run,
-    result,
-    tables,
-)
+CHECK = study_check(study, result, tables)

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from lissom.devices.machine import describe
 from lissom.evals.checks import sparse_bitnet as study
-from lissom.report.checks import StudyCheck, grid, signed
+from lissom.report.checks import grid, signed, study_check
 from lissom.report.rows import Claim, Result, Row
 
 SOURCE = "arXiv 2603.05168"
@@ -99,10 +99,4 @@ def tables(run: study.Run) -> Iterator[Table]:
         yield table
 
 
-CHECK = StudyCheck(
-    study.STAGES,
-    {"small": study.SMALL, "default": study.DEFAULT, "paper": study.PAPER},
-    study.run,
-    result,
-    tables,
-)
+CHECK = study_check(study, result, tables)

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from pipelines import editing
 
 from lissom.diffusion.demo.pipeline import from_tokens, to_tokens
-from lissom.diffusion.h_transform.rivals import DPS, ILVR, FlowDPS, Replacement, started
 from lissom.errors import UserError
+from lissom.evals.guided_sampling import DPS, ILVR, FlowDPS, Replacement, started
 
 GUIDE = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
 

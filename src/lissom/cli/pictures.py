@@ -1,0 +1,134 @@
+"""What `lissom edit` and `lissom refine` share: pictures in and out, and the call that draws."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from lissom.cli.common import bars
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from PIL import Image
+
+    from lissom.recipes import Recipe
+
+
+def recipe_of(file: Path | None, steps: int | None, told: bool) -> Recipe | None:
+    """A recipe that is not given together with what it tells.
+
+    Args:
+        told: whether settings of its methods are given beside it.
+
+    Raises:
+        UserError: it is, or it is no recipe.
+    """
+    from lissom.errors import UserError
+    from lissom.recipes import Recipe
+
+    if file is None:
+        return None
+    if steps is not None or told:
+        raise UserError(f"{file} tells what is done, and how many steps there are: leave out the options that do, too.")
+    return Recipe.load(file)
+
+
+def named(output: Path, count: int) -> list[Path]:
+    """Files of `count` pictures, whose kind must be one that can be written.
+
+    Raises:
+        UserError: it is not, or there is none.
+    """
+    from PIL import Image
+
+    from lissom.errors import UserError
+    from lissom.files import require_writable
+
+    if count < 1:
+        raise UserError(f"--count {count}: expected at least 1.")
+    if Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
+        raise UserError(f"{output}: expected a picture such as {output.with_suffix('.png').name}.")
+    files = [output, *(output.with_stem(f"{output.stem}-{number}") for number in range(2, count + 1))]
+    for file in files:
+        require_writable(file)
+    return files
+
+
+def read_picture(file: Path) -> Image.Image:
+    """A picture, whole.
+
+    Raises:
+        UserError: it is none.
+    """
+    from PIL import Image
+
+    from lissom.errors import UserError
+
+    try:
+        with Image.open(file) as opened:
+            opened.load()
+            return opened.copy()
+    except FileNotFoundError as error:
+        raise UserError(f"There is no picture {file}.") from error
+    except Exception as error:  # decoders raise what they like
+        raise UserError(f"{file} cannot be read as a picture: {str(error).splitlines()[0]}") from error
+
+
+def draw(pipeline: DiffusionPipeline, steps: int | None, seed: int, **options: Any) -> list[Image.Image]:
+    """Pictures, with a bar of ours, from a call with those of `options` that are not None."""
+    import inspect
+
+    import torch
+    from rich.console import Console
+
+    from lissom.diffusion.pictures import quiet
+    from lissom.errors import UserError
+
+    known = inspect.signature(type(pipeline).__call__).parameters
+    given = {name: value for name, value in options.items() if value is not None}
+    for name, nothing in (("prompt", ""), ("num_images_per_prompt", 1)):
+        if name not in known and given.get(name) == nothing:
+            del given[name]
+    for name in given.keys() - known.keys():
+        raise UserError(f"{type(pipeline).__name__} takes no {name}.")
+    steps = int(known["num_inference_steps"].default) if steps is None else steps
+    for name in ("height", "width"):
+        if given.get(name, 1) < 1:
+            raise UserError(f"A {name} of {given[name]} pixels: expected at least 1.")
+    if not given.get("guidance_scale", 1.0) < float("inf"):
+        raise UserError(f"--guidance {given['guidance_scale']}: expected a number.")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed {seed}: expected a number from 0 to below 2^63.")
+    if steps < 1:
+        raise UserError(f"--steps {steps}: expected at least 1.")
+    with bars(Console(stderr=True)) as progress, quiet(pipeline):
+        task = progress.add_task("steps", total=steps)
+
+        def step(pipeline: Any, number: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            progress.update(task, completed=number + 1)
+            return {}
+
+        if "callback_on_step_end" in known:
+            given["callback_on_step_end"] = step
+        pictures: list[Image.Image] = pipeline(
+            num_inference_steps=steps, generator=torch.Generator().manual_seed(seed), **given
+        ).images
+    return pictures
+
+
+def keep(pictures: list[Image.Image], files: list[Path], facts: dict[str, Any], json_file: str | None) -> None:
+    """Write pictures, each whole or not at all, and what is known of them."""
+    from PIL import Image
+
+    from lissom.files import atomic_path, write_json
+
+    for picture, file in zip(pictures, files, strict=True):
+        with atomic_path(file) as temporary:
+            picture.save(temporary, format=Image.registered_extensions()[file.suffix.lower()])
+    if json_file:
+        write_json({"files": [str(file) for file in files], **facts}, json_file)
+    if json_file != "-":
+        for file in files:
+            typer.echo(str(file))
