@@ -25,7 +25,7 @@ from lissom.diffusion.demo.sheet import sheet
 from lissom.diffusion.demo.task import KINDS, training_batch
 from lissom.errors import UserError
 from lissom.files import atomic_path, move_into, writing
-from lissom.models.method import check_types
+from lissom.train.config import Schedule
 from lissom.train.folder import CHECKPOINTS, STATE, last_checkpoint, step_of
 from lissom.train.interrupt import interruptible
 from lissom.train.schedule import learning_rate
@@ -37,63 +37,38 @@ _UNFINISHED, _TENSORS = "unfinished", "state.safetensors"
 
 
 @dataclass(frozen=True)
-class DitConfig:
-    """A training run of the editing model with AdamW.
+class DitConfig(Schedule):
+    """A training run of the editing model.
 
     Attributes:
-        steps: of the optimiser.
-        batch_size: requests that a process takes in a step.
-        learning_rate, min_learning_rate: the highest, and the last.
-        warmup_steps: steps in which it rises from 0.
-        schedule: `cosine`, or `wsd`: constant, then falling linearly over the last `decay_share` of the steps.
-        weight_decay: of matrices.
-        max_grad_norm: largest norm of a step's gradient.
         average: share of the average of the weights that a step leaves, at most; it grows from 0 with the steps.
         without_words: share of the prompts that are left empty, which guidance needs.
         precision: of products: `fp32`, `bf16`, or `auto`: the one that this machine multiplies faster. Weights and the
             optimiser are fp32.
-        seed: of batches and noise.
-        eval_steps, save_steps, logging_steps: steps between measurements, checkpoints, and lines of the log.
         sample_steps: steps between sheets of pictures.
 
     Raises:
         UserError: a value is out of range.
     """
 
-    steps: int = 5000
-    batch_size: int = 32
+    steps: int = 4000
+    batch_size: int = 16
     learning_rate: float = 1e-3
-    min_learning_rate: float = 1e-5
-    warmup_steps: int = 100
     schedule: Literal["cosine", "wsd"] = "wsd"
-    decay_share: float = 0.2
     weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
+    save_steps: int = 250
+    logging_steps: int = 25
     average: float = 0.998
     without_words: float = 0.1
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    seed: int = 0
-    eval_steps: int = 500
-    save_steps: int = 250
-    logging_steps: int = 25
     sample_steps: int = 1000
 
     def __post_init__(self) -> None:
-        check_types(self)
-        for name in ("steps", "batch_size", "eval_steps", "save_steps", "logging_steps", "sample_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)}: expected at least 1.")
-        if not 0 <= self.warmup_steps < self.steps:
-            raise UserError(f"warmup_steps={self.warmup_steps}: expected fewer steps than {self.steps}.")
-        if not 0 <= self.min_learning_rate <= self.learning_rate or not 0 < self.learning_rate < float("inf"):
-            raise UserError("Expected learning rates above 0, and the last no higher than the highest.")
+        super().__post_init__()
+        self._from_one("sample_steps")
         for name in ("average", "without_words"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: expected a share from 0 to below 1.")
-        if not 0 < self.decay_share <= 1 or not self.weight_decay >= 0 or not self.max_grad_norm > 0:
-            raise UserError("Expected decay_share above 0, up to 1, weight_decay from 0 and max_grad_norm above 0.")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed={self.seed}: expected a number from 0 to below 2^32.")
 
 
 @dataclass(frozen=True)
@@ -104,10 +79,8 @@ class Form:
     config: DitConfig
 
 
-FULL = Form(Shape(width=224, single=4), DitConfig(steps=4000))
-SMALL = Form(
-    Shape(width=128, single=4), DitConfig(steps=2500, batch_size=16, learning_rate=1.5e-3)
-)  # about 20 minutes on two cores
+FULL = Form(Shape(width=224, single=4), DitConfig())
+SMALL = Form(Shape(width=128, single=4), DitConfig(steps=2500, learning_rate=1.5e-3))  # about 20 minutes on two cores
 SHORT = Form(Shape(), DitConfig(steps=300, learning_rate=5e-4, warmup_steps=50))  # of a model that is trained
 ADAPTER_RATE = 2e-3  # learning rate of adapters in that, which begin at nothing
 

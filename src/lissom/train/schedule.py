@@ -3,29 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol
 
-from lissom.train.config import TrainConfig
-
-
-class Rates(Protocol):
-    """What of a run's settings the learning rate depends on: see `TrainConfig`."""
-
-    @property
-    def steps(self) -> int: ...
-    @property
-    def learning_rate(self) -> float: ...
-    @property
-    def min_learning_rate(self) -> float: ...
-    @property
-    def warmup_steps(self) -> int: ...
-    @property
-    def schedule(self) -> str: ...
-    @property
-    def decay_share(self) -> float: ...
+from lissom.train.config import Schedule, TrainConfig
 
 
-def learning_rate(step: int, config: Rates) -> float:
+def learning_rate(step: int, config: Schedule) -> float:
     """Of a step, counted from 0."""
     highest, least = config.learning_rate, config.min_learning_rate
     if step < config.warmup_steps:

@@ -62,7 +62,7 @@ class Size:
 
 SMALL = Size(
     replace(dit.SMALL, config=replace(dit.SMALL.config, steps=1200)),
-    replace(dit.SHORT.config, steps=400, batch_size=16),
+    replace(dit.SHORT.config, steps=400),
     concepts=60, judge_steps=300, settings=tuple(Setting(count, 4) for count in (1, 2, 4)), rounds=3,
 )  # fmt: skip
 DEFAULT = Size()
