@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pipelines import small_emoji
 from scipy.stats import multivariate_normal
 
@@ -57,6 +58,16 @@ def test_every_arm_draws(run):
     nearest = [blur[study.H_VP, alpha].features for alpha in (1.0, 8.0)]
     guide = blur[study.GUIDE, 0.0].features
     assert np.abs(nearest[0] - guide).mean() < np.abs(nearest[1] - guide).mean()
+
+
+def test_sheet_has_every_guide_and_method(run):
+    with Image.open(run.pictures) as sheet:
+        assert sheet.size[1] == 16 + 96 * 2 * len(guides.GUIDES)
+        pixels = np.asarray(sheet.convert("RGB"))
+    left = sheet.size[0] - 96 * (len(study.STRENGTHS) + 2)
+    ilvr = left + 96 * (1 + list(study.STRENGTHS).index("ILVR"))
+    row = 16 + 96 * 2 * list(guides.GUIDES).index("missing region")
+    assert (pixels[row : row + 96, ilvr : ilvr + 96] == 255).all()  # which it has nothing for
 
 
 def test_what_is_shown(run, monkeypatch):

@@ -1,15 +1,15 @@
-"""Pictures of PIL as tensors, and pipelines that draw without a bar."""
+"""Pictures of PIL as tensors and as sheets, and pipelines that draw without a bar."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from lissom.errors import UserError
 
@@ -33,6 +33,35 @@ def to_pixels(picture: Any) -> torch.Tensor:
 def to_picture(pixels: torch.Tensor) -> Image.Image:
     """Of `[3, height, width]`, -1 to 1."""
     return Image.fromarray(((pixels + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy())
+
+
+def tiled(
+    rows: Sequence[Sequence[Image.Image | None]],
+    columns: Sequence[str] = (),
+    names: Sequence[str] = (),
+    side: int = 64,
+) -> Image.Image:
+    """Rows of pictures on one sheet.
+
+    Args:
+        rows: None leaves a place empty.
+        columns, names: what is written above the columns, and to the left of the rows.
+        side: pixels of a side of a tile, to which pictures are enlarged without smoothing.
+    """
+    font = ImageFont.load_default(11)
+    top, left = 16 * bool(columns), max((int(font.getlength(name)) + 8 for name in names), default=0)
+    sheet = Image.new("RGB", (left + side * max(map(len, rows)), top + side * len(rows)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for number, heading in enumerate(columns):
+        pen.text((left + side * (number + 0.5), top / 2), heading, "black", font, anchor="mm")
+    for number, name in enumerate(names):
+        pen.text((4, top + side * (number + 0.5)), name, "black", font, anchor="lm")
+    for down, row in enumerate(rows):
+        for across, picture in enumerate(row):
+            if picture is not None:
+                tile = picture.resize((side, side), Image.Resampling.NEAREST)
+                sheet.paste(tile, (left + side * across, top + side * down))
+    return sheet
 
 
 @contextmanager

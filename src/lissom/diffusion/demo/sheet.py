@@ -11,9 +11,7 @@ from PIL import Image
 from lissom.diffusion.demo.emoji import Emoji
 from lissom.diffusion.demo.pipeline import PixelEditPipeline
 from lissom.diffusion.demo.task import BY_EXAMPLE, BY_WORD, draw
-from lissom.diffusion.pictures import quiet, to_picture
-
-_SCALE = 2  # times the size of a picture
+from lissom.diffusion.pictures import quiet, tiled, to_picture
 
 
 def sheet(
@@ -34,9 +32,4 @@ def sheet(
                 random = torch.Generator().manual_seed(seed + number)
                 drawn = pipeline(references, prompt, num_inference_steps=steps, generator=random).images[0]
                 rows[number] += [*references, drawn, to_picture(batch.target[number])]
-    size = emoji.size * _SCALE
-    whole = Image.new("RGB", (size * len(rows[0]), size * len(rows)), "white")
-    for top, row in enumerate(rows):
-        for left, one in enumerate(row):
-            whole.paste(one.resize((size, size), Image.Resampling.NEAREST), (left * size, top * size))
-    return whole
+    return tiled(rows)

@@ -72,14 +72,13 @@ class _Kept:
     """What one whole pass left.
 
     Attributes:
-        text, references: that it was made with.
+        request: what it was made with: the arguments but for the time and what is drawn, and the references.
         pairs: keys and values of the references in each attention, `[batch, heads, tokens, head_dim]`.
         time: of the last pass with them.
         age: passes that have used them.
     """
 
-    text: torch.Tensor
-    references: torch.Tensor
+    request: dict[str, Any]
     time: float
     pairs: Pairs = field(default_factory=list)
     age: int = 0
@@ -100,19 +99,18 @@ class ApproximateHook(ModelHook):
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """A whole pass, or one without references."""
         forward, given = self.fn_ref.original_forward, arguments_of(module, args, kwargs)
-        hidden, text, drawn = given["hidden_states"], given["encoder_hidden_states"], self.family.drawn(given)
+        hidden, drawn = given["hidden_states"], self.family.drawn(given)
         count = hidden.shape[1] - drawn
         if count <= 0:
             return forward(**given)
-        references = hidden[:, drawn:]
-        tokens = text.shape[1] + hidden.shape[1]
+        request = {name: value for name, value in given.items() if name != "timestep"}
+        request["hidden_states"] = hidden[:, drawn:]
+        tokens = given["encoder_hidden_states"].shape[1] + hidden.shape[1]
         time = float(given["timestep"].flatten()[0])
-        known = next(
-            (own for own in self.kept if torch.equal(own.text, text) and torch.equal(own.references, references)), None
-        )
+        known = next((own for own in self.kept if _same(own.request, request)), None)
         begins = known is not None and time > known.time  # time rises where another request does
         if known is None or begins or (self.refresh_every is not None and known.age + 1 >= self.refresh_every):
-            kept = _Kept(text, references, time)
+            kept = _Kept(request, time)
             with _Attentions(tokens, lambda number, key, value: _take(kept.pairs, key, value, count)):
                 output = forward(**given)
             if not kept.pairs:
@@ -164,6 +162,14 @@ class _Attentions(TorchFunctionMode):
         if rest:
             return function(*(given.pop(name) for name in names), *rest, **given)
         return function(**given)
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[name], other[name]) for name in one)
+    return type(one) is type(other) and bool(one == other)
 
 
 def _take(pairs: Pairs, key: torch.Tensor, value: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -180,12 +180,20 @@ class WarmHook(ModelHook):
         super().__init__()
         self.references, self.guidance, self.slots = references, guidance, slots
         self.cache: tuple[int, Flux2KVCache] | None = None
+        self.dtype: torch.dtype | None = None
+
+    def initialize_hook(self, module: torch.nn.Module) -> torch.nn.Module:
+        """See diffusers' `ModelHook`."""
+        self.dtype = module.proj_out.weight.dtype
+        return module
 
     def new_forward(self, module: Flux2Transformer2DModel, *args: Any, **kwargs: Any) -> Any:
         """A pass with them."""
         given = arguments_of(module, args, kwargs)
         if bool((given["img_ids"][..., POSITION_OF_REFERENCES] != 0).any()) or given.get("kv_cache") is not None:
             raise UserError("References have been read before this request: give it no pictures.")
+        if module.proj_out.weight.dtype != self.dtype:
+            raise UserError(f"The references were read in {self.dtype}: read them anew with the model as it is now.")
         guiding = embedded(given.get("guidance"))
         if guiding != self.guidance:
             raise UserError(f"The references were read with a guidance of {self.guidance}: the request has {guiding}.")

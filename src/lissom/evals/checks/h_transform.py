@@ -7,7 +7,7 @@ to the picture that there was, and quality, how near what it draws lies to real 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from lissom.devices.machine import fast_bf16
 from lissom.diffusion.demo import Emoji, load_emoji
@@ -24,7 +25,7 @@ from lissom.diffusion.demo.task import scaled
 from lissom.diffusion.h_transform import HTransform
 from lissom.diffusion.klein_kv.hooks import fingerprint
 from lissom.diffusion.load import load_pipeline
-from lissom.diffusion.pictures import quiet, to_picture
+from lissom.diffusion.pictures import quiet, tiled, to_picture
 from lissom.errors import UserError
 from lissom.evals.editing import psnr, trained
 from lissom.evals.frontier import KernelDistance, area
@@ -33,6 +34,7 @@ from lissom.evals.guides import GUIDES, Guide, Request, requests
 from lissom.evals.journal import Journal, digest
 from lissom.evals.judge import Judge, kept_judge
 from lissom.evals.stats import Interval
+from lissom.files import atomic_path
 from lissom.train import dit
 from lissom.train.dit import DitConfig, Form
 
@@ -41,6 +43,7 @@ H_VP, H_FLOW, SDEDIT, IMG2IMG = "h, vp", "h, flow", "SDEdit", "img2img"
 GUIDE, FREE = "the guide itself", "without a guide"
 DETERMINISTIC, STOCHASTIC = "deterministic", "stochastic"
 _DRAWS = 100
+_SHOWN = 2  # pictures of each kind of guide on the sheet
 _ROWS = 50  # pictures that are drawn at a time
 
 
@@ -160,11 +163,13 @@ class Run:
     Attributes:
         arms: by kind of guide, sampler and arm.
         real: what the judge sees of held-out pictures that were not to be drawn, by kind of guide.
+        pictures: file with some of what was drawn.
     """
 
     size: Size
     arms: dict[tuple[str, str], dict[Arm, Drawn]]
     real: dict[str, np.ndarray]
+    pictures: Path
 
     @cached_property
     def points(self) -> dict[tuple[str, str], dict[Arm, np.ndarray]]:
@@ -237,7 +242,30 @@ def run(model: str | None, size: Size, journal: Path, progress: Callable[[str, i
         record = {key: np.asarray(known[identity][key]) for key in ("psnr", "distance", "features")}
         found.setdefault((name, sampler), {})[arm] = Drawn(**record)
         progress(STAGES[2], number + 1, len(todo))
-    return Run(size, found, {name: _others(emoji, judge, request) for name, request in wanted.items()})
+    pictures = place / f"pictures-{digest(size.kinds, size.steps)}.png"
+    if not pictures.is_file():
+        with atomic_path(pictures) as temporary:
+            _sheet(pipeline, wanted, size.steps[0]).save(temporary, format="png")
+    return Run(size, found, {name: _others(emoji, judge, request) for name, request in wanted.items()}, pictures)
+
+
+def _sheet(pipeline: PixelEditPipeline, wanted: Mapping[str, Request], steps: int) -> Image.Image:
+    """For each kind of guide what every method draws at its middle strength, and the picture that there was."""
+    rows, names = [], []
+    for name, request in wanted.items():
+        some = request.part(slice(_SHOWN))
+        allowed = {method for method, _ in arms_of(request.how, DETERMINISTIC)}
+        columns = [some.guide] + [
+            drawn(pipeline, some, (method, strengths[1]), DETERMINISTIC, steps, 0) if method in allowed else None
+            for method, strengths in STRENGTHS.items()
+        ]
+        columns.append(some.target)
+        rows += [
+            [None if own is None else to_picture(own[row].clamp(-1, 1)) for own in columns] for row in range(_SHOWN)
+        ]
+        names += [name] * _SHOWN
+    headings = [f"{method} {strengths[1]:g}" for method, strengths in STRENGTHS.items()]
+    return tiled(rows, ["guide", *headings, "picture"], names, side=96)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ compared with what there was to draw.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -15,24 +15,28 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
-from lissom.diffusion.demo import load_emoji
+from lissom.diffusion.demo import Emoji, draw, load_emoji
 from lissom.diffusion.demo.model import EditModel, Shape
 from lissom.diffusion.demo.pipeline import PixelEditPipeline
 from lissom.diffusion.klein_kv import KleinKV
 from lissom.diffusion.klein_kv.hooks import fingerprint
 from lissom.diffusion.load import load_pipeline
+from lissom.diffusion.pictures import tiled, to_picture
 from lissom.errors import UserError
 from lissom.evals.editing import KINDS, cacheable, edits, scores, trained
 from lissom.evals.journal import Journal, digest, scope_of
 from lissom.evals.judge import kept_judge
 from lissom.evals.reference_speed import FULL, MASKED, Setting, inputs_of, sampled, speeds
 from lissom.evals.stats import Interval, paired_bootstrap, ratio_interval
+from lissom.files import atomic_path
 from lissom.train import dit
 from lissom.train.dit import DitConfig, Form, held_out_losses
 
 STAGES = ("training", "short training", "adapters", "judge", "editing", "speed")
 PLAIN, FORCED, MADE, INT8, LORA = "as trained", "cache forced", "made cacheable", "made cacheable, int8", "by adapters"
+_SHOWN = 4  # concepts of each kind of edit on the sheet of pictures
 EDITING = (PLAIN, FORCED, MADE, INT8, LORA)
 
 
@@ -82,6 +86,7 @@ class Run:
         differences: see `differences`.
         seconds: of drawing a picture, by setting and arm.
         held: bytes of two references, by how they are stored.
+        pictures: file with some of what was drawn.
     """
 
     size: Size
@@ -90,6 +95,7 @@ class Run:
     differences: dict[int, float]
     seconds: dict[Setting, dict[str, list[float]]]
     held: dict[str, int]
+    pictures: Path
 
     def score(self, kind: str, arm: str, name: str) -> Interval:
         """Mean of a score."""
@@ -149,7 +155,28 @@ def run(model: str | None, size: Size, journal: Path, progress: Callable[[str, i
         seconds = speeds(size.settings, size.rounds, progress=partial(progress, STAGES[5]))
         known.add(identity, {str(setting): taken for setting, taken in seconds.items()})
     seconds = {setting: known[identity][str(setting)] for setting in size.settings}
-    return Run(size, losses, found, differences(made), seconds, held)
+    pictures = place / "pictures.png"
+    if not pictures.is_file():
+        with atomic_path(pictures) as temporary:
+            _sheet(arms, emoji, concepts[:_SHOWN], size.steps).save(temporary, format="png")
+    return Run(size, losses, found, differences(made), seconds, held, pictures)
+
+
+def _sheet(
+    arms: Mapping[str, tuple[PixelEditPipeline, KleinKV | None]], emoji: Emoji, concepts: Sequence[int], steps: int
+) -> Image.Image:
+    """References, what each arm draws, and what there was to draw."""
+    rows, names = [], []
+    for name, kind in KINDS.items():
+        batch = draw(emoji, kind, concepts, np.random.default_rng(0))
+        columns = [*batch.references.unbind(1), *[None] * (2 - kind.references)]
+        for pipeline, method in arms.values():
+            with nullcontext() if method is None else method(pipeline):
+                columns.append(edits(pipeline, emoji, kind, concepts, steps))
+        columns.append(batch.target)
+        rows += [[None if own is None else to_picture(own[row]) for own in columns] for row in range(len(concepts))]
+        names += [f"{name}: {batch.edits[row]}" if batch.edits[row] else name for row in range(len(concepts))]
+    return tiled(rows, ["reference", "of a style", *arms, "wanted"], names, side=96)
 
 
 def _within(progress: Callable[[int, int], None], part: int, parts: int, done: int, total: int) -> None:

@@ -68,6 +68,7 @@ def tables(run: study.Run) -> Iterator[Table]:
             fidelity, quality = run.points[kind, sampler][arm][0]
             strength = f"{arm[1]:g}" if arm[0] in study.STRENGTHS else ""
             table.add_row(arm[0], strength, f"{fidelity:.2f}", f"{own.distance.mean():.3f}", f"{quality:.4f}")
+        table.caption = f"Some of the pictures: {run.pictures}"
         yield table
 
 

@@ -116,6 +116,7 @@ def tables(run: study.Run) -> Iterator[Table]:
         for arm in study.EDITING:
             gap = "" if arm == study.PLAIN else signed(run.gained(kind, arm, "psnr"))
             table.add_row(arm, *(f"{run.score(kind, arm, name).estimate:.3f}" for name in METRICS), gap)
+        table.caption = f"Some of the pictures: {run.pictures}"
         yield table
     yield speed_table(run.seconds)
 
