@@ -193,6 +193,10 @@ def test_warm_references_of_other_models_and_damaged_files_are_refused(tmp_path)
         KleinKV().prefill(pipe, [])
     with pytest.raises(UserError, match="no reference to read"):
         KleinKV().prefill(pipe, None)
+    with pytest.raises(UserError, match=r"read in torch\.float32: read them anew"), warm(pipe):
+        pipe.to(torch.bfloat16)
+        steps_of(pipe, None)
+    pipe.to(torch.float32)
     warm.save(file)
     whole = file.read_bytes()
     for damaged, words in (

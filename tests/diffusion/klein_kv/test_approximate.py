@@ -85,6 +85,16 @@ def test_it_is_exact_while_nothing_changes_and_close_when_little_does(make):
         assert torch.equal(one, other)
 
 
+def test_what_was_made_for_another_request_is_not_used():
+    transformer, given = flux()
+    other = given | {"pooled_projections": torch.ones(1, 32)}
+    wanted = velocities(transformer, other, 1)
+    with KleinKV(mode="approximate")(Pipeline(transformer)) as report:
+        velocities(transformer, given, 1)
+        found = velocities(transformer, other, 1)
+    assert report.reference_passes == 2 and torch.equal(found[0], wanted[0])
+
+
 def test_what_it_is_not_for():
     with pytest.raises(UserError, match="has no FluxTransformer2DModel"), KleinKV(mode="approximate")(editing()):
         pass

@@ -1,0 +1,67 @@
+"""What it costs to refine a guide: times of drawing with each method, over those of drawing without a guide.
+
+Weights are random, which does not change how long they take.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from functools import partial
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from lissom.diffusion.demo.model import new_pipeline
+from lissom.evals.checks.h_transform import DETERMINISTIC, FREE, STRENGTHS, arms_of, drawn
+from lissom.evals.guides import requests
+from lissom.evals.reference_speed import random_emoji
+from lissom.evals.stats import ratio_interval
+from lissom.evals.training_steps import rounds_of
+from lissom.report.rows import Result, Row
+from lissom.train.dit import FULL, SMALL
+
+GUIDES = ("low resolution", "missing region")
+PICTURES, STEPS = 8, 6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="the small model, two rounds")
+    parser.add_argument("--json", metavar="FILE", help="write the result ('-': standard output)")
+    given = parser.parse_args()
+    form, rounds = (SMALL, 2) if given.quick else (FULL, 7)
+    emoji = random_emoji(form.shape.size)
+    pipeline = new_pipeline(replace(form.shape, references="joint"), emoji)
+    rows, table = [], Table("", *GUIDES, box=SIMPLE, title="Time over that of drawing without a guide [95 %]")
+    cells: dict[str, list[str]] = {method: [] for method in STRENGTHS if method != "img2img"}
+    with Progress(console=Console(stderr=True)) as progress:
+        for guide, request in requests(emoji, GUIDES, PICTURES):
+            arms = {method: (method, STRENGTHS[method][1]) for method, _ in arms_of(request.how, DETERMINISTIC)
+                    if method in cells} | {FREE: (FREE, 0.0)}  # fmt: skip
+            works = {
+                name: partial(drawn, pipeline, request, arm, DETERMINISTIC, STEPS, 0) for name, arm in arms.items()
+            }
+            task = progress.add_task(guide, total=rounds)
+            seconds = rounds_of(
+                works, rounds, lambda done, total, task=task: progress.update(task, completed=done, total=total)
+            )
+            for method in cells:
+                if method not in seconds:
+                    cells[method].append("")
+                    continue
+                found = ratio_interval(seconds[method], seconds[FREE])
+                rows.append(Row(f"{guide}/{method}", found.estimate, "x", None, None, found.low, found.high, rounds))
+                cells[method].append(f"{found.estimate:.2f} [{found.low:.2f}, {found.high:.2f}]")
+    if given.json:
+        Result("h-transform-cost", rows, []).write(given.json)
+    if given.json != "-":
+        for method, own in cells.items():
+            table.add_row(method, *own)
+        Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
