@@ -576,6 +576,101 @@ def noble_cost(device: str) -> str:
     return f"{verdicts(facts)}\n\n{table}\n\nOf the step, against no branches: {'; '.join(words)}. {stamp(facts)}"
 
 
+def klein_kv() -> str:
+    """Edits of concepts that the model has not seen, by every way to draw them."""
+    facts, rows = load("klein-kv")
+    metrics = ("psnr", "ssim", "recognised", "style")
+    parts = []
+    for kind in dict.fromkeys(name.split("/")[0] for name in rows if name.startswith("edit ")):
+        lines = []
+        for arm in dict.fromkeys(name.split("/")[1] for name in rows if name.startswith(f"{kind}/")):
+            own = {metric: rows[f"{kind}/{arm}/{metric}"] for metric in metrics}
+            gap = rows[f"{kind}/{arm}/psnr gained"]
+            lines.append(
+                [
+                    arm,
+                    number(own["psnr"], 2),
+                    ""
+                    if gap["low"] == gap["high"] == 0
+                    else f"{gap['value']:+.2f} [{gap['low']:+.2f}, {gap['high']:+.2f}]",
+                    number(own["ssim"], 2),
+                    f"{own['recognised']['value']:.0%}",
+                    f"{own['style']['value']:.0%}",
+                ]
+            )
+        headings = [kind, "PSNR", "gained [95 %]", "SSIM", "recognised", "of the style"]
+        parts.append(markdown(headings, lines))
+    words = f"{facts['concepts']} held-out concepts, {facts['sampler']} steps; {facts['steps']} steps of training, and "
+    return "\n\n".join([verdicts(facts), *parts, f"{words}{facts['short']} with the mask. {stamp(facts)}"])
+
+
+def klein_kv_speed() -> str:
+    """Times faster than with references in every step, beside the bounds."""
+    facts, rows = load("klein-kv-speed")
+    arms = ("in every step, masked", "diffusers", "cached", "warm")
+    lines = []
+    for setting in dict.fromkeys(name.split("/")[1] for name in rows):
+        line = [setting, f"{rows[f'time/{setting}/in every step']['value']:.0f} ms"]
+        for arm in arms:
+            row, bound = rows[f"time/{setting}/{arm}"], rows.get(f"bound/{setting}/{arm}")
+            own = f"{row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+            line.append(own if bound is None else f"{own} of {bound['value']:.2f}")
+        lines.append(line)
+    headings = ["", "in every step", *(f"{arm}: times faster" for arm in arms)]
+    return "\n\n".join([verdicts(facts), markdown(headings, lines), stamp(facts)])
+
+
+def h_transform() -> str:
+    """How much more every method's frontier dominates than SDEdit's."""
+    facts, rows = load("h-transform")
+    ending = "frontier against SDEdit's"
+    names = [name.split("/")[:3] for name in rows if name.endswith(ending)]
+    methods = list(dict.fromkeys(method for *_, method in names))
+    lines = []
+    for kind, sampler in dict.fromkeys((kind, sampler) for kind, sampler, _ in names):
+        line = [kind if sampler == "deterministic" else f"{kind}, {sampler}"]
+        for method in methods:
+            row = rows.get(f"{kind}/{sampler}/{method}/{ending}")
+            line.append("" if row is None else f"{row['value']:+.0%} [{row['low']:+.0%}, {row['high']:+.0%}]")
+        lines.append(line)
+    few, many = facts["sampler"]
+    words = f"{facts['pictures']} pictures of each kind, {few} deterministic or {many} stochastic steps."
+    return f"{markdown(['guide', *methods], lines)}\n\n{words} {stamp(facts)}"
+
+
+def h_transform_arms() -> str:
+    """Fidelity and quality of every method at every strength."""
+    _, rows = load("h-transform")
+    parts = []
+    places = [name.rsplit("/", 1)[0].split("/", 2) for name in rows if name.endswith("/kernel distance")]
+    for kind, sampler in dict.fromkeys((kind, sampler) for kind, sampler, _ in places):
+        lines = []
+        for arm in [arm for *place, arm in places if place == [kind, sampler]]:
+            own = {what: rows[f"{kind}/{sampler}/{arm}/{what}"] for what in ("PSNR", "feature distance")}
+            quality = rows[f"{kind}/{sampler}/{arm}/kernel distance"]
+            fidelity = f"{own['PSNR']['value']:.2f} [{own['PSNR']['low']:.2f}, {own['PSNR']['high']:.2f}]"
+            lines.append([arm, fidelity, number(own["feature distance"]), number(quality, 4)])
+        headings = [f"{kind}, {sampler}", "PSNR [95 %]", "feature distance", "kernel distance"]
+        parts.append(markdown(headings, lines))
+    return "\n\n".join(parts)
+
+
+def h_transform_cost() -> str:
+    """Time of every method over that of drawing without a guide."""
+    facts, rows = load("h-transform-cost")
+    guides = list(dict.fromkeys(name.split("/")[0] for name in rows))
+    lines = []
+    for method in dict.fromkeys(name.split("/")[1] for name in rows):
+        found = [rows.get(f"{guide}/{method}") for guide in guides]
+        lines.append(
+            [
+                method,
+                *("" if row is None else f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]" for row in found),
+            ]
+        )
+    return f"{markdown(['times as long as without a guide', *guides], lines)}\n\n{stamp(facts)}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "attention-matching": attention_matching,
     "attention-matching-options": attention_matching_options,
@@ -587,6 +682,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "flash-prefill-times": flash_prefill_times,
     "flash-prefill-synthetic": flash_prefill_synthetic,
     "flash-prefill-gpu": flash_prefill_gpu,
+    "h-transform": h_transform,
+    "h-transform-arms": h_transform_arms,
+    "h-transform-cost": h_transform_cost,
+    "klein-kv": klein_kv,
+    "klein-kv-speed": klein_kv_speed,
     "kv-budget": kv_budget,
     "native-decode": native_decode,
     "native-decode-first": native_decode_first,
