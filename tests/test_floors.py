@@ -10,6 +10,7 @@ import lissom
 FLOORS = (
     ("errors",),
     ("files",),
+    ("sealed",),
     ("kernels",),
     ("devices",),  # measures the machine as the kernels use it
     ("plugin",),

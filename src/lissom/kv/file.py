@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from lissom.errors import UserError
-from lissom.files import atomic_path
 from lissom.kv.cache import CompactCache, CompactLayer, WindowLayer
 from lissom.kv.storage import Block, RaggedStore
 from lissom.models import fingerprint
+from lissom.sealed import Sealed
 
-FORMAT = "lissom-compact-cache"
-VERSION = 2
+_FILE = Sealed("lissom-compact-cache", 2, "cache file", "Compact the document again.")
 
 
 def save(
@@ -59,11 +54,8 @@ def save(
             layers[str(index)] = {"sliding": layer.cumulative_length}
     if tokens is not None:
         tensors["tokens"] = tokens.cpu().contiguous()
-    header = {"version": VERSION, "model": fingerprint(model), "layers": layers, "settings": settings or {}}
-    text = json.dumps(header)
-    metadata = {"format": FORMAT, "lissom": text, "sha256": _digest(text, tensors)}
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+    header = {"model": fingerprint(model), "layers": layers, "settings": settings or {}}
+    _FILE.save(path, header, tensors)
 
 
 def load(path: str | Path, model: PreTrainedModel) -> tuple[CompactCache, torch.Tensor | None, dict[str, Any]]:
@@ -75,7 +67,7 @@ def load(path: str | Path, model: PreTrainedModel) -> tuple[CompactCache, torch.
     Raises:
         UserError: the file is missing, damaged, no compacted cache, or belongs to another model.
     """
-    header, tensors = _read(Path(path))
+    header, tensors = _FILE.load(path)
     own = fingerprint(model)
     if header.get("model") != own:
         raise UserError(
@@ -97,34 +89,6 @@ def load(path: str | Path, model: PreTrainedModel) -> tuple[CompactCache, torch.
     except (KeyError, RuntimeError, ValueError, IndexError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"{path} is damaged: {error}. Compact the document again.") from error
     return cache, tensors.get("tokens"), header.get("settings", {})
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    if not path.is_file():
-        raise UserError(f"There is no cache file {path}.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise UserError(f"{path} is a safetensors file, but no compacted cache of lissom.")
-            header = json.loads(metadata["lissom"])
-            if header["version"] != VERSION:
-                raise UserError(f"{path} has format version {header['version']}; this lissom reads {VERSION}.")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if metadata["sha256"] != _digest(metadata["lissom"], tensors):
-                raise UserError(f"{path} is damaged: it is not what was written. Compact the document again.")
-            return header, tensors
-    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"{path} is no readable cache file ({error}). Compact the document again.") from error
-
-
-def _digest(header: str, tensors: dict[str, torch.Tensor]) -> str:
-    """sha256 of everything that a file holds."""
-    digest = hashlib.sha256(header.encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _restore(

@@ -200,12 +200,14 @@ def test_warm_references_of_other_models_and_damaged_files_are_refused(tmp_path)
     warm.save(file)
     whole = file.read_bytes()
     for damaged, words in (
-        (whole[:-1] + bytes([whole[-1] ^ 1]), "damaged"), (whole[:100], "cannot be read"), (b"", "cannot be read"),
-    ):  # fmt: skip
+        (whole[:-1] + bytes([whole[-1] ^ 1]), "is damaged"),
+        (whole[:100], "no readable file of references"),
+        (b"", "no readable file of references"),
+    ):
         file.write_bytes(damaged)
         with pytest.raises(UserError, match=words):
             WarmReferences.load(file)
-    with pytest.raises(UserError, match="no file"):
+    with pytest.raises(UserError, match="no file of references"):
         WarmReferences.load(tmp_path / "none")
 
 

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, Flux2Transformer2DModel
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from lissom.diffusion.klein_kv.hooks import WarmHook, fingerprint, hooked
 from lissom.diffusion.klein_kv.store import Entry, Packed
 from lissom.diffusion.references import reference_numbers
 from lissom.errors import UserError
-from lissom.files import atomic_path
+from lissom.sealed import Sealed
 
-_FORMAT, _VERSION = "lissom-warm-references", 1
+_FILE = Sealed("lissom-warm-references", 1, "file of references", "Read the references again.")
 
 
 @dataclass(frozen=True)
@@ -85,16 +80,14 @@ class WarmReferences:
         for part, entry in enumerate(self.parts):
             for side, blocks in (("key", entry.keys), ("value", entry.values)):
                 for index, packed in enumerate(blocks):
-                    tensors[f"{part}.{index}.{side}"] = packed.values.contiguous()
+                    tensors[f"{part}.{index}.{side}"] = packed.values
                     if packed.scales is not None:
-                        tensors[f"{part}.{index}.{side}.scale"] = packed.scales.contiguous()
+                        tensors[f"{part}.{index}.{side}.scale"] = packed.scales
             dtypes.append(str(entry.keys[0].dtype).removeprefix("torch."))
-        facts: dict[str, Any] = {
-            "version": _VERSION, "model": self.model, "trained": self.trained, "guidance": self.guidance,
-            "dtypes": dtypes, "blocks": len(self.parts[0].keys), "sha256": _digest(tensors),
-        }  # fmt: skip
-        with atomic_path(file) as temporary:
-            save_file(tensors, temporary, metadata={"format": _FORMAT, "facts": json.dumps(facts)})
+        _FILE.save(file, {
+            "model": self.model, "trained": self.trained, "guidance": self.guidance, "dtypes": dtypes,
+            "blocks": len(self.parts[0].keys),
+        }, tensors)  # fmt: skip
 
     @classmethod
     def load(cls, file: str | Path) -> WarmReferences:
@@ -103,28 +96,15 @@ class WarmReferences:
         Raises:
             UserError: there is no such file, it is damaged, or it is another one.
         """
-        if not Path(file).is_file():
-            raise UserError(f"There is no file {file}.")
+        header, tensors = _FILE.load(file)
         try:
-            with safe_open(file, framework="pt") as opened:
-                metadata = opened.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise UserError(f"{file} is a safetensors file, but not one of references.")
-                facts = json.loads(metadata["facts"])
-                if facts["version"] != _VERSION:
-                    raise UserError(f"{file} has version {facts['version']}; this lissom reads {_VERSION}.")
-                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            if facts["sha256"] != _digest(tensors):
-                raise UserError(f"{file} is damaged: it is not what was written. Read the references again.")
             parts = tuple(
-                Entry(*(_blocks(tensors, part, facts["blocks"], side, dtype) for side in ("key", "value")))
-                for part, dtype in enumerate(facts["dtypes"])
+                Entry(*(_blocks(tensors, part, header["blocks"], side, dtype) for side in ("key", "value")))
+                for part, dtype in enumerate(header["dtypes"])
             )
-            return cls(facts["model"], facts["trained"], parts, facts["guidance"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"{file} cannot be read ({type(error).__name__}). Read the references again.") from error
+            return cls(header["model"], header["trained"], parts, header["guidance"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{file} is damaged: {error}. Read the references again.") from error
 
 
 def transformer_of(pipeline: DiffusionPipeline) -> Flux2Transformer2DModel:
@@ -145,10 +125,3 @@ def transformer_of(pipeline: DiffusionPipeline) -> Flux2Transformer2DModel:
 def _blocks(tensors: dict[str, torch.Tensor], part: int, blocks: int, side: str, dtype: str) -> tuple[Packed, ...]:
     names = [f"{part}.{index}.{side}" for index in range(blocks)]
     return tuple(Packed(tensors[name], tensors.get(f"{name}.scale"), getattr(torch, dtype)) for name in names)
-
-
-def _digest(tensors: dict[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode() + tensors[name].cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
