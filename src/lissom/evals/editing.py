@@ -17,6 +17,7 @@ from lissom.diffusion.demo.pipeline import PixelEditPipeline
 from lissom.diffusion.demo.task import edited, scaled
 from lissom.diffusion.load import load_pipeline
 from lissom.diffusion.pictures import quiet, to_picture, to_pixels
+from lissom.errors import UserError
 from lissom.evals.judge import Judge
 from lissom.train.dit import DitConfig, Form, make_cacheable, train_dit
 
@@ -30,7 +31,7 @@ def trained(folder: Path, form: Form, references: str, emoji: Emoji, progress: P
     if not (folder / "model_index.json").is_file():
         pipeline = new_pipeline(replace(form.shape, references=references), emoji, form.config.seed)
         train_dit(pipeline, form.config, emoji, folder, progress)
-    return _loaded(folder)
+    return loaded(folder)
 
 
 def cacheable(
@@ -38,14 +39,21 @@ def cacheable(
 ) -> PixelEditPipeline:
     """The model in `base` after a short training in `folder`, behind which its references see each other alone."""
     if not (folder / "model_index.json").is_file():
-        pipeline = _loaded(base)
+        pipeline = loaded(base)
         make_cacheable(pipeline, "set", rank)
         train_dit(pipeline, config, emoji, folder, progress)
-    return _loaded(folder)
+    return loaded(folder)
 
 
-def _loaded(folder: Path) -> PixelEditPipeline:
-    pipeline: PixelEditPipeline = load_pipeline(str(folder))
+def loaded(model: str | Path) -> PixelEditPipeline:
+    """The editing model in a folder.
+
+    Raises:
+        UserError: it is another one.
+    """
+    pipeline = load_pipeline(str(model))
+    if not isinstance(pipeline, PixelEditPipeline):
+        raise UserError(f"{model} is a {type(pipeline).__name__}: expected a model of `lissom train-dit`, or none.")
     return pipeline
 
 

@@ -60,7 +60,8 @@ def to_sample(pipeline: DiffusionPipeline, guide: Guide, sample: torch.Tensor) -
     """A guide like `sample`, in fp32.
 
     Args:
-        guide: a picture for all rows, one for each, or what they would be as a sample.
+        guide: a picture for all rows, one for each, or what they would be as a sample. Of tokens only the number is
+            known: a picture of another shape with as many of them is not noticed.
 
     Raises:
         UserError: its size or number is another, or it has entries that are not finite.

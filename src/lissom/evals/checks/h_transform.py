@@ -24,10 +24,8 @@ from lissom.diffusion.demo.pipeline import PixelEditPipeline, to_tokens
 from lissom.diffusion.demo.task import scaled
 from lissom.diffusion.h_transform import HTransform
 from lissom.diffusion.klein_kv.hooks import fingerprint
-from lissom.diffusion.load import load_pipeline
 from lissom.diffusion.pictures import quiet, tiled, to_picture
-from lissom.errors import UserError
-from lissom.evals.editing import psnr, trained
+from lissom.evals.editing import loaded, psnr, trained
 from lissom.evals.frontier import KernelDistance, area
 from lissom.evals.guided_sampling import DPS, ILVR, FlowDPS, Replacement, started
 from lissom.evals.guides import GUIDES, Guide, Request, requests
@@ -215,9 +213,7 @@ def run(model: str | None, size: Size, journal: Path, progress: Callable[[str, i
         model: a trained `PixelEditPipeline` in the place of one that is trained here.
     """
     known = Journal(journal)
-    pipeline = None if model is None else load_pipeline(model)
-    if pipeline is not None and not isinstance(pipeline, PixelEditPipeline):
-        raise UserError(f"{model}: expected a model of `lissom train-dit`, or none.")
+    pipeline = None if model is None else loaded(model)
     emoji = load_emoji(size.form.shape.size if pipeline is None else pipeline.config.size)
     source = size.form if pipeline is None else fingerprint(pipeline.transformer)
     place = journal.with_suffix("") / digest(source, size.judge_steps)

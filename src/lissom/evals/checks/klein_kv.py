@@ -22,10 +22,9 @@ from lissom.diffusion.demo.model import EditModel, Shape
 from lissom.diffusion.demo.pipeline import PixelEditPipeline
 from lissom.diffusion.klein_kv import KleinKV
 from lissom.diffusion.klein_kv.hooks import fingerprint
-from lissom.diffusion.load import load_pipeline
 from lissom.diffusion.pictures import tiled, to_picture
 from lissom.errors import UserError
-from lissom.evals.editing import KINDS, cacheable, edits, scores, trained
+from lissom.evals.editing import KINDS, cacheable, edits, loaded, scores, trained
 from lissom.evals.journal import Journal, digest, scope_of
 from lissom.evals.judge import kept_judge
 from lissom.evals.reference_speed import FULL, MASKED, Setting, inputs_of, sampled, speeds
@@ -117,7 +116,7 @@ def run(model: str | None, size: Size, journal: Path, progress: Callable[[str, i
         model: a trained `PixelEditPipeline` of `references="joint"`, in the place of one that is trained here.
     """
     known, here = Journal(journal), journal.with_suffix("")
-    given = None if model is None else _of(model)
+    given = None if model is None else _ordinary(model)
     emoji = load_emoji(size.form.shape.size if given is None else given.config.size)
     source = size.form if given is None else fingerprint(given.transformer)
     place = here / digest(source, size.short, size.rank, size.judge_steps)
@@ -129,7 +128,7 @@ def run(model: str | None, size: Size, journal: Path, progress: Callable[[str, i
     lora = cacheable(place / "lora", base, adapters, emoji, partial(progress, STAGES[2]), size.rank)
     judge = kept_judge(emoji, place / "judge.safetensors", size.judge_steps, partial(progress, STAGES[3]))
     concepts = emoji.concepts(held_out=True).tolist()[: size.concepts]
-    plain = _of(str(base))
+    plain = _ordinary(base)
     arms: dict[str, tuple[PixelEditPipeline, KleinKV | None]] = {
         PLAIN: (plain, None), FORCED: (plain, KleinKV(force=True)), MADE: (made, KleinKV()),
         INT8: (made, KleinKV(storage="int8")), LORA: (lora, KleinKV()),
@@ -197,8 +196,8 @@ def differences(pipeline: PixelEditPipeline) -> dict[int, float]:
     return found
 
 
-def _of(model: str) -> PixelEditPipeline:
-    pipeline = load_pipeline(model)
-    if not isinstance(pipeline, PixelEditPipeline) or pipeline.config.references != "joint":
+def _ordinary(model: str | Path) -> PixelEditPipeline:
+    pipeline = loaded(model)
+    if pipeline.config.references != "joint":
         raise UserError(f"{model}: expected a model of `lissom train-dit --references joint`, or none.")
     return pipeline
