@@ -114,9 +114,14 @@ def writing(target: str | Path) -> Iterator[None]:
 
 
 def move_into(target: Path, source: Path, last: str) -> None:
-    """Move the files of the folder `source` to `target`, flushed to the disk; the one called `last` at the end."""
+    """Move what is in the folder `source` to `target`, flushed to the disk; the file called `last` at the end.
+
+    What is there already is replaced.
+    """
     _finish(source)
     for file in sorted(source.iterdir(), key=lambda file: file.name == last):
+        if (target / file.name).is_dir():
+            shutil.rmtree(target / file.name)
         file.replace(target / file.name)
     source.rmdir()
     _sync_entry(target)

@@ -60,7 +60,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(references, emoji, tmp_
     assert {"held_out_0", "held_out_1", "held_out_2", "held_out_4"} <= history[-1].keys()
     assert len(list((tmp_path / "whole" / "checkpoints").iterdir())) == 2
     picture = Image.open(tmp_path / "whole" / "samples" / "step-6.png")
-    assert picture.size == (7 * 32, 6 * 32)
+    assert picture.size == (7 * 64, 6 * 64)
 
 
 def test_ctrl_c_is_behind_a_step_and_the_run_goes_on_from_there(emoji, tmp_path):
@@ -82,6 +82,7 @@ def test_ctrl_c_is_behind_a_step_and_the_run_goes_on_from_there(emoji, tmp_path)
 def test_what_is_trained_is_loaded_as_any_pipeline(emoji, tmp_path):
     pipeline = new_pipeline(SHAPE, emoji)
     train_dit(pipeline, CONFIG, emoji, tmp_path)
+    train_dit(new_pipeline(SHAPE, emoji), CONFIG, emoji, tmp_path)  # as where it was killed behind its last step
     loaded = DiffusionPipeline.from_pretrained(tmp_path)
     assert isinstance(loaded, PixelEditPipeline)
     assert loaded.config.references == "set" and loaded.config.size == 16

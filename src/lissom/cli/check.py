@@ -67,7 +67,9 @@ def measured(
 
     console, known = Console(stderr=True), len(Journal(journal).records)
     held = f" {known} are there and are not made again on the same machine." if known else ""
-    console.print(f"Measurements are kept in {journal}: the same command goes on there.{held}", soft_wrap=True)
+    console.print(
+        f"Each measurement is kept in {journal} as it is made: the same command goes on there.{held}", soft_wrap=True
+    )
     if not console.is_terminal:
 
         def say(stage: str, done: int, total: int) -> None:

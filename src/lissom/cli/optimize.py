@@ -187,12 +187,13 @@ def _pipeline(model: str, floor: float, minutes: float, quick: bool, output: Pat
     from rich.console import Console
 
     from lissom.evals.journal import Journal
+    from lissom.files import atomic_path
 
     console = Console(stderr=True)
     with console.status(f"loading {model}"):
         from lissom.diffusion.load import load_pipeline
         from lissom.evolve.pipelines import optimize_pipeline
-        from lissom.report.pipelines import result, table
+        from lissom.report.pipelines import page, result, table
 
         loaded = load_pipeline(model)
     with bars(console) as bar:
@@ -201,10 +202,13 @@ def _pipeline(model: str, floor: float, minutes: float, quick: bool, output: Pat
             model, loaded, floor, Journal(output / "measurements.jsonl"), quick, minutes,
             lambda label, done, total: bar.update(task, description=label, completed=done, total=total),
         )  # fmt: skip
-    recipe = output / "recipe.yaml"
+    recipe, html, results = output / "recipe.yaml", output / "index.html", output / "results.json"
+    command = f"lissom edit {model} --recipe {recipe} --image FILE -o out.png"
     outcome.best.recipe.save(recipe)
     found = result(outcome)
-    found.write(str(output / "results.json"))
+    found.write(str(results))
+    with atomic_path(html) as temporary:
+        temporary.write_text(page(outcome, model, command))
     if json_file:
         found.write(json_file)
     if json_file != "-":
@@ -213,6 +217,5 @@ def _pipeline(model: str, floor: float, minutes: float, quick: bool, output: Pat
         out.print(f"Best within a loss of {floor:.1%}: [bold]{outcome.best.recipe.label}[/bold]", highlight=False)
         if outcome.untried:
             out.print(f"Not tried yet: {', '.join(outcome.untried)}.", highlight=False, markup=False)
-        out.print(
-            f"Use it:\n  lissom edit {model} --recipe {recipe} --image FILE -o out.png", markup=False, soft_wrap=True
-        )
+        out.print(f"Report: {html}   Results: {results}   Recipe: {recipe}", highlight=False, soft_wrap=True)
+        out.print(f"Use it:\n  {command}", highlight=False, markup=False, soft_wrap=True)

@@ -24,6 +24,8 @@ def load_pipeline(name: str, dtype: str = "float32") -> DiffusionPipeline:
     if folder.exists() and not (folder / "model_index.json").is_file():
         begun = " A run of `lissom train-dit` is there that has not ended." if (folder / "checkpoints").exists() else ""
         raise UserError(f"{name} is no pipeline of diffusers: it has no model_index.json.{begun}")
+    if not folder.exists() and name.count("/") != 1:
+        raise UserError(f"There is no folder {name}, and Hub ids are OWNER/NAME.")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise UserError(f"dtype={dtype!r}: expected float32, bfloat16 or float16.")
     try:

@@ -37,7 +37,7 @@ class Request:
     prompt: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Measured:
     """One recipe.
 
@@ -55,8 +55,13 @@ class Measured:
         """Mean over the requests."""
         return paired_bootstrap(self.losses)
 
+    @property
+    def time(self) -> float:
+        """Median seconds of a picture."""
+        return float(np.median(self.seconds))
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Outcome:
     """What was measured, the untouched pipeline first.
 
@@ -78,12 +83,12 @@ class Outcome:
     def best(self) -> Measured:
         """The fastest one within the floor."""
         allowed = [own for own in self.measured if own.loss.estimate <= self.max_loss]
-        return min(allowed, key=lambda own: float(np.median(own.seconds)))
+        return min(allowed, key=lambda own: own.time)
 
     @property
     def front(self) -> list[Measured]:
         """What nothing else beats in loss and time together."""
-        points = [(own.loss.estimate, float(np.median(own.seconds))) for own in self.measured]
+        points = [(own.loss.estimate, own.time) for own in self.measured]
         return [
             own
             for own, point in zip(self.measured, points, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
 
@@ -30,7 +31,6 @@ def page(outcome: Outcome, command: str) -> str:
     Args:
         command: how the recommended recipe is used.
     """
-    template = files("lissom.report").joinpath("page.html").read_text()
     plots = [pareto_plot(outcome), memory_plot(outcome), stage_plot(outcome)]
     parts = {
         "model": escape(outcome.base.recipe.model),
@@ -41,19 +41,33 @@ def page(outcome: Outcome, command: str) -> str:
         "recipe": escape(outcome.best.recipe.to_yaml()),
         "peers": _peers(outcome),
         "table": _table(outcome),
-        "facts": _facts(outcome),
+        "facts": measured_on(),
     }
+    return filled("page.html", parts, plots)
+
+
+def filled(template: str, parts: Mapping[str, str], plots: Sequence[go.Figure]) -> str:
+    """A page of this package with its places filled in.
+
+    Args:
+        template: what is within the page's frame.
+        parts: HTML, by the place's name; `model` is the page's title, too.
+        plots: of the places `plot0`, `plot1` and so on.
+    """
+    folder = files("lissom.report")
+    whole = folder.joinpath("shell.html").read_text().replace("{{body}}", folder.joinpath(template).read_text())
+    shown = dict(parts) | {"title": parts["model"]}
     for number, plot in enumerate(plots):
-        parts[f"plot{number}"] = plotly.io.to_html(
+        shown[f"plot{number}"] = plotly.io.to_html(
             plot,
             full_html=False,
             include_plotlyjs=number == 0,
             div_id=f"plot{number}",
             config={"displaylogo": False, "responsive": True, "displayModeBar": False},
         )
-    for name, text in parts.items():
-        template = template.replace("{{" + name + "}}", text)
-    return template
+    for name, text in shown.items():
+        whole = whole.replace("{{" + name + "}}", text)
+    return whole
 
 
 def _family(m: Measured) -> str:
@@ -67,7 +81,8 @@ def _colours(outcome: Outcome) -> dict[str, str]:
     return {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(names)} | {"no method": _GREY}
 
 
-def _layout(title: str, x: str, y: str) -> go.Layout:
+def layout(title: str, x: str, y: str) -> go.Layout:
+    """Of every plot."""
     return go.Layout(
         title={"text": title, "x": 0, "xanchor": "left", "font": {"size": 17}},
         xaxis={"title": x, "gridcolor": "#e6e9ef", "zeroline": False},
@@ -110,7 +125,7 @@ def _scatter(outcome: Outcome, figure: go.Figure, x: dict[int, float], y: dict[i
 def pareto_plot(outcome: Outcome) -> go.Figure:
     """Quality loss against decode speed; the line joins what no other recipe beats in these two."""
     figure = go.Figure(
-        layout=_layout(
+        layout=layout(
             "Speed against quality", "quality loss (%, lower is better)", "decode (tokens/s, higher is better)"
         )
     )
@@ -138,7 +153,7 @@ def pareto_plot(outcome: Outcome) -> go.Figure:
 def memory_plot(outcome: Outcome) -> go.Figure:
     """Bytes of weights and cache against quality loss."""
     figure = go.Figure(
-        layout=_layout("Memory against quality", "weights and KV cache (MB, log scale)", "quality loss (%)")
+        layout=layout("Memory against quality", "weights and KV cache (MB, log scale)", "quality loss (%)")
     )
     x = {id(m): m.memory / 1e6 for m in outcome.measured}
     y = {id(m): 100 * m.loss.estimate for m in outcome.measured}
@@ -153,7 +168,7 @@ def memory_plot(outcome: Outcome) -> go.Figure:
 
 def stage_plot(outcome: Outcome) -> go.Figure:
     """Where the time of an answer goes: reading, what the method does to the cache, 64 tokens."""
-    figure = go.Figure(layout=_layout(f"Time by stage (document and {ANSWER_TOKENS} tokens)", "seconds", ""))
+    figure = go.Figure(layout=layout(f"Time by stage (document and {ANSWER_TOKENS} tokens)", "seconds", ""))
     shown = {id(m): m for m in (outcome.base, *sorted(outcome.front, key=lambda m: costs(m)[0]))}
     rows, device = list(shown.values())[::-1], outcome.profile
     names = [("★ " if m is outcome.best else "") + m.label for m in rows]
@@ -185,6 +200,11 @@ def _cards(outcome: Outcome) -> str:
         (f"÷ {base.memory / best.memory:.1f}", "memory", held),
         (f"{best.loss.estimate:.1%}", "quality loss", f"accepted: {outcome.max_loss:.1%}"),
     ]
+    return cards(facts)
+
+
+def cards(facts: Sequence[tuple[str, str, str]]) -> str:
+    """Large figures, each with what it is and a detail, as HTML."""
     return "".join(
         f'<div class="card"><b>{escape(figure)}</b><span>{escape(what)}</span><small>{escape(detail)}</small></div>'
         for figure, what, detail in facts
@@ -206,13 +226,20 @@ def _verdict(outcome: Outcome) -> str:
 
 
 def _table(outcome: Outcome) -> str:
-    headings = "".join(f"<th>{escape(name)}</th>" for name in cells(outcome.base, outcome))
-    lines = []
+    rows = []
     for m in sorted(outcome.measured, key=lambda m: costs(m)[0]):
         kind = "best" if m is outcome.best else "front" if any(m is other for other in outcome.front) else "beaten"
-        inside = "".join(f"<td>{escape(value)}</td>" for value in cells(m, outcome).values())
-        lines.append(f'<tr class="{kind}">{inside}</tr>')
-    return f"<table><thead><tr>{headings}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+        rows.append((kind, list(cells(m, outcome).values())))
+    return html_table(list(cells(outcome.base, outcome)), rows)
+
+
+def html_table(headings: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
+    """A table as HTML; each row with its kind: `best`, `front` or `beaten`."""
+    above = "".join(f"<th>{escape(name)}</th>" for name in headings)
+    lines = [
+        f'<tr class="{kind}">{"".join(f"<td>{escape(value)}</td>" for value in values)}</tr>' for kind, values in rows
+    ]
+    return f"<table><thead><tr>{above}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
 
 
 def _peers(outcome: Outcome) -> str:
@@ -238,7 +265,8 @@ def _peers(outcome: Outcome) -> str:
     return f'<section><h2>Beside other runtimes</h2><p class="soft">{_PEERS_EXPLAINED}</p>{"".join(parts)}</section>'
 
 
-def _facts(outcome: Outcome) -> str:
+def measured_on() -> str:
+    """When, where and with what versions, as HTML."""
     from lissom.devices.machine import describe
 
     facts = describe()

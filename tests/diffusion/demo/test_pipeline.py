@@ -1,7 +1,17 @@
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    UniPCMultistepScheduler,
+)
 from PIL import Image
 from pipelines import editing, pictures
 
@@ -26,6 +36,43 @@ from lissom.errors import UserError
 def test_bad_input_is_refused(options, words):
     with pytest.raises(UserError, match=words):
         editing()(**options)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        FlowMatchHeunDiscreteScheduler(),
+        FlowMatchLCMScheduler(),
+        UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+        DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+    ],
+)
+def test_it_samples_with_any_scheduler_of_flows(scheduler):
+    pipe = editing()
+    call = {"prompt": "red", "output_type": "latent", "num_inference_steps": 40}
+    wanted = pipe(generator=torch.Generator().manual_seed(0), **call).images
+    pipe.scheduler = scheduler
+    found = pipe(generator=torch.Generator().manual_seed(0), **call).images
+    assert found.isfinite().all() and found.shape == wanted.shape
+    if not isinstance(scheduler, FlowMatchLCMScheduler):  # which is stochastic; the others follow the same path
+        assert (found - wanted).norm() < 0.1 * wanted.norm()
+
+
+def test_schedulers_of_other_models_are_refused():
+    pipe = editing()
+    pipe.scheduler = DDIMScheduler()
+    with pytest.raises(UserError, match="DDIMScheduler does not sample flows"):
+        pipe()
+    pipe.scheduler = FlowMatchHeunDiscreteScheduler()
+    with pytest.raises(UserError, match="leave out `sigmas`"):
+        pipe(sigmas=[1.0, 0.5])
+
+
+def test_words_that_are_not_known_are_told():
+    with pytest.warns(UserWarning, match=r"never seen the words Blümchen, rouge\.$"):
+        editing().encode_prompt(["a red thing", "Blümchen rouge red"])
+    with warnings.catch_warnings(action="error"):
+        editing().encode_prompt(["A RED thing", ""])
 
 
 def test_pictures_of_any_kind_are_seen_on_white():

@@ -5,6 +5,7 @@ import torch
 from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
+    FirstBlockCacheConfig,
     TaylorSeerCacheConfig,
     UNet2DModel,
 )
@@ -209,6 +210,14 @@ def test_warm_references_of_other_models_and_damaged_files_are_refused(tmp_path)
             WarmReferences.load(file)
     with pytest.raises(UserError, match="no file of references"):
         WarmReferences.load(tmp_path / "none")
+
+
+def test_a_step_cache_that_cannot_is_told():
+    pipe = editing()
+    warm = KleinKV().prefill(pipe, pictures(1))
+    pipe.transformer.enable_cache(FirstBlockCacheConfig())
+    with pytest.raises(UserError, match="first-block cache fails on FLUX"), warm(pipe):
+        steps_of(pipe, None)
 
 
 def test_step_caches_work_on_warm_references():

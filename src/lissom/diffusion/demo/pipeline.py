@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -66,6 +67,14 @@ class PixelEditPipeline(DiffusionPipeline):
         found = self.tokenizer(
             list(prompt), padding="max_length", truncation=True, max_length=MAX_WORDS, return_tensors="pt"
         )
+        unknown = [
+            word
+            for text, ids in zip(prompt, found["input_ids"], strict=True)
+            for word in text.split()
+            if self.tokenizer.unk_token_id in ids and word.lower() not in self.tokenizer.get_vocab()
+        ]
+        if unknown:
+            warnings.warn(f"The model has never seen the words {', '.join(unknown)}.", stacklevel=2)
         vectors = self.text_encoder(found["input_ids"].to(self.text_encoder.device))
         return vectors.repeat_interleave(num_images_per_prompt, 0)
 
@@ -128,9 +137,7 @@ class PixelEditPipeline(DiffusionPipeline):
         latents = latents.to(device)
         image_ids = positions(rows, columns).to(device)
         text_ids = text_positions(prompt_embeds.shape[1]).to(device)
-        even = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
-        self.scheduler.set_timesteps(sigmas=list(even if sigmas is None else sigmas), device=device)
-        self.scheduler.set_begin_index(0)
+        self._set_steps(num_inference_steps, sigmas)
         takes = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
         for step, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             inputs: dict[str, Any] = {
@@ -198,6 +205,25 @@ class PixelEditPipeline(DiffusionPipeline):
             "img_ids": torch.cat([ids, inputs["img_ids"]]),
             **(changed if self.config.references == "set" else {}),
         }
+
+    def _set_steps(self, steps: int, sigmas: Sequence[float] | None) -> None:
+        """Give the scheduler its steps."""
+        scheduler, name = self.scheduler, type(self.scheduler).__name__
+        if not name.startswith("FlowMatch") and scheduler.config.get("prediction_type") != "flow_prediction":
+            raise UserError(
+                f"{name} does not sample flows, which this model was trained for: take one of diffusers' FlowMatch "
+                "schedulers, or one with prediction_type='flow_prediction' and use_flow_sigmas=True."
+            )
+        takes_sigmas = "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
+        if sigmas is not None and not takes_sigmas:
+            raise UserError(f"{name} has noise levels of its own: leave out `sigmas`.")
+        if takes_sigmas:
+            even = np.linspace(1.0, 1 / steps, steps)
+            levels = np.asarray(even if sigmas is None else sigmas, np.float32)
+            scheduler.set_timesteps(len(levels), sigmas=levels, device=self._execution_device)
+        else:
+            scheduler.set_timesteps(steps, device=self._execution_device)
+        scheduler.set_begin_index(0)
 
     def _patches(self, side: int) -> int:
         if side < 1 or side % self.config.patch:

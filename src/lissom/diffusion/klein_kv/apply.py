@@ -124,7 +124,7 @@ class KleinKV:
         if trained == "joint" and not self.force:
             raise UserError(
                 "The model's references see noise and text, so their keys and values are others in every step: take a "
-                "model that was trained for the cache, or give force=True to see what that costs."
+                "model that was trained for the cache, or force it (force=True, --cache force) to see what that costs."
             )
         store = ReferenceStore(self.limit) if self.store is None else self.store
         return ReferenceHook(KleinKVReport(store), self.storage, fingerprint(transformer), trained)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from diffusers import Flux2Transformer2DModel
-from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks import FirstBlockCacheConfig, HookRegistry, ModelHook
 from diffusers.models.transformers.transformer_flux2 import Flux2KVCache, Flux2Transformer2DModelOutput
 
 from lissom.diffusion.klein_kv.store import Entry, ReferenceStore, Storage, pack, unpack
@@ -189,6 +189,11 @@ class WarmHook(ModelHook):
 
     def new_forward(self, module: Flux2Transformer2DModel, *args: Any, **kwargs: Any) -> Any:
         """A pass with them."""
+        if isinstance(getattr(module, "_cache_config", None), FirstBlockCacheConfig):
+            raise UserError(
+                "diffusers' first-block cache fails on FLUX.2 transformers, with references and without: take another "
+                "step cache, such as TaylorSeer, MagCache or pyramid attention broadcast."
+            )
         given = arguments_of(module, args, kwargs)
         if bool((given["img_ids"][..., POSITION_OF_REFERENCES] != 0).any()) or given.get("kv_cache") is not None:
             raise UserError("References have been read before this request: give it no pictures.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -35,7 +35,7 @@ class WarmReferences:
 
     model: str
     trained: str
-    parts: tuple[Entry, ...]
+    parts: tuple[Entry, ...] = field(repr=False)
     guidance: float | None = None
 
     @property
