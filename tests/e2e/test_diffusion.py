@@ -71,6 +71,7 @@ def test_recipes_and_the_search_for_one(run, folder, tmp_path, monkeypatch):
         assert code == 0 and "Best within a loss of 99.0%" in text, err
         assert len((report / "measurements.jsonl").read_text().split()) > 9
         monkeypatch.setattr(pipelines, "_drawn", lambda *given: pytest.fail("drawn again"))
+    assert "klein-kv" in (report / "index.html").read_text()
     results = json.loads((report / "results.json").read_text())
     rows = {row["name"]: row for row in results["rows"]}
     assert rows["20 steps/quality loss"]["value"] == 0 and abs(rows["20 steps + klein-kv/quality loss"]["value"]) < 1e-4
@@ -109,10 +110,11 @@ def test_recipes_and_the_search_for_one(run, folder, tmp_path, monkeypatch):
         ),
         (("edit", "set", "--image", "one.png", "--storage", "int3"), "storage='int3'"),
         (("edit", "set", "--references", "none"), "is not there, and there is no --image"),
-        (("edit", "set", "--references", "one.png"), "cannot be read"),
+        (("edit", "set", "--references", "one.png"), "no readable file of references"),
         (("edit", "joint", "--image", "one.png", "--cache", "on"), "see noise and text"),
         (("edit", "joint", "--image", "one.png", "--cache", "approximate"), "which can be approximated"),
-        (("edit", "nothing"), "cannot be loaded as a pipeline"),
+        (("edit", "nothing"), "There is no folder nothing"),
+        (("edit", "no/thing"), "cannot be loaded as a pipeline"),
         (("edit", "."), "has no model_index.json"),
         (("refine", "set", "--guide", "clear.png", "--mask", "one.png"), "does not fit a guide of"),
         (("refine", "set", "--guide", "one.png", "--alpha", "-1"), "alpha=-1"),

@@ -7,10 +7,17 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from lissom.cli.common import JSON, MODEL, bars, share
+
+if TYPE_CHECKING:
+    from lissom.recipes import Recipe
+    from lissom.report.rows import Result
+
+_RECIPE = "recipe.yaml"
 
 
 def register(app: typer.Typer) -> None:
@@ -85,7 +92,6 @@ def optimize(
 
     from lissom.errors import UserError
     from lissom.evals.journal import Journal
-    from lissom.files import atomic_path
 
     floor = floor_of(max_quality_loss)
     if (Path(model) / "model_index.json").is_file():
@@ -140,13 +146,9 @@ def optimize(
     from lissom.report.page import page
     from lissom.report.results import result, table
 
-    recipe, html, results = output / "recipe.yaml", output / "index.html", output / "results.json"
-    command = f'lissom generate {model} --recipe {recipe} --document FILE "your question"'
-    outcome.best.recipe.save(recipe)
+    command = f'lissom generate {model} --recipe {output / _RECIPE} --document FILE "your question"'
     found = result(outcome)
-    found.write(str(results))
-    with atomic_path(html) as temporary:
-        temporary.write_text(page(outcome, command))
+    ending = _keep(output, outcome.best.recipe, found, page(outcome, command), command)
     if json_file:
         found.write(json_file)
     if json_file != "-":
@@ -174,12 +176,23 @@ def optimize(
                 out.print(line, highlight=False, markup=False, soft_wrap=True)
         elif peers and not profile.measured:
             out.print(f"Other runtimes are not compared: they can only be measured on {profile.name} itself.")
-        out.print(f"Report: {html}   Results: {results}   Recipe: {recipe}", highlight=False, soft_wrap=True)
-        out.print(f"Use it:\n  {command}", highlight=False, markup=False, soft_wrap=True)
+        out.print(ending, highlight=False, markup=False, soft_wrap=True)
     if not outcome.finished:
         console.print("Stopped early; the report holds what was measured, and the same command goes on.")
         if outcome.interrupted:
             raise typer.Exit(2)
+
+
+def _keep(output: Path, recipe: Recipe, found: Result, html: str, command: str) -> str:
+    """Write what was found, and say where it is and how it is used."""
+    from lissom.files import atomic_path
+
+    page, results = output / "index.html", output / "results.json"
+    recipe.save(output / _RECIPE)
+    found.write(str(results))
+    with atomic_path(page) as temporary:
+        temporary.write_text(html)
+    return f"Report: {page}   Results: {results}   Recipe: {output / _RECIPE}\nUse it:\n  {command}"
 
 
 def _pipeline(model: str, floor: float, minutes: float, quick: bool, output: Path, json_file: str | None) -> None:
@@ -187,7 +200,6 @@ def _pipeline(model: str, floor: float, minutes: float, quick: bool, output: Pat
     from rich.console import Console
 
     from lissom.evals.journal import Journal
-    from lissom.files import atomic_path
 
     console = Console(stderr=True)
     with console.status(f"loading {model}"):
@@ -202,13 +214,9 @@ def _pipeline(model: str, floor: float, minutes: float, quick: bool, output: Pat
             model, loaded, floor, Journal(output / "measurements.jsonl"), quick, minutes,
             lambda label, done, total: bar.update(task, description=label, completed=done, total=total),
         )  # fmt: skip
-    recipe, html, results = output / "recipe.yaml", output / "index.html", output / "results.json"
-    command = f"lissom edit {model} --recipe {recipe} --image FILE -o out.png"
-    outcome.best.recipe.save(recipe)
+    command = f"lissom edit {model} --recipe {output / _RECIPE} --image FILE -o out.png"
     found = result(outcome)
-    found.write(str(results))
-    with atomic_path(html) as temporary:
-        temporary.write_text(page(outcome, model, command))
+    ending = _keep(output, outcome.best.recipe, found, page(outcome, model, command), command)
     if json_file:
         found.write(json_file)
     if json_file != "-":
@@ -217,5 +225,4 @@ def _pipeline(model: str, floor: float, minutes: float, quick: bool, output: Pat
         out.print(f"Best within a loss of {floor:.1%}: [bold]{outcome.best.recipe.label}[/bold]", highlight=False)
         if outcome.untried:
             out.print(f"Not tried yet: {', '.join(outcome.untried)}.", highlight=False, markup=False)
-        out.print(f"Report: {html}   Results: {results}   Recipe: {recipe}", highlight=False, soft_wrap=True)
-        out.print(f"Use it:\n  {command}", highlight=False, markup=False, soft_wrap=True)
+        out.print(ending, highlight=False, markup=False, soft_wrap=True)

@@ -12,10 +12,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lissom.diffusion.demo.emoji import Emoji
-from lissom.diffusion.demo.pipeline import PixelEditPipeline, positions, text_positions, to_tokens
+from lissom.diffusion.demo.pipeline import PixelEditPipeline, positions, reference_tokens, text_positions, to_tokens
 from lissom.diffusion.demo.task import EDITS, Batch
 from lissom.diffusion.demo.words import WordTable, word_tokenizer
-from lissom.diffusion.references import reference_numbers
 from lissom.errors import UserError
 
 
@@ -123,10 +122,9 @@ def prepared(batch: Batch, tokenizer: PreTrainedTokenizerBase, patch: int, seed:
         "ids": words["input_ids"],
         "places": positions(side, side),
     }
-    if count := batch.references.shape[1]:
-        inputs["references"] = torch.cat([to_tokens(one, patch) for one in batch.references.unbind(1)], 1)
-        inputs["reference_places"] = torch.cat([positions(side, side, number) for number in reference_numbers(count)])
-        inputs["lengths"] = torch.full((count,), side * side)
+    if batch.references.shape[1]:
+        tokens, places, lengths = reference_tokens(batch.references.unbind(1), patch)
+        inputs |= {"references": tokens, "reference_places": places, "lengths": torch.tensor(lengths)}
     return inputs
 
 

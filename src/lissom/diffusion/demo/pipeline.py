@@ -183,15 +183,10 @@ class PixelEditPipeline(DiffusionPipeline):
         images = list(image) if isinstance(image, Sequence) else [image]
         if not 1 <= len(images) <= MAX_REFERENCES:
             raise UserError(f"{len(images)} references: expected 1 to {MAX_REFERENCES}.")
-        tokens, places = [], []
-        for number, picture in zip(reference_numbers(len(images)), images, strict=True):
-            pixels = _cut(to_pixels(picture), self.config.patch)
-            tokens.append(to_tokens(pixels[None], self.config.patch))
-            rows, columns = (side // self.config.patch for side in pixels.shape[1:])
-            places.append(positions(rows, columns, number))
+        pixels = [_cut(to_pixels(picture), self.config.patch)[None] for picture in images]
+        tokens, places, lengths = reference_tokens(pixels, self.config.patch)
         device, dtype = self._execution_device, self.transformer.dtype
-        joined = torch.cat(tokens, 1).to(device, dtype).expand(count, -1, -1)
-        return joined, torch.cat(places).to(device), [len(part) for part in places]
+        return tokens.to(device, dtype).expand(count, -1, -1), places.to(device), lengths
 
     def referring(
         self, inputs: dict[str, Any], tokens: torch.Tensor, ids: torch.Tensor, lengths: list[int]
@@ -252,6 +247,20 @@ def to_tokens(pixels: torch.Tensor, patch: int) -> torch.Tensor:
 def from_tokens(tokens: torch.Tensor, rows: int, columns: int, patch: int) -> torch.Tensor:
     """Back from `to_tokens`."""
     return torch.nn.functional.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (rows, columns)), patch)
+
+
+def reference_tokens(pictures: Sequence[torch.Tensor], patch: int) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """References, each `[batch, 3, height, width]`, as one sequence.
+
+    Returns:
+        Tokens `[batch, tokens of all, 3 * patch * patch]`, positions `[tokens of all, 4]`, and the tokens of each.
+    """
+    places = [
+        positions(own.shape[2] // patch, own.shape[3] // patch, number)
+        for number, own in zip(reference_numbers(len(pictures)), pictures, strict=True)
+    ]
+    tokens = torch.cat([to_tokens(own, patch) for own in pictures], 1)
+    return tokens, torch.cat(places), [len(part) for part in places]
 
 
 def positions(rows: int, columns: int, picture: int = 0) -> torch.Tensor:
