@@ -29,7 +29,7 @@ def load_pipeline(name: str, dtype: str = "float32") -> DiffusionPipeline:
     if dtype not in ("float32", "bfloat16", "float16"):
         raise UserError(f"dtype={dtype!r}: expected float32, bfloat16 or float16.")
     try:
-        pipeline = DiffusionPipeline.from_pretrained(name, torch_dtype=getattr(torch, dtype))
+        pipeline = DiffusionPipeline.from_pretrained(name, dtype=getattr(torch, dtype))
     except Exception as error:  # diffusers raises what any of its parts does
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{name} cannot be loaded as a pipeline of diffusers: {reason}") from error

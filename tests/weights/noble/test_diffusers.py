@@ -66,7 +66,7 @@ def test_saved_models_give_the_same_output(make, tmp_path):
     again = type(model).from_pretrained(tmp_path)
     assert layers_of(again).keys() == layers_of(model).keys() and torch.equal(output(again, inputs), wanted)
     assert method_in_training(again) == NobleConfig(rank=4)
-    narrow = type(model).from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    narrow = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
     layer = next(iter(layers_of(narrow).values()))
     assert layer.noble.omega_0.dtype == torch.float32 and layer.noble.mix_0.dtype == torch.bfloat16
 
