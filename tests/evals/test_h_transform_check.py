@@ -62,11 +62,11 @@ def test_every_arm_draws(run):
 
 def test_sheet_has_every_guide_and_method(run):
     with Image.open(run.pictures) as sheet:
-        assert sheet.size[1] == 16 + 96 * 2 * len(guides.GUIDES)
+        assert sheet.size[1] == 14 + 96 * 2 * len(guides.GUIDES)
         pixels = np.asarray(sheet.convert("RGB"))
     left = sheet.size[0] - 96 * (len(study.STRENGTHS) + 2)
     ilvr = left + 96 * (1 + list(study.STRENGTHS).index("ILVR"))
-    row = 16 + 96 * 2 * list(guides.GUIDES).index("missing region")
+    row = 14 + 96 * 2 * list(guides.GUIDES).index("missing region")
     assert (pixels[row : row + 96, ilvr : ilvr + 96] == 255).all()  # which it has nothing for
 
 

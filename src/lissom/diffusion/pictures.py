@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -49,11 +50,16 @@ def tiled(
         side: pixels of a side of a tile, to which pictures are enlarged without smoothing.
     """
     font = ImageFont.load_default(11)
-    top, left = 16 * bool(columns), max((int(font.getlength(name)) + 8 for name in names), default=0)
+    headings = [wrap(heading, side // 6) for heading in columns]
+    top, left = (
+        14 * max(map(len, headings), default=0),
+        max((int(font.getlength(name)) + 8 for name in names), default=0),
+    )
     sheet = Image.new("RGB", (left + side * max(map(len, rows)), top + side * len(rows)), "white")
     pen = ImageDraw.Draw(sheet)
-    for number, heading in enumerate(columns):
-        pen.text((left + side * (number + 0.5), top / 2), heading, "black", font, anchor="mm")
+    for number, lines in enumerate(headings):
+        for line, words in enumerate(lines):
+            pen.text((left + side * (number + 0.5), 14 * line + 7), words, "black", font, anchor="mm")
     for number, name in enumerate(names):
         pen.text((4, top + side * (number + 0.5)), name, "black", font, anchor="lm")
     for down, row in enumerate(rows):
