@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="write the result ('-': standard output)")
     given = parser.parse_args()
     counts, steps = ((1, 2), (4,)) if given.quick else ((1, 2, 4), (4, 16))
-    seconds = speeds([Setting(count, number) for number in steps for count in counts], 3 if given.quick else 5)
+    seconds = speeds([Setting(count, number) for number in steps for count in counts], 3 if given.quick else 11)
     result = Result("klein-kv-speed", list(speed_rows(seconds)), list(speed_claims(seconds)))
     if given.json:
         result.write(given.json)

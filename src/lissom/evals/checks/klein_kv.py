@@ -60,7 +60,7 @@ class Size:
     steps: int = 20
     judge_steps: int = 400
     settings: tuple[Setting, ...] = tuple(Setting(count, steps) for steps in (4, 16) for count in (1, 2, 4))
-    rounds: int = 5
+    rounds: int = 11
 
 
 SMALL = Size(
