@@ -18,7 +18,7 @@ from lissom.diffusion.demo.model import new_pipeline
 from lissom.evals.checks.h_transform import DETERMINISTIC, FREE, STRENGTHS, arms_of, drawn
 from lissom.evals.guides import requests
 from lissom.evals.reference_speed import random_emoji
-from lissom.evals.stats import ratio_interval
+from lissom.evals.stats import Interval, ratio_interval
 from lissom.evals.training_steps import rounds_of
 from lissom.report.rows import Result, Row
 from lissom.train.dit import FULL, SMALL
@@ -35,31 +35,28 @@ def main() -> None:
     form, rounds = (SMALL, 2) if given.quick else (FULL, 7)
     emoji = random_emoji(form.shape.size)
     pipeline = new_pipeline(replace(form.shape, references="joint"), emoji)
-    rows, table = [], Table("", *GUIDES, box=SIMPLE, title="Time over that of drawing without a guide [95 %]")
-    cells: dict[str, list[str]] = {method: [] for method in STRENGTHS if method != "img2img"}
+    methods = [method for method in STRENGTHS if method != "img2img"]
+    found: dict[str, dict[str, Interval]] = {}
     with Progress(console=Console(stderr=True)) as progress:
         for guide, request in requests(emoji, GUIDES, PICTURES):
-            arms = {method: (method, STRENGTHS[method][1]) for method, _ in arms_of(request.how, DETERMINISTIC)
-                    if method in cells} | {FREE: (FREE, 0.0)}  # fmt: skip
-            works = {
-                name: partial(drawn, pipeline, request, arm, DETERMINISTIC, STEPS, 0) for name, arm in arms.items()
-            }
+            allowed = {method for method, _ in arms_of(request.how, DETERMINISTIC)}
+            arms = [(FREE, 0.0), *((method, STRENGTHS[method][1]) for method in methods if method in allowed)]
+            works = {arm[0]: partial(drawn, pipeline, request, arm, DETERMINISTIC, STEPS, 0) for arm in arms}
             task = progress.add_task(guide, total=rounds)
-            seconds = rounds_of(
-                works, rounds, lambda done, total, task=task: progress.update(task, completed=done, total=total)
-            )
-            for method in cells:
-                if method not in seconds:
-                    cells[method].append("")
-                    continue
-                found = ratio_interval(seconds[method], seconds[FREE])
-                rows.append(Row(f"{guide}/{method}", found.estimate, "x", None, None, found.low, found.high, rounds))
-                cells[method].append(f"{found.estimate:.2f} [{found.low:.2f}, {found.high:.2f}]")
+            seconds = rounds_of(works, rounds, lambda done, total, task=task: progress.update(task, completed=done))
+            found[guide] = {name: ratio_interval(own, seconds[FREE]) for name, own in seconds.items() if name != FREE}
     if given.json:
+        rows = [
+            Row(f"{guide}/{method}", own.estimate, "x", None, None, own.low, own.high, rounds)
+            for guide, methods_found in found.items()
+            for method, own in methods_found.items()
+        ]
         Result("h-transform-cost", rows, []).write(given.json)
     if given.json != "-":
-        for method, own in cells.items():
-            table.add_row(method, *own)
+        table = Table("", *GUIDES, box=SIMPLE, title="Time over that of drawing without a guide [95 %]")
+        for method in methods:
+            own = [found[guide].get(method) for guide in GUIDES]
+            table.add_row(method, *("" if r is None else f"{r.estimate:.2f} [{r.low:.2f}, {r.high:.2f}]" for r in own))
         Console().print(table)
 
 

@@ -9,6 +9,7 @@ import argparse
 
 from rich.console import Console
 
+from lissom.evals.checks.klein_kv import DEFAULT
 from lissom.evals.reference_speed import Setting, speeds
 from lissom.report.checks.klein_kv import speed_claims, speed_rows, speed_table
 from lissom.report.rows import Result
@@ -19,8 +20,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one and two references, four steps")
     parser.add_argument("--json", metavar="FILE", help="write the result ('-': standard output)")
     given = parser.parse_args()
-    counts, steps = ((1, 2), (4,)) if given.quick else ((1, 2, 4), (4, 16))
-    seconds = speeds([Setting(count, number) for number in steps for count in counts], 3 if given.quick else 11)
+    settings, rounds = ((Setting(1, 4), Setting(2, 4)), 3) if given.quick else (DEFAULT.settings, DEFAULT.rounds)
+    seconds = speeds(settings, rounds)
     result = Result("klein-kv-speed", list(speed_rows(seconds)), list(speed_claims(seconds)))
     if given.json:
         result.write(given.json)

@@ -52,10 +52,14 @@ def number(row: dict[str, Any], digits: int = 3) -> str:
     return f"{row['value']:.{digits}f}"
 
 
-def interval(row: dict[str, Any]) -> str:
+def spread(row: dict[str, Any] | None, form: str = ".2f", key: str = "value") -> str:
+    """A figure and its interval; nothing where there is none."""
+    return "" if row is None else f"{row[key]:{form}} [{row['low']:{form}}, {row['high']:{form}}]"
+
+
+def interval(row: dict[str, Any], form: str = "+.3f") -> str:
     """A difference and its interval; nothing where it is with itself."""
-    same = row["low"] == row["high"] == 0
-    return "" if same else f"{row['value']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
+    return "" if row["low"] == row["high"] == 0 else spread(row, form)
 
 
 def verdicts(facts: dict[str, Any], part: str = "") -> str:
@@ -93,7 +97,7 @@ def attention_matching() -> str:
                     number(row["output_error"]),
                     number(row["mass_error"]),
                     number(row["nll"]),
-                    "" if gap is None else f"{gap['value']:+.2f} [{gap['low']:+.2f}, {gap['high']:+.2f}]",
+                    spread(gap, "+.2f"),
                     number(row["kl"]),
                     f"{row['top1']['value']:.1%}",
                     f"{row['recalled']['value']:.0%}",
@@ -120,7 +124,7 @@ def attention_matching_ablations() -> str:
             line += [
                 number(rows[f"{ratio}/{arm}/output_error"]),
                 number(rows[f"{ratio}/{arm}/nll"]),
-                "" if gap is None else f"{gap['value']:+.2f} [{gap['low']:+.2f}, {gap['high']:+.2f}]",
+                spread(gap, "+.2f"),
                 f"{rows[f'{ratio}/{arm}/recalled']['value']:.0%}",
             ]
         lines.append(line)
@@ -175,7 +179,7 @@ def kv_budget() -> str:
         for method in arms_of(rows, share):
             row = {name.removeprefix(f"{share}/{method}/"): row for name, row in rows.items()}
             gap = row["answers NLL above ours"]
-            above = f"{gap['value']:+.2f} [{gap['low']:+.2f}, {gap['high']:+.2f}]"
+            above = spread(gap, "+.2f")
             ours = method == "attention-matching"  # what the others are compared with
             lines.append(
                 [
@@ -213,7 +217,7 @@ def _runtimes(rows: Rows, part: str, context: int, metric: str) -> list[str]:
 def _times(rows: Rows, where: str, label: str, metric: str) -> str:
     """lissom's factor over another runtime, with its interval."""
     row = rows.get(f"{where}/lissom against {label}/{metric}")
-    return "" if row is None else f"{row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+    return spread(row, key="ratio")
 
 
 def _named(label: str) -> str:
@@ -231,7 +235,7 @@ def _decode(part: str) -> list[str]:
             for count in counts:
                 where = f"{part}/threads {count}/context {context}"
                 row = rows.get(f"{where}/{label}/decode")
-                own = "" if row is None else f"{row['value']:.1f} [{row['low']:.1f}, {row['high']:.1f}]"
+                own = spread(row, ".1f")
                 line += [own, _times(rows, where, label, "decode")]
             peak = rows[f"{part}/threads {counts[-1]}/context {context}/{label}/peak memory"]
             lines.append([*line, f"{peak['value'] / 1e6:.0f} MB"])
@@ -312,7 +316,7 @@ def quantize_load() -> str:
     for what, words in (("load", "`from_pretrained`"), ("use", "and the first pass, of one token")):
         names = ("transformers fp32", "lissom 4-bit", "share")
         row = [rows[f"loading/{name}/{what}"] for name in names]
-        lines.append([words, *(f"{r['value']:.2f} [{r['low']:.2f}, {r['high']:.2f}]" for r in row)])
+        lines.append([words, *map(spread, row)])
     headings = ["", "transformers, fp32: seconds [95 %]", "lissom, 4 bits: seconds [95 %]", "share [95 %]"]
     return f"{markdown(headings, lines)}\n\n{stamp(facts)}"
 
@@ -590,9 +594,7 @@ def klein_kv() -> str:
                 [
                     arm,
                     number(own["psnr"], 2),
-                    ""
-                    if gap["low"] == gap["high"] == 0
-                    else f"{gap['value']:+.2f} [{gap['low']:+.2f}, {gap['high']:+.2f}]",
+                    interval(gap, "+.2f"),
                     number(own["ssim"], 2),
                     f"{own['recognised']['value']:.0%}",
                     f"{own['style']['value']:.0%}",
@@ -613,7 +615,7 @@ def klein_kv_speed() -> str:
         line = [setting, f"{rows[f'time/{setting}/in every step']['value']:.0f} ms"]
         for arm in arms:
             row, bound = rows[f"time/{setting}/{arm}"], rows.get(f"bound/{setting}/{arm}")
-            own = f"{row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+            own = spread(row, key="ratio")
             line.append(own if bound is None else f"{own} of {bound['value']:.2f}")
         lines.append(line)
     headings = ["", "in every step", *(f"{arm}: times faster" for arm in arms)]
@@ -635,7 +637,7 @@ def h_transform() -> str:
         line = [kind if sampler == "deterministic" else f"{kind}, {sampler}"]
         for method in methods:
             row = rows.get(f"{kind}/{sampler}/{method}/{ending}")
-            line.append("" if row is None else f"{row['value']:+.0%} [{row['low']:+.0%}, {row['high']:+.0%}]")
+            line.append(spread(row, "+.0%"))
         lines.append(line)
     few, many = facts["sampler"]
     words = f"{facts['pictures']} pictures of each kind, {few} deterministic or {many} stochastic steps."
@@ -652,8 +654,7 @@ def h_transform_arms() -> str:
         for arm in [arm for *place, arm in places if place == [kind, sampler]]:
             own = {what: rows[f"{kind}/{sampler}/{arm}/{what}"] for what in ("PSNR", "feature distance")}
             quality = rows[f"{kind}/{sampler}/{arm}/kernel distance"]
-            fidelity = f"{own['PSNR']['value']:.2f} [{own['PSNR']['low']:.2f}, {own['PSNR']['high']:.2f}]"
-            lines.append([arm, fidelity, number(own["feature distance"]), number(quality, 4)])
+            lines.append([arm, spread(own["PSNR"]), number(own["feature distance"]), number(quality, 4)])
         headings = [f"{kind}, {sampler}", "PSNR [95 %]", "feature distance", "kernel distance"]
         parts.append(markdown(headings, lines))
     return "\n\n".join(parts)
@@ -665,13 +666,7 @@ def h_transform_cost() -> str:
     guides = list(dict.fromkeys(name.split("/")[0] for name in rows))
     lines = []
     for method in dict.fromkeys(name.split("/")[1] for name in rows):
-        found = [rows.get(f"{guide}/{method}") for guide in guides]
-        lines.append(
-            [
-                method,
-                *("" if row is None else f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]" for row in found),
-            ]
-        )
+        lines.append([method, *(spread(rows.get(f"{guide}/{method}")) for guide in guides)])
     return f"{markdown(['times as long as without a guide', *guides], lines)}\n\n{stamp(facts)}"
 
 

@@ -120,13 +120,11 @@ def draw(pipeline: DiffusionPipeline, steps: int | None, seed: int, **options: A
 
 def keep(pictures: list[Image.Image], files: list[Path], facts: dict[str, Any], json_file: str | None) -> None:
     """Write pictures, each whole or not at all, and what is known of them."""
-    from PIL import Image
-
-    from lissom.files import atomic_path, write_json
+    from lissom.diffusion.pictures import write_picture
+    from lissom.files import write_json
 
     for picture, file in zip(pictures, files, strict=True):
-        with atomic_path(file) as temporary:
-            picture.save(temporary, format=Image.registered_extensions()[file.suffix.lower()])
+        write_picture(picture, file)
     if json_file:
         write_json({"files": [str(file) for file in files], **facts}, json_file)
     if json_file != "-":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
@@ -13,6 +14,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
 
 from lissom.errors import UserError
+from lissom.files import atomic_path
 
 
 def to_pixels(picture: Any) -> torch.Tensor:
@@ -36,6 +38,17 @@ def to_picture(pixels: torch.Tensor) -> Image.Image:
     return Image.fromarray(((pixels + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy())
 
 
+def write_picture(picture: Image.Image, file: Path) -> None:
+    """Whole or not at all, in the format that the file's ending names."""
+    with atomic_path(file) as temporary:
+        picture.save(temporary, format=Image.registered_extensions()[file.suffix.lower()])
+
+
+def rows_of(columns: Sequence[torch.Tensor | None], count: int) -> list[list[Image.Image | None]]:
+    """`count` rows for `tiled`, of columns `[pictures, 3, height, width]`, -1 to 1, of which some may be empty."""
+    return [[None if column is None else to_picture(column[row]) for column in columns] for row in range(count)]
+
+
 def tiled(
     rows: Sequence[Sequence[Image.Image | None]],
     columns: Sequence[str] = (),
@@ -51,10 +64,8 @@ def tiled(
     """
     font = ImageFont.load_default(11)
     headings = [wrap(heading, side // 6) for heading in columns]
-    top, left = (
-        14 * max(map(len, headings), default=0),
-        max((int(font.getlength(name)) + 8 for name in names), default=0),
-    )
+    top = 14 * max(map(len, headings), default=0)
+    left = max((int(font.getlength(name)) + 8 for name in names), default=0)
     sheet = Image.new("RGB", (left + side * max(map(len, rows)), top + side * len(rows)), "white")
     pen = ImageDraw.Draw(sheet)
     for number, lines in enumerate(headings):

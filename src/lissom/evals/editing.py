@@ -18,7 +18,7 @@ from lissom.diffusion.demo.task import edited, scaled
 from lissom.diffusion.load import load_pipeline
 from lissom.diffusion.pictures import quiet, to_picture, to_pixels
 from lissom.errors import UserError
-from lissom.evals.judge import Judge
+from lissom.evals.judge import Judge, feature_distance
 from lissom.train.dit import DitConfig, Form, make_cacheable, train_dit
 
 Progress = Callable[[int, int], None]
@@ -104,7 +104,7 @@ def scores(
     found = {
         "psnr": psnr(drawn, wanted),
         "ssim": structural_similarity_index_measure(drawn, wanted, data_range=(-1.0, 1.0), reduction="none"),
-        "distance": judge.distance(drawn, wanted),
+        "distance": feature_distance(judge.features(drawn), judge.features(wanted)),
         "recognised": (everything[near] == batch.concept).float(),
         "style": (logits.argmax(1) == judge(wanted)[0].argmax(1)).float(),
     }

@@ -50,14 +50,15 @@ class Judge(nn.Module):
         found: torch.Tensor = self.trunk(pictures)
         return found
 
-    def distance(self, pictures: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-        """1 - the cosine of what it sees in each of both, `[batch]`."""
-        return 1 - F.cosine_similarity(self.features(pictures), self.features(others))
-
     def forward(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits of the styles, `[batch, styles]`, and where the concepts lie, `[batch, 128]`, of length 1."""
         seen = F.silu(self.features(pictures))
         return self.style(seen), F.normalize(self.concept(seen), dim=1)
+
+
+def feature_distance(seen: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """1 - the cosine of `Judge.features` of both, `[batch]`."""
+    return 1 - F.cosine_similarity(seen, wanted)
 
 
 def trained_judge(

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -50,7 +51,7 @@ class Measured:
     losses: np.ndarray
     seconds: np.ndarray
 
-    @property
+    @cached_property
     def loss(self) -> Interval:
         """Mean over the requests."""
         return paired_bootstrap(self.losses)
@@ -61,7 +62,7 @@ class Measured:
         return float(np.median(self.seconds))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Outcome:
     """What was measured, the untouched pipeline first.
 
@@ -85,7 +86,7 @@ class Outcome:
         allowed = [own for own in self.measured if own.loss.estimate <= self.max_loss]
         return min(allowed, key=lambda own: own.time)
 
-    @property
+    @cached_property
     def front(self) -> list[Measured]:
         """What nothing else beats in loss and time together."""
         points = [(own.loss.estimate, own.time) for own in self.measured]

@@ -50,13 +50,13 @@ def filled(template: str, parts: Mapping[str, str], plots: Sequence[go.Figure]) 
     """A page of this package with its places filled in.
 
     Args:
-        template: what is within the page's frame.
-        parts: HTML, by the place's name; `model` is the page's title, too.
+        template: what the page has below what all have.
+        parts: HTML, by the place's name.
         plots: of the places `plot0`, `plot1` and so on.
     """
     folder = files("lissom.report")
     whole = folder.joinpath("shell.html").read_text().replace("{{body}}", folder.joinpath(template).read_text())
-    shown = dict(parts) | {"title": parts["model"]}
+    shown = dict(parts)
     for number, plot in enumerate(plots):
         shown[f"plot{number}"] = plotly.io.to_html(
             plot,
@@ -234,7 +234,7 @@ def _table(outcome: Outcome) -> str:
 
 
 def html_table(headings: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
-    """A table as HTML; each row with its kind: `best`, `front` or `beaten`."""
+    """A table as HTML; each row with its kind: `best`, `front`, `beaten` or none."""
     above = "".join(f"<th>{escape(name)}</th>" for name in headings)
     lines = [
         f'<tr class="{kind}">{"".join(f"<td>{escape(value)}</td>" for value in values)}</tr>' for kind, values in rows
@@ -249,17 +249,15 @@ def _peers(outcome: Outcome) -> str:
         return ""
     parts = []
     for place, lines in peers.cells(comparison).items():
-        headings = "".join(f"<th>{escape(_PEER_HEADINGS.get(name, name))}</th>" for name in lines[0])
-        rows = "".join(
-            f'<tr class="{"best" if number == 0 else ""}">'
-            + "".join(
-                f"<td>{escape(value)}{'×' if value and 'ratio' in name else ''}</td>" for name, value in line.items()
+        rows = [
+            (
+                "" if number else "best",
+                [f"{value}×" if value and "ratio" in name else value for name, value in line.items()],
             )
-            + "</tr>"
             for number, line in enumerate(lines)
-        )
+        ]
         parts.append(f"<p>{escape(peers.title(comparison, *place))}</p>")
-        parts.append(f"<table><thead><tr>{headings}</tr></thead><tbody>{rows}</tbody></table>")
+        parts.append(html_table([_PEER_HEADINGS.get(name, name) for name in lines[0]], rows))
     notes = [*comparison.notes, *(f"Not compared: {reason}" for reason in peers.unmeasured(comparison))]
     parts += [f'<p class="soft">{escape(note)}</p>' for note in notes]
     return f'<section><h2>Beside other runtimes</h2><p class="soft">{_PEERS_EXPLAINED}</p>{"".join(parts)}</section>'

@@ -7,18 +7,20 @@ from html import escape
 import plotly.graph_objects as go
 from rich.table import Table
 
-from lissom.evals.stats import ratio_interval
+from lissom.evals.stats import Interval, ratio_interval
 from lissom.evolve.pipelines import Measured, Outcome
 from lissom.report.checks import grid
 from lissom.report.page import cards, filled, html_table, layout, measured_on
 from lissom.report.rows import Result, Row
+
+_HEADINGS = ("recipe", "loss (1 - SSIM) [95 %]", "seconds", "faster [95 %]")
 
 
 def result(outcome: Outcome) -> Result:
     """Loss and time of every recipe."""
     rows = []
     for own in outcome.measured:
-        faster = ratio_interval(outcome.base.seconds.tolist(), own.seconds.tolist())
+        faster = _faster(outcome, own)
         rows += [
             Row(f"{own.recipe.label}/quality loss", own.loss.estimate, "1 - SSIM", 0.0, None, own.loss.low,
                 own.loss.high, len(own.losses)),
@@ -26,9 +28,6 @@ def result(outcome: Outcome) -> Result:
                 faster.high, len(own.seconds)),
         ]  # fmt: skip
     return Result("optimize-pipeline", rows)
-
-
-_HEADINGS = ("recipe", "loss (1 - SSIM) [95 %]", "seconds", "faster [95 %]")
 
 
 def table(outcome: Outcome) -> Table:
@@ -62,9 +61,15 @@ def page(outcome: Outcome, name: str, command: str) -> str:
         for own in sorted(outcome.measured, key=lambda own: own.time)
     ]
     parts = {
-        "model": escape(name), "verdict": words, "cards": cards(facts), "command": escape(command),
-        "recipe": escape(best.recipe.to_yaml()), "table": html_table(_HEADINGS, rows), "facts": measured_on(),
-    }  # fmt: skip
+        "model": escape(name),
+        "device": "this machine",
+        "verdict": words,
+        "cards": cards(facts),
+        "command": escape(command),
+        "recipe": escape(best.recipe.to_yaml()),
+        "table": html_table(_HEADINGS, rows),
+        "facts": measured_on(),
+    }
     return filled("pipelines.html", parts, [_plot(outcome)])
 
 
@@ -90,10 +95,14 @@ def _plot(outcome: Outcome) -> go.Figure:
 
 
 def _cells(outcome: Outcome, own: Measured) -> tuple[str, ...]:
-    faster = ratio_interval(outcome.base.seconds.tolist(), own.seconds.tolist())
+    faster = _faster(outcome, own)
     return (
         own.recipe.label,
         f"{own.loss.estimate:.3f} [{own.loss.low:.3f}, {own.loss.high:.3f}]",
         f"{own.time:.3f}",
         f"{faster.estimate:.2f}x [{faster.low:.2f}, {faster.high:.2f}]",
     )
+
+
+def _faster(outcome: Outcome, own: Measured) -> Interval:
+    return ratio_interval(outcome.base.seconds.tolist(), own.seconds.tolist())

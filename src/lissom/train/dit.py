@@ -23,6 +23,7 @@ from lissom.diffusion.demo.model import EditModel, Shape, prepared
 from lissom.diffusion.demo.pipeline import PixelEditPipeline
 from lissom.diffusion.demo.sheet import sheet
 from lissom.diffusion.demo.task import KINDS, training_batch
+from lissom.diffusion.pictures import write_picture
 from lissom.errors import UserError
 from lissom.files import atomic_path, move_into, writing
 from lissom.train.config import Schedule
@@ -190,8 +191,7 @@ class DitTrainer:
         concepts = self.emoji.concepts(held_out=True).tolist()[:rows]
         with self._averaged(), self.accelerator.autocast():
             picture = sheet(self.pipeline, self.emoji, concepts)
-        with atomic_path(file) as temporary:
-            picture.save(temporary, format="png")
+        write_picture(picture, file)
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:

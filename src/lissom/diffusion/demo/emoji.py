@@ -45,11 +45,6 @@ class Emoji:
     categories: tuple[str, ...]
     held_out: torch.Tensor
 
-    @property
-    def size(self) -> int:
-        """Pixels of a side."""
-        return self.pictures.shape[-1]
-
     def concepts(self, held_out: bool) -> torch.Tensor:
         """Numbers of the concepts that are held out, or of the others."""
         return (self.held_out == held_out).nonzero()[:, 0]

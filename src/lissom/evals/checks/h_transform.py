@@ -24,15 +24,14 @@ from lissom.diffusion.demo.pipeline import PixelEditPipeline, to_tokens
 from lissom.diffusion.demo.task import scaled
 from lissom.diffusion.h_transform import HTransform
 from lissom.diffusion.klein_kv.hooks import fingerprint
-from lissom.diffusion.pictures import quiet, tiled, to_picture
+from lissom.diffusion.pictures import quiet, rows_of, tiled, to_picture, write_picture
 from lissom.evals.editing import loaded, psnr, trained
 from lissom.evals.frontier import KernelDistance, area
 from lissom.evals.guided_sampling import DPS, ILVR, FlowDPS, Replacement, started
 from lissom.evals.guides import GUIDES, Guide, Request, requests
 from lissom.evals.journal import Journal, digest
-from lissom.evals.judge import Judge, kept_judge
+from lissom.evals.judge import Judge, feature_distance, kept_judge
 from lissom.evals.stats import Interval
-from lissom.files import atomic_path
 from lissom.train import dit
 from lissom.train.dit import DitConfig, Form
 
@@ -240,8 +239,7 @@ def run(model: str | None, size: Size, journal: Path, progress: Callable[[str, i
         progress(STAGES[2], number + 1, len(todo))
     pictures = place / f"pictures-{digest(size.kinds, size.steps)}.png"
     if not pictures.is_file():
-        with atomic_path(pictures) as temporary:
-            _sheet(pipeline, wanted, size.steps[0]).save(temporary, format="png")
+        write_picture(_sheet(pipeline, wanted, size.steps[0]), pictures)
     return Run(size, found, {name: _others(emoji, judge, request) for name, request in wanted.items()}, pictures)
 
 
@@ -256,9 +254,7 @@ def _sheet(pipeline: PixelEditPipeline, wanted: Mapping[str, Request], steps: in
             for method, strengths in STRENGTHS.items()
         ]
         columns.append(some.target)
-        rows += [
-            [None if own is None else to_picture(own[row].clamp(-1, 1)) for own in columns] for row in range(_SHOWN)
-        ]
+        rows += rows_of(columns, _SHOWN)
         names += [name] * _SHOWN
     headings = [f"{method} {strengths[1]:g}" for method, strengths in STRENGTHS.items()]
     return tiled(rows, ["guide", *headings, "picture"], names, side=96)
@@ -283,8 +279,9 @@ def _all(pipeline: PixelEditPipeline, request: Request, arm: Arm, sampler: str, 
 @torch.no_grad()
 def _scores(judge: Judge, request: Request, found: torch.Tensor) -> dict[str, Any]:
     found = found.clamp(-1, 1)
+    seen = judge.features(found)
     return {
         "psnr": psnr(found, request.target).tolist(),
-        "distance": judge.distance(found, request.target).tolist(),
-        "features": [[round(value, 4) for value in row] for row in judge.features(found).tolist()],
+        "distance": feature_distance(seen, judge.features(request.target)).tolist(),
+        "features": [[round(value, 4) for value in row] for row in seen.tolist()],
     }

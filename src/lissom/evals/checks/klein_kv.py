@@ -22,14 +22,13 @@ from lissom.diffusion.demo.model import EditModel, Shape
 from lissom.diffusion.demo.pipeline import PixelEditPipeline
 from lissom.diffusion.klein_kv import KleinKV
 from lissom.diffusion.klein_kv.hooks import fingerprint
-from lissom.diffusion.pictures import tiled, to_picture
+from lissom.diffusion.pictures import rows_of, tiled, write_picture
 from lissom.errors import UserError
 from lissom.evals.editing import KINDS, cacheable, edits, loaded, scores, trained
 from lissom.evals.journal import Journal, digest, scope_of
 from lissom.evals.judge import kept_judge
 from lissom.evals.reference_speed import FULL, MASKED, Setting, inputs_of, sampled, speeds
 from lissom.evals.stats import Interval, paired_bootstrap, ratio_interval
-from lissom.files import atomic_path
 from lissom.train import dit
 from lissom.train.dit import DitConfig, Form, held_out_losses
 
@@ -156,8 +155,7 @@ def run(model: str | None, size: Size, journal: Path, progress: Callable[[str, i
     seconds = {setting: known[identity][str(setting)] for setting in size.settings}
     pictures = place / "pictures.png"
     if not pictures.is_file():
-        with atomic_path(pictures) as temporary:
-            _sheet(arms, emoji, concepts[:_SHOWN], size.steps).save(temporary, format="png")
+        write_picture(_sheet(arms, emoji, concepts[:_SHOWN], size.steps), pictures)
     return Run(size, losses, found, differences(made), seconds, held, pictures)
 
 
@@ -173,7 +171,7 @@ def _sheet(
             with nullcontext() if method is None else method(pipeline):
                 columns.append(edits(pipeline, emoji, kind, concepts, steps))
         columns.append(batch.target)
-        rows += [[None if own is None else to_picture(own[row]) for own in columns] for row in range(len(concepts))]
+        rows += rows_of(columns, len(concepts))
         names += [f"{name}: {batch.edits[row]}" if batch.edits[row] else name for row in range(len(concepts))]
     return tiled(rows, ["reference", "of a style", *arms, "wanted"], names, side=96)
 
