@@ -15,6 +15,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from lissom.diffusion.demo.model import new_pipeline
+from lissom.diffusion.load import accelerated
 from lissom.evals.checks.h_transform import DETERMINISTIC, FREE, STRENGTHS, arms_of, drawn
 from lissom.evals.guides import requests
 from lissom.evals.reference_speed import random_emoji
@@ -34,7 +35,7 @@ def main() -> None:
     given = parser.parse_args()
     form, rounds = (SMALL, 2) if given.quick else (FULL, 7)
     emoji = random_emoji(form.shape.size)
-    pipeline = new_pipeline(replace(form.shape, references="joint"), emoji)
+    pipeline = accelerated(new_pipeline(replace(form.shape, references="joint"), emoji))
     methods = [method for method in STRENGTHS if method != "img2img"]
     found: dict[str, dict[str, Interval]] = {}
     with Progress(console=Console(stderr=True)) as progress:

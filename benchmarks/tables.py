@@ -583,7 +583,7 @@ def noble_cost(device: str) -> str:
 def klein_kv() -> str:
     """Edits of concepts that the model has not seen, by every way to draw them."""
     facts, rows = load("klein-kv")
-    metrics = ("psnr", "ssim", "recognised", "style")
+    metrics = ("psnr", "ssim", "distance", "recognised", "style")
     parts = []
     for kind in dict.fromkeys(name.split("/")[0] for name in rows if name.startswith("edit ")):
         lines = []
@@ -596,11 +596,12 @@ def klein_kv() -> str:
                     number(own["psnr"], 2),
                     interval(gap, "+.2f"),
                     number(own["ssim"], 2),
+                    number(own["distance"], 3),
                     f"{own['recognised']['value']:.0%}",
                     f"{own['style']['value']:.0%}",
                 ]
             )
-        headings = [kind, "PSNR", "gained [95 %]", "SSIM", "recognised", "of the style"]
+        headings = [kind, "PSNR", "gained [95 %]", "SSIM", "feature distance", "recognised", "of the style"]
         parts.append(markdown(headings, lines))
     words = f"{facts['concepts']} held-out concepts, {facts['sampler']} steps; {facts['steps']} steps of training, and "
     return "\n\n".join([verdicts(facts), *parts, f"{words}{facts['short']} with the mask. {stamp(facts)}"])

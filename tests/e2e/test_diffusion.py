@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 from PIL import Image
 from pipelines import small_emoji
 
@@ -20,6 +23,12 @@ def folder(tmp_path_factory):
     for references in ("set", "joint"):
         shape = Shape(size=16, patch=4, width=32, head=8, double=1, single=1, references=references)
         new_pipeline(shape, emoji).save_pretrained(folder / references)
+    torch.manual_seed(0)
+    network = UNet2DModel(
+        sample_size=16, block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1,
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+    )  # fmt: skip
+    DDPMPipeline(network, DDIMScheduler()).save_pretrained(folder / "plain")
     random = np.random.default_rng(0)
     for name, mode, shape in (
         ("one.png", "RGB", (16, 16, 3)), ("clear.png", "RGBA", (16, 24, 4)), ("grey.png", "L", (20, 16)),
@@ -61,6 +70,61 @@ def test_a_coarse_picture_is_refined(run, folder, tmp_path):
     code, text, err = run(*asked, "-o", tmp_path / "large.png", "--size", 32, "--prompt", "a thing 1", "--json", "-")
     assert code == 0 and json.loads(text)["seconds"] > 0, err
     assert Image.open(tmp_path / "large.png").size == (32, 32)
+    code, _, err = run(
+        "refine",
+        folder / "set",
+        "--guide",
+        folder / "clear.png",
+        "--size",
+        36,
+        "--steps",
+        1,
+        "-o",
+        tmp_path / "wide.png",
+    )
+    assert code == 0 and Image.open(tmp_path / "wide.png").size == (36, 24), err
+
+
+def test_any_pipeline_is_refined_and_its_steps_are_searched(run, folder, tmp_path, monkeypatch):
+    asked = ("refine", folder / "plain", "--guide", folder / "one.png", "-o", tmp_path / "fine.png")
+    code, _, err = run(*asked, "--steps", 3, "--alpha", 0)
+    assert code == 0, err
+    guide, found = (np.asarray(Image.open(file)).astype(int) for file in (folder / "one.png", tmp_path / "fine.png"))
+    assert np.abs(guide - found).max() <= 1
+    code, _, err = run(*asked, "--size", 32)
+    assert code == 2 and "draws pictures of 16 by 16 pixels alone" in err
+    code, _, err = run("optimize", folder / "plain", "-o", tmp_path / "none")
+    assert code == 2 and "takes no reference pictures" in err
+
+    noise = torch.randint(256, (5, 30, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    monkeypatch.setattr(pipelines, "load_emoji", lambda size: replace(small_emoji(), pictures=noise))
+    monkeypatch.setattr(pipelines, "own_steps", lambda pipeline: 10)
+    report = tmp_path / "report"
+    code, text, err = run(
+        "optimize", folder / "plain", "--refine", "--quick", "--max-quality-loss", "99%", "-o", report
+    )
+    assert code == 0 and "h-transform" in text and "lissom refine" in text, err
+    rows = {row["name"]: row for row in json.loads((report / "results.json").read_text())["rows"]}
+    assert rows["10 steps + h-transform/quality loss"]["value"] == 0 and len(rows) == 6
+    code, _, err = run(*asked, "--recipe", report / "recipe.yaml")
+    assert code == 0, err
+
+
+def test_an_interrupted_search_keeps_what_it_has(run, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipelines, "load_emoji", lambda size: small_emoji())
+    drawn, calls = pipelines._drawn, []
+
+    def pressed(*given):
+        calls.append(given)
+        if len(calls) == 4:  # what is compared with, two recipes, and then
+            raise KeyboardInterrupt
+        return drawn(*given)
+
+    monkeypatch.setattr(pipelines, "_drawn", pressed)
+    code, text, err = run("optimize", folder / "set", "--quick", "-o", tmp_path / "report")
+    assert code == 2 and "Stopped early" in err and "Not tried yet" in text
+    assert (tmp_path / "report" / "index.html").is_file()
+    assert len((tmp_path / "report" / "measurements.jsonl").read_text().split("\n")) == 3
 
 
 def test_recipes_and_the_search_for_one(run, folder, tmp_path, monkeypatch):
@@ -118,6 +182,9 @@ def test_recipes_and_the_search_for_one(run, folder, tmp_path, monkeypatch):
         (("edit", "."), "has no model_index.json"),
         (("refine", "set", "--guide", "clear.png", "--mask", "one.png"), "does not fit a guide of"),
         (("refine", "set", "--guide", "one.png", "--alpha", "-1"), "alpha=-1"),
+        (("edit", "set", "--image", "one.png", "--storage", "int8", "--cache", "off"), "nothing is kept here"),
+        (("optimize", "set", "--no-peers"), "--no-peers is of language models"),
+        (("optimize", "none", "--refine"), "--refine is of diffusion models"),
         (("refine", "set", "--guide", "grey.png", "--level", "ve"), "level='ve'"),
         (("train-dit", "--lora", "2"), "--make-cacheable"),
         (("train-dit", "--make-cacheable", "joint", "--width", "32"), "leave out width"),

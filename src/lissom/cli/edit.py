@@ -73,10 +73,11 @@ def edit(
     )
     chosen = recipe_of(recipe, steps, cache != "auto" or storage != "model")
     if chosen is not None:
-        if chosen.pipeline_method("h-transform") is not None:
-            raise UserError(f"{recipe} has h-transform, which needs a guide: use `lissom refine`.")
+        methods = chosen.pipeline_methods()
+        if any("guide" in own.inputs for own in methods):
+            raise UserError(f"{recipe} has a method that needs a guide: use `lissom refine`.")
         dtype = dtype if chosen.dtype == "auto" else chosen.dtype
-        own = chosen.pipeline_method(KleinKV.name)
+        own = next((own for own in methods if isinstance(own, KleinKV)), None)
         method, cache = own or method, "on" if own else "off"
         if references and cache == "off":
             raise UserError(f"{recipe} has no klein-kv: leave out --references.")
@@ -108,6 +109,8 @@ def _cached(
     if file is not None:
         if file.exists() and pictures:
             raise UserError(f"{file} holds references already: leave out --image, or delete the file.")
+        if file.exists() and method.storage != "model":
+            raise UserError(f"{file} was written with a storage of its own: leave out --storage, or delete the file.")
         if file.exists():
             warm = WarmReferences.load(file)
         elif pictures:
@@ -119,6 +122,8 @@ def _cached(
         with warm(pipeline):
             yield [], facts
     elif not pictures or cache == "off" or (cache == "auto" and references_of(pipeline) == "joint"):
+        if method.storage != "model":
+            raise UserError(f"--storage {method.storage} is of a cache, and nothing is kept here: leave it out.")
         yield pictures, facts
     else:
         with method(pipeline) as report:

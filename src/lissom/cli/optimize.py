@@ -74,13 +74,17 @@ def optimize(
     peers: bool = typer.Option(
         True, "--peers/--no-peers", help="Measure llama.cpp, torch.compile, OpenVINO, ONNX Runtime beside it."
     ),
+    refine: bool = typer.Option(
+        False, "--refine", help="Of a diffusion model: how few steps `lissom refine` needs, not `lissom edit`."
+    ),
     output: Path = typer.Option(Path("lissom-report"), "--output", "-o", help="Folder of the report."),
     json_file: str = JSON,
 ) -> None:
     """Find the recipe that makes MODEL small and fast on this machine within a quality floor, by measuring.
 
     Of a diffusion model, which is the folder of its pipeline: fewer steps, and references that are read once; the
-    quality loss is 1 - SSIM to what the untouched pipeline draws from the same noise.
+    quality loss is 1 - SSIM to what the untouched pipeline draws from the same noise. With --refine it is searched in
+    how few steps coarse pictures are refined.
 
     First how it runs (native passes, the file's own blocks, dtype, threads), then low-bit weights, then what acts on
     the KV cache. The result is compared with the other runtimes that are installed (`lissom bench --help` says how they
@@ -95,12 +99,17 @@ def optimize(
 
     floor = floor_of(max_quality_loss)
     if (Path(model) / "model_index.json").is_file():
-        for given, option in ((device != "this", "--device"), (prefer != "balanced", "--prefer"), (tokens, "--tokens")):
+        for given, option in (
+            (device != "this", "--device"), (prefer != "balanced", "--prefer"), (tokens, "--tokens"),
+            (not peers, "--no-peers"),
+        ):  # fmt: skip
             if given:
                 raise UserError(f"{option} is of language models; a diffusion model is measured on this machine.")
         context.with_resource(_alone(output))
-        _pipeline(model, floor, budget or (2.5 if quick else 8.0), quick, output, json_file)
+        _pipeline(model, floor, budget or (2.5 if quick else 8.0), refine, quick, output, json_file)
         return
+    if refine:
+        raise UserError(f"--refine is of diffusion models, and {model} is no folder of a pipeline.")
     if prefer not in ("balanced", "speed", "memory"):
         raise UserError(f"--prefer {prefer}: expected speed, memory or balanced.")
     context.with_resource(_alone(output))
@@ -195,7 +204,9 @@ def _keep(output: Path, recipe: Recipe, found: Result, html: str, command: str) 
     return f"Report: {page}   Results: {results}   Recipe: {output / _RECIPE}\nUse it:\n  {command}"
 
 
-def _pipeline(model: str, floor: float, minutes: float, quick: bool, output: Path, json_file: str | None) -> None:
+def _pipeline(
+    model: str, floor: float, minutes: float, refine: bool, quick: bool, output: Path, json_file: str | None
+) -> None:
     """The same for a pipeline of diffusers."""
     from rich.console import Console
 
@@ -211,10 +222,11 @@ def _pipeline(model: str, floor: float, minutes: float, quick: bool, output: Pat
     with bars(console) as bar:
         task = bar.add_task("untouched pipeline", total=None)
         outcome = optimize_pipeline(
-            model, loaded, floor, Journal(output / "measurements.jsonl"), quick, minutes,
+            model, loaded, floor, Journal(output / "measurements.jsonl"), refine, quick, minutes,
             lambda label, done, total: bar.update(task, description=label, completed=done, total=total),
         )  # fmt: skip
-    command = f"lissom edit {model} --recipe {output / _RECIPE} --image FILE -o out.png"
+    word, given = ("refine", "--guide") if refine else ("edit", "--image")
+    command = f"lissom {word} {model} --recipe {output / _RECIPE} {given} FILE -o out.png"
     found = result(outcome)
     ending = _keep(output, outcome.best.recipe, found, page(outcome, model, command), command)
     if json_file:
@@ -226,3 +238,6 @@ def _pipeline(model: str, floor: float, minutes: float, quick: bool, output: Pat
         if outcome.untried:
             out.print(f"Not tried yet: {', '.join(outcome.untried)}.", highlight=False, markup=False)
         out.print(ending, highlight=False, markup=False, soft_wrap=True)
+    if outcome.interrupted:
+        console.print("Stopped early; the report holds what was measured, and the same command goes on.")
+        raise typer.Exit(2)

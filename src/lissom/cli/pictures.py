@@ -76,33 +76,36 @@ def read_picture(file: Path) -> Image.Image:
         raise UserError(f"{file} cannot be read as a picture: {str(error).splitlines()[0]}") from error
 
 
+def sides_of(picture: Image.Image, longer: int) -> tuple[int, int]:
+    """Width and height of a picture that is enlarged until its longer side has so many pixels; the shorter one is
+    rounded to what pipelines mostly draw, multiples of 16, or of 4 where the longer one is no such."""
+    unit = 16 if longer % 16 == 0 else 4 if longer % 4 == 0 else 1
+    scale = longer / max(picture.size)
+    width, height = (longer if side == max(picture.size) else max(unit, round(side * scale / unit) * unit)
+                     for side in picture.size)  # fmt: skip
+    return width, height
+
+
 def draw(pipeline: DiffusionPipeline, steps: int | None, seed: int, **options: Any) -> list[Image.Image]:
     """Pictures, with a bar of ours, from a call with those of `options` that are not None."""
-    import inspect
-
     import torch
     from rich.console import Console
 
+    from lissom.diffusion.calls import arguments, own_steps, takes
     from lissom.diffusion.pictures import quiet
     from lissom.errors import UserError
 
-    known = inspect.signature(type(pipeline).__call__).parameters
-    given = {name: value for name, value in options.items() if value is not None}
-    for name, nothing in (("prompt", ""), ("num_images_per_prompt", 1)):
-        if name not in known and given.get(name) == nothing:
-            del given[name]
-    for name in given.keys() - known.keys():
-        raise UserError(f"{type(pipeline).__name__} takes no {name}.")
-    steps = int(known["num_inference_steps"].default) if steps is None else steps
+    steps = own_steps(pipeline) if steps is None else steps
     for name in ("height", "width"):
-        if given.get(name, 1) < 1:
-            raise UserError(f"A {name} of {given[name]} pixels: expected at least 1.")
-    if not given.get("guidance_scale", 1.0) < float("inf"):
-        raise UserError(f"--guidance {given['guidance_scale']}: expected a number.")
+        if (options.get(name) or 1) < 1:
+            raise UserError(f"A {name} of {options[name]} pixels: expected at least 1.")
+    if not (options.get("guidance_scale") or 1.0) < float("inf"):
+        raise UserError(f"--guidance {options['guidance_scale']}: expected a number.")
     if not 0 <= seed < 2**63:
         raise UserError(f"--seed {seed}: expected a number from 0 to below 2^63.")
     if steps < 1:
         raise UserError(f"--steps {steps}: expected at least 1.")
+    given = arguments(pipeline, num_inference_steps=steps, generator=torch.Generator().manual_seed(seed), **options)
     with bars(Console(stderr=True)) as progress, quiet(pipeline):
         task = progress.add_task("steps", total=steps)
 
@@ -110,11 +113,9 @@ def draw(pipeline: DiffusionPipeline, steps: int | None, seed: int, **options: A
             progress.update(task, completed=number + 1)
             return {}
 
-        if "callback_on_step_end" in known:
+        if takes(pipeline, "callback_on_step_end"):
             given["callback_on_step_end"] = step
-        pictures: list[Image.Image] = pipeline(
-            num_inference_steps=steps, generator=torch.Generator().manual_seed(seed), **given
-        ).images
+        pictures: list[Image.Image] = pipeline(**given).images
     return pictures
 
 

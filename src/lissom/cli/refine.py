@@ -9,7 +9,7 @@ from pathlib import Path
 import typer
 
 from lissom.cli.common import JSON, PIPELINE
-from lissom.cli.pictures import draw, keep, named, read_picture, recipe_of
+from lissom.cli.pictures import draw, keep, named, read_picture, recipe_of, sides_of
 
 
 def register(app: typer.Typer) -> None:
@@ -27,7 +27,9 @@ def refine(
     mask: Path = typer.Option(None, help="Picture of the guide's size: white where the guide holds. [default: all]"),
     outside: float = typer.Option(float("inf"), help="Alpha where the mask is black; inf leaves that free."),
     image: list[Path] = typer.Option([], "--image", help="Reference picture; give the option again for each."),
-    size: int = typer.Option(None, help="Pixels of a side, to which the guide is enlarged. [default: the guide's]"),
+    size: int = typer.Option(
+        None, help="Pixels of the longer side, to which the guide is enlarged. [default: the guide's size]"
+    ),
     steps: int = typer.Option(None, help="Of the sampler. [default: the pipeline's]"),
     guidance: float = typer.Option(
         None, help="The higher, the more closely the prompt is followed. [default: the pipeline's]"
@@ -40,34 +42,32 @@ def refine(
     """Draw near a coarse picture, with a model that was not trained for it, by the weighted h-transform."""
     from PIL import Image
 
-    from lissom.devices.meters import threads
     from lissom.diffusion.h_transform import HTransform
     from lissom.diffusion.load import load_pipeline
     from lissom.errors import UserError
 
     targets = named(output, count)
     method = HTransform(alpha, level, outside)  # type: ignore[arg-type]
-    chosen, cache = recipe_of(recipe, steps, method != HTransform()), None
-    if chosen is not None:
-        dtype = dtype if chosen.dtype == "auto" else chosen.dtype
-        method, cache = chosen.pipeline_method(HTransform.name) or method, chosen.pipeline_method("klein-kv")
+    chosen = recipe_of(recipe, steps, method != HTransform())
+    dtype = dtype if chosen is None or chosen.dtype == "auto" else chosen.dtype
+    guided = chosen is not None and any("guide" in own.inputs for own in chosen.pipeline_methods())
     coarse, covered = read_picture(guide), None if mask is None else read_picture(mask)
     references = [read_picture(file) for file in image]
     if size is not None and size < 1:
         raise UserError(f"--size {size}: expected at least 1.")
     if size is not None:
-        coarse = coarse.resize((size, size), Image.Resampling.BICUBIC)
-        covered = None if covered is None else covered.resize((size, size), Image.Resampling.NEAREST)
+        sides = sides_of(coarse, size)
+        coarse = coarse.resize(sides, Image.Resampling.BICUBIC)
+        covered = None if covered is None else covered.resize(sides, Image.Resampling.NEAREST)
     loaded = load_pipeline(pipeline, dtype)
     began = time.perf_counter()
-    wanted, cores = (steps, None) if chosen is None else (chosen.steps, chosen.threads)
     with ExitStack() as stack:
-        stack.enter_context(threads(cores))
-        stack.enter_context(method(loaded, coarse, covered))
-        if cache is not None and references:
-            stack.enter_context(cache(loaded))
+        if chosen is not None:
+            stack.enter_context(chosen.drawing(loaded, guide=coarse, mask=covered))
+        if not guided:
+            stack.enter_context(method(loaded, coarse, covered))
         drawn = draw(
-            loaded, wanted, seed,
+            loaded, steps if chosen is None else chosen.steps, seed,
             image=references or None, prompt=prompt, guidance_scale=guidance,
             num_images_per_prompt=count, height=coarse.size[1], width=coarse.size[0],
         )  # fmt: skip

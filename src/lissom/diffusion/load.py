@@ -33,5 +33,10 @@ def load_pipeline(name: str, dtype: str = "float32") -> DiffusionPipeline:
     except Exception as error:  # diffusers raises what any of its parts does
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{name} cannot be loaded as a pipeline of diffusers: {reason}") from error
+    return accelerated(pipeline)
+
+
+def accelerated(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """A pipeline on the accelerator, where there is one."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return pipeline if device is None else pipeline.to(device)

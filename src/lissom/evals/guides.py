@@ -41,7 +41,7 @@ def _smaller(pictures: torch.Tensor) -> torch.Tensor:
 
 
 def _blurred(pictures: torch.Tensor, sigma: float = 2.0) -> torch.Tensor:
-    places = torch.arange(-6, 7, dtype=pictures.dtype)
+    places = torch.arange(-6, 7, dtype=pictures.dtype, device=pictures.device)
     line = torch.exp(-(places**2) / (2 * sigma**2))
     kernel = (line / line.sum()).expand(3, 1, 1, -1)
     padded = F.pad(pictures, (6, 6, 6, 6), mode="replicate")
@@ -57,7 +57,7 @@ def _hole(size: int) -> torch.Tensor:
 
 
 def _with_hole(pictures: torch.Tensor) -> torch.Tensor:
-    return pictures * _hole(pictures.shape[-1])
+    return pictures * _hole(pictures.shape[-1]).to(pictures)
 
 
 def _enlarged(pictures: torch.Tensor, mode: str, factor: int) -> torch.Tensor:
@@ -93,6 +93,10 @@ class Request:
     guide: torch.Tensor
     prompts: tuple[str, ...]
     how: Guide
+
+    def to(self, device: torch.device) -> Request:
+        """The same on `device`."""
+        return replace(self, target=self.target.to(device), guide=self.guide.to(device))
 
     def part(self, rows: slice) -> Request:
         """Some of the pictures."""

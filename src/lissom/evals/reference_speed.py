@@ -20,6 +20,7 @@ from lissom.diffusion.klein_kv import KleinKV, ReferenceStore
 from lissom.diffusion.klein_kv.cost import cost
 from lissom.diffusion.klein_kv.hooks import WarmHook, hooked
 from lissom.diffusion.klein_kv.store import Entry
+from lissom.diffusion.load import accelerated
 from lissom.diffusion.references import prepare, reference_numbers
 from lissom.evals.training_steps import rounds_of
 
@@ -47,7 +48,7 @@ def speeds(
     shape: Shape = SHAPE,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[Setting, dict[str, list[float]]]:
-    """Seconds of drawing one picture by each of `ARMS`, in interleaved rounds.
+    """Seconds of drawing one picture by each of `ARMS`, in interleaved rounds, on the accelerator where there is one.
 
     Args:
         progress: called with (rounds done, rounds) of all settings.
@@ -71,7 +72,7 @@ def bounds(setting: Setting, shape: Shape = SHAPE) -> dict[str, float]:
 def _pipeline(shape: Shape) -> PixelEditPipeline:
     pipeline = new_pipeline(shape, random_emoji(1))
     torch.nn.init.normal_(pipeline.transformer.proj_out.weight, std=0.02)
-    return pipeline
+    return accelerated(pipeline)
 
 
 def random_emoji(size: int, concepts: int = 16) -> Emoji:
@@ -84,16 +85,17 @@ def random_emoji(size: int, concepts: int = 16) -> Emoji:
 
 def inputs_of(pipeline: PixelEditPipeline, references: int, seed: int = 0) -> dict[str, torch.Tensor]:
     """Random tokens of one picture, of its references, and of words."""
-    config, random = pipeline.config, torch.Generator().manual_seed(seed)
+    config, random, device = pipeline.config, torch.Generator().manual_seed(seed), pipeline.device
     side = config.size // config.patch
     channels, width = pipeline.transformer.config.in_channels, pipeline.transformer.config.joint_attention_dim
-    return {
+    found = {
         "noise": torch.randn(1, side * side, channels, generator=random),
         "references": torch.rand(1, references * side * side, channels, generator=random) * 2 - 1,
         "words": torch.randn(1, _WORDS, width, generator=random),
         "image_ids": positions(side, side),
         "reference_ids": torch.cat([positions(side, side, place) for place in reference_numbers(references)]),
     }
+    return {name: value.to(device) for name, value in found.items()}
 
 
 @torch.no_grad()
@@ -115,7 +117,7 @@ def sampled(
             "hidden_states": torch.cat([inputs["references"], sample], 1),
             "img_ids": both,
             "encoder_hidden_states": inputs["words"],
-            "txt_ids": text_positions(inputs["words"].shape[1]),
+            "txt_ids": text_positions(inputs["words"].shape[1]).to(sample.device),
             "timestep": sample.new_tensor([1 - step / steps]),
             "return_dict": False,
         }

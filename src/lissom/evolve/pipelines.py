@@ -1,29 +1,29 @@
-"""The main job for a diffusion model: fewer steps, and references that are read once, each measured on this machine."""
+"""The main job for a diffusion model: fewer steps, and what its methods save, each measured on this machine."""
 
 from __future__ import annotations
 
-import inspect
 import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, Flux2Transformer2DModel
 from PIL import Image
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from lissom.diffusion.calls import arguments, own_steps, takes
 from lissom.diffusion.demo import BY_EXAMPLE, BY_WORD, draw, load_emoji
-from lissom.diffusion.klein_kv import KleinKV
-from lissom.diffusion.klein_kv.apply import references_of
-from lissom.diffusion.klein_kv.approximate import FAMILIES
-from lissom.diffusion.klein_kv.hooks import fingerprint
+from lissom.diffusion.denoiser import denoiser, fingerprint
 from lissom.diffusion.pictures import quiet, to_picture, to_pixels
 from lissom.errors import UserError
+from lissom.evals.guides import GUIDES
 from lissom.evals.journal import Journal, scope_of
 from lissom.evals.stats import Interval, paired_bootstrap
+from lissom.models.registry import pipeline_methods
 from lissom.recipes import Recipe
 
 _FEWER = (0.6, 0.4, 0.3, 0.2)  # shares of the pipeline's own number of steps
@@ -32,10 +32,15 @@ _SIDE = 256  # pixels of the requests of pipelines that do not say
 
 @dataclass(frozen=True)
 class Request:
-    """Reference pictures and a prompt."""
+    """A prompt, and reference pictures or a coarse one.
 
-    references: tuple[Image.Image, ...]
+    Attributes:
+        guide: what is refined; None: nothing, it is an edit.
+    """
+
     prompt: str
+    references: tuple[Image.Image, ...] = ()
+    guide: Image.Image | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,11 +74,13 @@ class Outcome:
     Attributes:
         max_loss: the quality floor.
         untried: labels of recipes that there was no time for.
+        interrupted: whether a key press ended it.
     """
 
     measured: list[Measured]
     max_loss: float
     untried: list[str]
+    interrupted: bool = False
 
     @property
     def base(self) -> Measured:
@@ -97,13 +104,21 @@ class Outcome:
         ]
 
 
-def recipes(name: str, pipeline: DiffusionPipeline, quick: bool) -> Iterator[Recipe]:
-    """What is measured, the untouched pipeline first."""
-    methods: list[KleinKV | None] = [None]
-    if references_of(pipeline) != "joint":
-        methods += [KleinKV(), KleinKV(storage="int8")]
-    elif isinstance(getattr(pipeline, "transformer", None), tuple(FAMILIES)):
-        methods += [KleinKV(mode="approximate"), KleinKV(mode="approximate", refresh_every=3)]
+def recipes(name: str, pipeline: DiffusionPipeline, refine: bool, quick: bool) -> Iterator[Recipe]:
+    """What is measured, the one that all are judged by first.
+
+    Raises:
+        UserError: nothing is searched for such a pipeline.
+    """
+    methods: list[Any] = [] if refine else [None]
+    for kind in pipeline_methods():
+        if ("guide" in kind.inputs) == refine:
+            methods += kind.candidates(pipeline, quick)
+    if not refine and not takes(pipeline, "image"):
+        raise UserError(
+            f"{type(pipeline).__name__} takes no reference pictures; with --refine it is searched how few steps a "
+            "coarse picture needs."
+        )
     most = own_steps(pipeline)
     fewer = [max(1, round(most * share)) for share in (_FEWER[1::2] if quick else _FEWER)]
     for steps in dict.fromkeys((most, *fewer)):
@@ -111,31 +126,33 @@ def recipes(name: str, pipeline: DiffusionPipeline, quick: bool) -> Iterator[Rec
             yield Recipe.of(*(() if method is None else (method,)), model=name, steps=steps)
 
 
-def own_steps(pipeline: DiffusionPipeline) -> int:
-    """Steps that a pipeline takes where nothing is said.
-
-    Raises:
-        UserError: it takes no reference pictures.
-    """
-    known = inspect.signature(type(pipeline).__call__).parameters
-    if not {"image", "num_inference_steps"} <= known.keys():
-        raise UserError(
-            f"{type(pipeline).__name__} takes no reference pictures: there is nothing that is searched for it."
-        )
-    return int(known["num_inference_steps"].default)
-
-
-def requests(pipeline: DiffusionPipeline, count: int) -> list[Request]:
-    """Edits of pictures of the emoji sets, half of them told by a word where the pipeline knows such words."""
-    side = pipeline.config.get("size", _SIDE)
+def requests(pipeline: DiffusionPipeline, refine: bool, count: int) -> list[Request]:
+    """Edits of pictures of the emoji sets, half of them told by a word where the pipeline knows such words, or with
+    `refine` pictures that were made four times smaller."""
+    side = _side(pipeline)
     emoji = load_emoji(min(side, 64))
     concepts, found = emoji.concepts(held_out=True).tolist()[:count], []
     kinds = (BY_WORD, BY_EXAMPLE) if "patch" in pipeline.config else (BY_EXAMPLE,)
     for number, concept in enumerate(concepts):
         batch = draw(emoji, kinds[number % len(kinds)], [concept], np.random.default_rng(number))
+        if refine:
+            coarse = GUIDES["low resolution"].guide(batch.target)[0]
+            found.append(Request(batch.prompts[0], guide=to_picture(coarse).resize((side, side))))
+            continue
         pictures = [to_picture(pixels).resize((side, side)) for pixels in batch.references[0]]
-        found.append(Request(tuple(pictures), batch.prompts[0]))
+        several = isinstance(
+            getattr(pipeline, "transformer", None), Flux2Transformer2DModel
+        )  # others take one for each
+        found.append(Request(batch.prompts[0], tuple(pictures if several else pictures[:1])))
     return found
+
+
+def _side(pipeline: DiffusionPipeline) -> int:
+    """Pixels of a side of the requests."""
+    if takes(pipeline, "height"):
+        return int(pipeline.config.get("size", _SIDE))
+    found = getattr(denoiser(pipeline).config, "sample_size", None) or _SIDE
+    return int(found if isinstance(found, int) else max(found))
 
 
 def optimize_pipeline(
@@ -143,6 +160,7 @@ def optimize_pipeline(
     pipeline: DiffusionPipeline,
     max_loss: float,
     journal: Journal,
+    refine: bool = False,
     quick: bool = False,
     minutes: float = 8.0,
     progress: Callable[[str, int, int], None] = lambda label, done, total: None,
@@ -153,45 +171,67 @@ def optimize_pipeline(
         name: of it, for the recipes.
         max_loss: 1 - SSIM that the best recipe may have.
         journal: of what was measured; it is not measured again.
+        refine: coarse pictures are refined, not references edited.
         minutes: nothing new is begun after them.
         progress: called with (label, recipes measured, recipes).
 
     Raises:
-        UserError: the pipeline takes no reference pictures.
+        UserError: nothing is searched for such a pipeline.
+        KeyboardInterrupt: before anything was measured.
     """
-    own_steps(pipeline)
-    end, asked = time.monotonic() + 60 * minutes, requests(pipeline, 4 if quick else 10)
-    todo, found, untried = list(recipes(name, pipeline, quick)), list[Measured](), list[str]()
-    key = scope_of(name, len(asked), references_of(pipeline), fingerprint(pipeline.transformer))
-    identities = [f"{key} {recipe.identity}" for recipe in todo]
+    todo, found, untried = list(recipes(name, pipeline, refine, quick)), list[Measured](), list[str]()
+    end, asked = time.monotonic() + 60 * minutes, requests(pipeline, refine, 4 if quick else 10)
+    network = denoiser(pipeline)
+    key = scope_of(name, len(asked), refine, fingerprint(network), str(dict(pipeline.config)))
     wanted: list[torch.Tensor] = []
-    if any(identity not in journal for identity in identities):
-        wanted = [_drawn(pipeline, todo[0], request)[0] for request in asked]
-    for number, (recipe, identity) in enumerate(zip(todo, identities, strict=True)):
+    interrupted = False
+    for number, recipe in enumerate(todo):
         progress(recipe.label, number, len(todo))
+        identity = f"{key} {recipe.identity}"
         if identity not in journal:
-            if number and time.monotonic() > end:
+            if interrupted or (number and time.monotonic() > end):
                 untried.append(recipe.label)
                 continue
-            pictures, seconds = zip(*(_drawn(pipeline, recipe, request) for request in asked), strict=True)
+            try:
+                wanted = wanted or _drawn(pipeline, todo[0], asked)[0]
+                pictures, seconds = _drawn(pipeline, recipe, asked)
+            except KeyboardInterrupt:
+                if not found:
+                    raise
+                interrupted = True
+                untried.append(recipe.label)
+                continue
             losses = [1 - _ssim(one, other) for one, other in zip(pictures, wanted, strict=True)]
-            journal.add(identity, {"losses": losses, "seconds": list(seconds)})
+            journal.add(identity, {"losses": losses, "seconds": seconds})
         record = journal[identity]
         found.append(Measured(recipe, np.asarray(record["losses"]), np.asarray(record["seconds"])))
     progress("done", len(todo), len(todo))
-    return Outcome(found, max_loss, untried)
+    return Outcome(found, max_loss, untried, interrupted)
 
 
-def _drawn(pipeline: DiffusionPipeline, recipe: Recipe, request: Request) -> tuple[torch.Tensor, float]:
-    """A picture, and the seconds that it took."""
-    method = recipe.pipeline_method(KleinKV.name)
-    begin = time.perf_counter()
-    with nullcontext() if method is None else method(pipeline), quiet(pipeline):
-        picture = pipeline(
-            image=list(request.references), prompt=request.prompt, num_inference_steps=recipe.steps,
-            generator=torch.Generator().manual_seed(0),
-        ).images[0]  # fmt: skip
-    return to_pixels(picture), time.perf_counter() - begin
+def _drawn(
+    pipeline: DiffusionPipeline, recipe: Recipe, asked: Sequence[Request]
+) -> tuple[list[torch.Tensor], list[float]]:
+    """A picture for each request, and the seconds that it took."""
+    pictures, seconds = [], []
+    with ExitStack() as around, quiet(pipeline):
+        if asked[0].guide is None:  # what a block does once is not counted in every request
+            around.enter_context(recipe.drawing(pipeline))
+        for request in asked:
+            begin = time.perf_counter()
+            side = None if request.guide is None else request.guide.height
+            given = arguments(
+                pipeline, image=list(request.references) or None, num_inference_steps=recipe.steps, height=side,
+                width=side, generator=torch.Generator().manual_seed(0),
+                prompt=request.prompt if takes(pipeline, "prompt") else None,
+            )  # fmt: skip
+            with ExitStack() as stack:
+                if request.guide is not None:
+                    stack.enter_context(recipe.drawing(pipeline, guide=request.guide))
+                picture = pipeline(**given).images[0]
+            seconds.append(time.perf_counter() - begin)
+            pictures.append(to_pixels(picture))
+    return pictures, seconds
 
 
 def _ssim(one: torch.Tensor, other: torch.Tensor) -> float:

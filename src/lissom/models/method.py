@@ -97,6 +97,25 @@ class Method(Protocol):
         ...
 
 
+class PipelineMethod(Protocol):
+    """A frozen dataclass of settings that acts on a pipeline of diffusers, an entry point of `lissom.pipeline_methods`.
+
+    Called with a pipeline, and by name with what it takes of a request, it is a context manager inside which the
+    pipeline draws with it.
+
+    Attributes:
+        inputs: what it takes of a request beside prompt and references: `guide` and `mask`, or nothing.
+    """
+
+    name: ClassVar[str]
+    inputs: ClassVar[tuple[str, ...]]
+
+    @classmethod
+    def candidates(cls, pipeline: Any, quick: bool = False) -> Sequence[Self]:
+        """Settings worth measuring for a pipeline, the mildest first; none where it does not act on it."""
+        ...
+
+
 @runtime_checkable
 class Trainable(Protocol):
     """A method that a model is trained for, by `lissom train`. Recipes name the model that comes of it, not the method.

@@ -31,6 +31,15 @@ def method_class(key: str) -> Any:
     return registered((GROUP, PIPELINES), key, "method")
 
 
+def pipeline_methods() -> list[Any]:
+    """The settings classes of all methods for pipelines (see `lissom.models.method.PipelineMethod`).
+
+    Raises:
+        UserError: a package that one needs is missing.
+    """
+    return [registered(PIPELINES, key, "method") for key in sorted(entry_points(group=PIPELINES).names)]
+
+
 def acts_on_pipelines(key: str) -> bool:
     """Whether a method is for pipelines of diffusers, not for language models."""
     return key in entry_points(group=PIPELINES).names

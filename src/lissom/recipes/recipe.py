@@ -150,19 +150,33 @@ class Recipe(BaseModel):
             stack.enter_context(threads(self.threads))
             yield [stack.enter_context(method(model)) for method in self.halves()[1].build()]
 
-    def pipeline_method(self, key: str) -> Any | None:
-        """The method `key` of a diffusion model's recipe, as an object; None where it is not in it.
+    def pipeline_methods(self) -> list[Any]:
+        """The methods of a diffusion model's recipe as objects, in order.
 
         Raises:
-            UserError: there is another method in it, which does not act on pipelines.
+            UserError: one of them does not act on pipelines.
         """
         for step in self.methods:
-            for other in step:
-                if not acts_on_pipelines(other):
-                    raise UserError(f"{other} acts on language models: a diffusion model's recipe cannot have it.")
-        return next(
-            (build(own, settings) for step in self.methods for own, settings in step.items() if own == key), None
-        )
+            for key in step:
+                if not acts_on_pipelines(key):
+                    raise UserError(f"{key} acts on language models: a diffusion model's recipe cannot have it.")
+        return self.build()
+
+    @contextmanager
+    def drawing(self, pipeline: Any, **inputs: Any) -> Iterator[list[Any]]:
+        """Inside the block `pipeline` draws with the recipe's threads and methods, which are given what they take of
+        `inputs`; leaving it restores everything. Gives what the methods' own blocks give.
+
+        Raises:
+            UserError: a method does not act on pipelines, or not on this one.
+        """
+        methods = self.pipeline_methods()
+        with ExitStack() as stack:
+            stack.enter_context(threads(self.threads))
+            yield [
+                stack.enter_context(method(pipeline, **{name: inputs.get(name) for name in method.inputs}))
+                for method in methods
+            ]
 
     @property
     def identity(self) -> str:

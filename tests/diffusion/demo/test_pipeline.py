@@ -26,7 +26,7 @@ from lissom.errors import UserError
         ({"height": 0}, "no multiple of 4"),
         ({"width": 18}, "no multiple of 4"),
         ({"prompt": []}, "There is no prompt"),
-        ({"prompt": ["a", "red"], "negative_prompt": ["a"], "guidance_scale": 2.0}, "1 negative prompts for 2"),
+        ({"prompt": ["a", "red"], "negative_prompt": ["a"] * 3, "guidance_scale": 2.0}, "3 negative prompts for 2"),
         ({"image": []}, "0 references"),
         ({"image": "one.png"}, "expected a picture"),
         ({"image": Image.new("RGB", (3, 16))}, "smaller than a token"),
@@ -36,6 +36,15 @@ from lissom.errors import UserError
 def test_bad_input_is_refused(options, words):
     with pytest.raises(UserError, match=words):
         editing()(**options)
+
+
+def test_words_can_be_given_as_vectors():
+    pipe = editing()
+    options = {"guidance_scale": 3.0, "num_inference_steps": 2, "num_images_per_prompt": 2, "output_type": "latent"}
+    latents = torch.randn(4, 16, 48, generator=torch.Generator().manual_seed(0))
+    wanted = pipe(prompt=["a", "red"], latents=latents, **options).images
+    found = pipe(prompt_embeds=pipe.encode_prompt(["a", "red"]), latents=latents, **options).images
+    assert torch.equal(found, wanted) and len(found) == 4
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
     FirstBlockCacheConfig,
+    MagCacheConfig,
+    PyramidAttentionBroadcastConfig,
     TaylorSeerCacheConfig,
     UNet2DModel,
 )
@@ -67,6 +71,38 @@ def test_references_are_read_before_the_first_step_and_never_again(monkeypatch):
     assert report.reference_passes == 1  # another prompt, other noise, other steps: no pass over references
     wanted = steps_of(pipe, images, "red", num_inference_steps=5, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(other, wanted, atol=2e-5, rtol=2e-5)
+
+
+def test_poisoned_references_show_only_where_they_are_read():
+    pipe, images = editing(), pictures(2)
+    known = pipe.encode_images(images)[0][0]
+    wanted = steps_of(pipe, images)
+    poisoned = []  # while there is something in it, tokens of references are not a number to the model
+
+    def poison(module, given, output):
+        if poisoned:
+            output[(given[0][:, :, None] == known).all(-1).any(-1)] = torch.nan
+        return output
+
+    def behind_the_first_step(pipe, step, timestep, tensors):
+        poisoned.append(True)
+        return {}
+
+    options = {"num_inference_steps": 3, "output_type": "latent", "callback_on_step_end": behind_the_first_step}
+    pipe.transformer.x_embedder.register_forward_hook(poison)
+    for block, is_whole in ((nullcontext(), False), (KleinKV()(pipe), True)):
+        poisoned.clear()
+        with block:
+            found = pipe(images, "a thing", generator=torch.Generator().manual_seed(0), **options).images
+        assert bool(found.isfinite().all()) == is_whole
+    torch.testing.assert_close(found, wanted[-1], atol=2e-5, rtol=2e-5)
+    with KleinKV()(pipe):  # poisoned from the first step on
+        assert not steps_of(pipe, images)[-1].isfinite().all()
+    poisoned.clear()
+    warm = KleinKV().prefill(pipe, images)
+    poisoned.append(True)
+    with warm(pipe):
+        torch.testing.assert_close(steps_of(pipe, None), wanted, atol=2e-5, rtol=2e-5)
 
 
 def test_a_store_serves_later_requests_and_other_models_have_their_own_entries():
@@ -212,6 +248,23 @@ def test_warm_references_of_other_models_and_damaged_files_are_refused(tmp_path)
         WarmReferences.load(tmp_path / "none")
 
 
+def taylor_seer(pipe):
+    return TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=2)
+
+
+def attention_broadcast(pipe):
+    return PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=(100, 900),
+        spatial_attention_block_identifiers=("transformer_blocks", "single_transformer_blocks"),
+        current_timestep_callback=lambda: int(pipe.scheduler.timesteps[pipe.scheduler.step_index or 0]),
+    )  # fmt: skip
+
+
+def mag_cache(pipe):
+    return MagCacheConfig(threshold=1.0, max_skip_steps=1, retention_ratio=0.2, num_inference_steps=8,
+                          mag_ratios=[1.0] * 8)  # fmt: skip
+
+
 def test_a_step_cache_that_cannot_is_told():
     pipe = editing()
     warm = KleinKV().prefill(pipe, pictures(1))
@@ -220,9 +273,10 @@ def test_a_step_cache_that_cannot_is_told():
         steps_of(pipe, None)
 
 
-def test_step_caches_work_on_warm_references():
+@pytest.mark.parametrize("make", [taylor_seer, attention_broadcast, mag_cache])
+def test_step_caches_work_on_warm_references(make):
     pipe, images = editing(), pictures(2)
-    cache = TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=2)
+    cache = make(pipe)
     pipe.transformer.enable_cache(cache)
     wanted = steps_of(pipe, images, num_inference_steps=8)  # references in every step, which have one length, too
     with pytest.raises(UserError, match="before enable_cache"), KleinKV()(pipe):
@@ -235,3 +289,16 @@ def test_step_caches_work_on_warm_references():
         found = steps_of(pipe, None, num_inference_steps=8)
     torch.testing.assert_close(found, wanted, atol=2e-5, rtol=2e-5)
     assert not torch.allclose(found, exact, atol=2e-5, rtol=2e-5)  # steps were left out
+
+
+def test_one_graph_serves_every_step_on_warm_references():
+    pipe, images = editing(), pictures(2)
+    wanted = steps_of(pipe, images)
+    warm = KleinKV().prefill(pipe, images)
+    torch.compiler.reset()
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+    torch._dynamo.utils.counters.clear()
+    with warm(pipe):
+        torch.testing.assert_close(steps_of(pipe, None), wanted, atol=2e-5, rtol=2e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # one of each kind of block
+    torch.compiler.reset()

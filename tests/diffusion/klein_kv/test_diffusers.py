@@ -14,8 +14,8 @@ from diffusers import (
 )
 from PIL import Image
 
+from lissom.diffusion.denoiser import fingerprint
 from lissom.diffusion.klein_kv import KleinKV
-from lissom.diffusion.klein_kv.hooks import fingerprint
 
 
 def made(kind):

@@ -122,13 +122,16 @@ class PixelEditPipeline(DiffusionPipeline):
         device = self._execution_device
         if prompt_embeds is None:
             prompt_embeds = self.encode_prompt(prompts, num_images_per_prompt)
+        else:
+            prompt_embeds = prompt_embeds.repeat_interleave(num_images_per_prompt, 0)
         count = prompt_embeds.shape[0]
+        asked = count // num_images_per_prompt
         guided = guidance_scale > 1
         if guided:
-            others = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
-            negative_embeds = self.encode_prompt(others, num_images_per_prompt)
-            if len(negative_embeds) != count:
-                raise UserError(f"{len(others)} negative prompts for {len(prompts)}: expected one, or one for each.")
+            others = [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt)
+            if len(others) not in (1, asked):
+                raise UserError(f"{len(others)} negative prompts for {asked}: expected one, or one for each.")
+            negative_embeds = self.encode_prompt(others, count // len(others))
         rows, columns = (self._patches(self.config.size if side is None else side) for side in (height, width))
         shown = None if image is None else self.encode_images(image, count)
         if latents is None:

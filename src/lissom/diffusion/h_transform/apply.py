@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import DiffusionPipeline
@@ -33,6 +33,7 @@ class HTransform:
     """
 
     name: ClassVar[str] = "h-transform"
+    inputs: ClassVar[tuple[str, ...]] = ("guide", "mask")
 
     alpha: float = 5.0
     level: Level = "vp"
@@ -47,8 +48,15 @@ class HTransform:
     def __str__(self) -> str:
         return described(self, self.name)
 
+    @classmethod
+    def candidates(cls, pipeline: DiffusionPipeline, quick: bool = False) -> Sequence[Self]:
+        """See `lissom.models.method.PipelineMethod`."""
+        return [cls()]
+
     @contextmanager
-    def __call__(self, pipeline: DiffusionPipeline, guide: Guide, mask: Image.Image | None = None) -> Iterator[None]:
+    def __call__(
+        self, pipeline: DiffusionPipeline, guide: Guide | None, mask: Image.Image | None = None
+    ) -> Iterator[None]:
         """Draw near `guide` in `pipeline` until the block ends, which leaves the pipeline as it was.
 
         Guidance by a negative prompt comes before: what is moved is what the pipeline hands to its scheduler.
@@ -58,8 +66,10 @@ class HTransform:
             mask: white where `alpha` holds, black where `outside` does. None: `alpha` everywhere.
 
         Raises:
-            UserError: guide or mask do not fit, or the scheduler's noise level is not known.
+            UserError: there is no guide, guide or mask do not fit, or the scheduler's noise level is not known.
         """
+        if guide is None:
+            raise UserError("There is no guide to draw near to: give a picture, as `lissom refine` does.")
         scheduler = getattr(pipeline, "scheduler", None)
         if scheduler is None:
             raise UserError(f"{type(pipeline).__name__} has no scheduler.")

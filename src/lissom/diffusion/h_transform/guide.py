@@ -115,7 +115,7 @@ def _grid(pipeline: DiffusionPipeline, space: Space, pixels: torch.Tensor, what:
     height, width = pixels.shape[2:]
     try:
         grid = space.encode(pixels.to(_dtype(pipeline)))
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # of an autoencoder
         raise UserError(f"A {what} of {width} by {height} pixels does not fit this pipeline: {error}.") from error
     if height % grid.shape[2] or width % grid.shape[3]:
         raise UserError(f"A {what} of {width} by {height} pixels does not fit this pipeline: give one of its sizes.")

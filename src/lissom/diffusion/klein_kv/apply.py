@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from diffusers import DiffusionPipeline, Flux2KleinKVPipeline, Flux2Transformer2DModel
 from pydantic import InstanceOf
 
+from lissom.diffusion.denoiser import fingerprint
 from lissom.diffusion.klein_kv.approximate import FAMILIES, ApproximateHook
-from lissom.diffusion.klein_kv.hooks import KleinKVReport, ReferenceHook, fingerprint, hooked
+from lissom.diffusion.klein_kv.hooks import KleinKVReport, ReferenceHook, hooked
 from lissom.diffusion.klein_kv.store import ReferenceStore, Storage
 from lissom.diffusion.klein_kv.warm import WarmReferences, transformer_of
 from lissom.diffusion.pictures import quiet
@@ -34,13 +35,15 @@ class KleinKV:
     Args:
         mode: `exact`, or `approximate`, for models that were not trained for it, and not for FLUX.2's.
         refresh_every: passes of which one is whole, in the approximation; None: the first alone.
-        limit: bytes of references that are kept for later requests.
+        limit: bytes of references that are kept for later requests; those of the one at hand lie beside them, as the
+            model takes them.
         storage: `model`: as the model computes them; `int8` or `fp8`, with a scale for each token and head.
         store: where they are kept; one may serve several pipelines. Default: one of `limit` bytes for each entering.
         force: use it on a model that was not trained for it, too. The report says what that does to the first output.
     """
 
     name: ClassVar[str] = "klein-kv"
+    inputs: ClassVar[tuple[str, ...]] = ()
 
     mode: Literal["exact", "approximate"] = "exact"
     refresh_every: int | None = None
@@ -57,9 +60,21 @@ class KleinKV:
             raise UserError(f"refresh_every={self.refresh_every}: expected 2 or more, with mode='approximate'.")
         if self.store is None:
             ReferenceStore(self.limit)
+        elif self.limit != type(self).limit:
+            raise UserError(f"The store holds {self.store.limit} bytes: leave out limit={self.limit}.")
 
     def __str__(self) -> str:
         return described(self, self.name)
+
+    @classmethod
+    def candidates(cls, pipeline: DiffusionPipeline, quick: bool = False) -> Sequence[Self]:
+        """See `lissom.models.method.PipelineMethod`."""
+        transformer = getattr(pipeline, "transformer", None)
+        if isinstance(transformer, Flux2Transformer2DModel) and references_of(pipeline) != "joint":
+            return [cls(), cls(storage="int8")]
+        if isinstance(transformer, tuple(FAMILIES)):
+            return [cls(mode="approximate"), cls(mode="approximate", refresh_every=3)]
+        return []
 
     @contextmanager
     def __call__(self, pipeline: DiffusionPipeline) -> Iterator[KleinKVReport]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -120,7 +119,7 @@ class ReferenceHook(ModelHook):
         found = [self._row(module, row[None], ids, guidance) for row in rows]
         slots = ids[:, POSITION_OF_REFERENCES].unique_consecutive().tolist()
         self.found[slots[0]], self.guidance = found[0], guiding
-        cache = batched(module, found, slots if self.trained == "each" else None, tokens.shape[0])
+        cache = batched(module, found, slots if self.trained == "each" else None, tokens.shape[0], tokens.device)
         at_hand = 8 if self.trained == "each" else 1  # what a request has: some pipelines read one after the other
         self.recent = [*self.recent, (tokens, ids, guiding, cache)][-at_hand:]
         return cache
@@ -204,24 +203,9 @@ class WarmHook(ModelHook):
             raise UserError(f"The references were read with a guidance of {self.guidance}: the request has {guiding}.")
         batch = given["hidden_states"].shape[0]
         if self.cache is None or self.cache[0] != batch:
-            self.cache = batch, batched(module, [self.references], self.slots, batch)
+            device = given["hidden_states"].device
+            self.cache = batch, batched(module, [self.references], self.slots, batch, device)
         return self.fn_ref.original_forward(**given | cached(self.cache[1]))
-
-
-def fingerprint(transformer: torch.nn.Module) -> str:
-    """Of a model's config, a part of each of its weights, and the strengths of its adapters; others have another one.
-
-    It is made when a block begins: a model that is changed within the block is not seen to be.
-    """
-    facts = {key: value for key, value in dict(transformer.config).items() if not key.startswith("_")}  # not its folder
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
-    for name, module in transformer.named_modules():
-        if scaling := getattr(module, "scaling", None):  # of adapters that are on
-            digest.update(f"{name} {scaling} {getattr(module, 'active_adapters', None)}".encode())
-    for name, parameter in transformer.named_parameters():
-        part = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)].float().cpu()
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode() + part.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def arguments_of(module: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -242,17 +226,21 @@ def embedded(guidance: torch.Tensor | None) -> float | None:
 
 
 def batched(
-    module: Flux2Transformer2DModel, rows: Sequence[Sequence[Entry]], slots: Sequence[int] | None, batch: int
+    module: Flux2Transformer2DModel,
+    rows: Sequence[Sequence[Entry]],
+    slots: Sequence[int] | None,
+    batch: int,
+    device: torch.device,
 ) -> Flux2KVCache:
     """As the transformer takes it: a single row serves the whole batch without a copy.
 
     Args:
         rows: of each, what was read: one entry of all references, or one of each.
         slots: places of the references on the first axis of positions, where each was read by itself.
+        device: of the pass; an offloaded model's weights may lie elsewhere before it begins.
     """
     double = len(module.transformer_blocks)
     cache = Flux2KVCache(double, len(module.single_transformer_blocks))
-    device = module.proj_out.weight.device
     for index, layer in enumerate(layers(cache)):
         keys, values = [], []
         for row in rows:

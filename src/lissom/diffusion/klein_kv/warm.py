@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline, Flux2Transformer2DModel
 
-from lissom.diffusion.klein_kv.hooks import WarmHook, fingerprint, hooked
+from lissom.diffusion.denoiser import fingerprint
+from lissom.diffusion.klein_kv.hooks import WarmHook, hooked
 from lissom.diffusion.klein_kv.store import Entry, Packed
 from lissom.diffusion.references import reference_numbers
 from lissom.errors import UserError

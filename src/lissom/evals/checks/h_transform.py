@@ -22,8 +22,8 @@ from lissom.devices.machine import fast_bf16
 from lissom.diffusion.demo import Emoji, load_emoji
 from lissom.diffusion.demo.pipeline import PixelEditPipeline, to_tokens
 from lissom.diffusion.demo.task import scaled
+from lissom.diffusion.denoiser import fingerprint
 from lissom.diffusion.h_transform import HTransform
-from lissom.diffusion.klein_kv.hooks import fingerprint
 from lissom.diffusion.pictures import quiet, rows_of, tiled, to_picture, write_picture
 from lissom.evals.editing import loaded, psnr, trained
 from lissom.evals.frontier import KernelDistance, area
@@ -60,7 +60,7 @@ class Size:
     form: Form = dit.FULL
     pictures: int = 200
     steps: tuple[int, int] = (12, 100)
-    stochastic: tuple[str, ...] = ("low resolution",)
+    stochastic: tuple[str, ...] = ("low resolution", "missing region", "another style")
     kinds: tuple[str, ...] = tuple(GUIDES)
     judge_steps: int = 400
 
@@ -101,17 +101,17 @@ def arms_of(how: Guide, sampler: str) -> list[Arm]:
 
 @torch.no_grad()
 def drawn(pipeline: PixelEditPipeline, request: Request, arm: Arm, sampler: str, steps: int, seed: int) -> torch.Tensor:
-    """Pictures like `request.target`, by one method at one strength."""
+    """Pictures like `request.target`, by one method at one strength, on the CPU."""
     method, strength = arm
     if method == GUIDE:
         return request.guide
-    random = torch.Generator().manual_seed(seed)
+    request, random = request.to(pipeline.device), torch.Generator().manual_seed(seed)
     tokens = to_tokens(request.guide, pipeline.config.patch)
     call: dict[str, Any] = {
-        "latents": torch.randn(tokens.shape, generator=random), "num_inference_steps": steps,
+        "latents": torch.randn(tokens.shape, generator=random).to(tokens), "num_inference_steps": steps,
     }  # fmt: skip
     how = request.how
-    known = None if how.known is None else how.known(request.guide.shape[-1])
+    known = None if how.known is None else how.known(request.guide.shape[-1]).to(tokens)
     around: AbstractContextManager[Any] = nullcontext()
     if method in (H_VP, H_FLOW):
         mask = None if known is None else to_picture(known.expand(3, -1, -1) * 2 - 1)
@@ -135,7 +135,7 @@ def drawn(pipeline: PixelEditPipeline, request: Request, arm: Arm, sampler: str,
     finally:
         pipeline.scheduler = before
     pictures = found.float() * 2 - 1
-    return pictures if known is None else torch.where(known > 0, request.guide, pictures)  # as anyone would
+    return (pictures if known is None else torch.where(known > 0, request.guide, pictures)).cpu()  # as anyone would
 
 
 @dataclass(frozen=True)

@@ -20,15 +20,15 @@ from PIL import Image
 from lissom.diffusion.demo import Emoji, draw, load_emoji
 from lissom.diffusion.demo.model import EditModel, Shape
 from lissom.diffusion.demo.pipeline import PixelEditPipeline
+from lissom.diffusion.denoiser import fingerprint
 from lissom.diffusion.klein_kv import KleinKV
-from lissom.diffusion.klein_kv.hooks import fingerprint
 from lissom.diffusion.pictures import rows_of, tiled, write_picture
 from lissom.errors import UserError
 from lissom.evals.editing import KINDS, cacheable, edits, loaded, scores, trained
 from lissom.evals.journal import Journal, digest, scope_of
 from lissom.evals.judge import kept_judge
 from lissom.evals.reference_speed import FULL, MASKED, Setting, inputs_of, sampled, speeds
-from lissom.evals.stats import Interval, paired_bootstrap, ratio_interval
+from lissom.evals.stats import Interval, paired_bootstrap
 from lissom.train import dit
 from lissom.train.dit import DitConfig, Form, held_out_losses
 
@@ -102,10 +102,6 @@ class Run:
     def gained(self, kind: str, arm: str, name: str) -> Interval:
         """How far a score lies from that of the model as it was trained, on the same requests."""
         return paired_bootstrap(self.edits[kind, arm][name], self.edits[kind, PLAIN][name])
-
-    def speedup(self, setting: Setting, arm: str, base: str = FULL) -> Interval:
-        """How many times faster."""
-        return ratio_interval(self.seconds[setting][base], self.seconds[setting][arm])
 
 
 def run(model: str | None, size: Size, journal: Path, progress: Callable[[str, int, int], None]) -> Run:
