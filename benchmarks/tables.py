@@ -628,21 +628,19 @@ def klein_kv_speed() -> str:
 
 
 def h_transform() -> str:
-    """How much more every method's frontier dominates than SDEdit's."""
+    """How much more the frontier of the `vp` level dominates than every other method's."""
     facts, rows = load("h-transform")
-    ending = "frontier against SDEdit's"
-    names = [name.split("/")[:3] for name in rows if name.endswith(ending)]
-    methods = list(dict.fromkeys(method for *_, method in names))
+    ours, start = "h, vp", "frontier against "
+    names = [name.split("/") for name in rows if f"/{ours}/{start}" in name]
+    others = list(dict.fromkeys(what.removeprefix(start) for *_, what in names))
     lines = []
-    for kind, sampler in dict.fromkeys((kind, sampler) for kind, sampler, _ in names):
+    for kind, sampler in dict.fromkeys((kind, sampler) for kind, sampler, *_ in names):
         line = [kind if sampler == "deterministic" else f"{kind}, {sampler}"]
-        for method in methods:
-            row = rows.get(f"{kind}/{sampler}/{method}/{ending}")
-            line.append(spread(row, "+.0%"))
+        line += [spread(rows.get(f"{kind}/{sampler}/{ours}/{start}{other}"), "+.0%") for other in others]
         lines.append(line)
     few, many = facts["sampler"]
     words = f"{facts['pictures']} pictures of each kind, {few} deterministic or {many} stochastic steps."
-    return f"{markdown(['guide', *methods], lines)}\n\n{words} {stamp(facts)}"
+    return f"{verdicts(facts)}\n\n{markdown(['guide', *others], lines)}\n\n{words} {stamp(facts)}"
 
 
 def h_transform_arms() -> str:

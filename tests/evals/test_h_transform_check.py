@@ -75,7 +75,7 @@ def test_what_is_shown(run, monkeypatch):
     result = report.result(run)
     assert json.dumps(result.to_dict()) and all(row.n == 12 for row in result.rows)
     assert {claim.verdict for claim in result.claims} <= {"holds", "weaker", "does not hold"}
-    assert len(list(report.tables(run))) == 7
+    assert len(list(report.tables(run))) == 8
     assert check_of("h-transform") == report.CHECK
 
 

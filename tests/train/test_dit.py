@@ -114,7 +114,7 @@ def test_a_damaged_checkpoint_and_a_loss_that_is_no_number(emoji, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"steps": 0}, {"warmup_steps": 9}, {"average": 1.0}, {"learning_rate": float("nan")}, {"seed": -1}]
+    "changes", [{"steps": 0}, {"warmup_steps": 9}, {"ema_decay": 1.0}, {"learning_rate": float("nan")}, {"seed": -1}]
 )
 def test_settings_out_of_range(changes):
     with pytest.raises(UserError):

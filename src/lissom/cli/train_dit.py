@@ -37,19 +37,25 @@ def train_dit(
     learning_rate: float = typer.Option(
         None, "--lr", help="Highest learning rate. [default: 0.001; small: 0.0015; cacheable: 0.0005; adapters: 0.002]"
     ),
-    min_learning_rate: float = typer.Option(1e-5, "--min-lr", help="Last learning rate."),
+    min_learning_rate: float = typer.Option(None, "--min-lr", help="Last learning rate. [default: 0.00001]"),
     warmup_steps: int = typer.Option(
         None, help="Steps in which it rises. [default: 100; cacheable: 50; at most half of them]"
     ),
-    schedule: str = typer.Option("wsd", help="cosine, or wsd: constant, then falling over the last steps."),
-    weight_decay: float = typer.Option(0.01, help="Of matrices."),
-    average: float = typer.Option(0.998, help="Share that a step leaves of the average of the weights."),
-    precision: str = typer.Option("auto", help="Of products: bf16, fp32, or auto: the faster one here."),
-    seed: int = typer.Option(0, help="Of new weights, of batches and of noise."),
-    eval_steps: int = typer.Option(500, help="Steps between measurements on held-out concepts."),
-    save_steps: int = typer.Option(250, help="Steps between checkpoints."),
-    logging_steps: int = typer.Option(25, help="Steps between lines of the log."),
-    sample_steps: int = typer.Option(1000, help="Steps between sheets of pictures, in the run's folder `samples`."),
+    schedule: str = typer.Option(
+        None, help="cosine, or wsd: constant, then falling over the last steps. [default: wsd]"
+    ),
+    weight_decay: float = typer.Option(None, help="Of matrices. [default: 0.01]"),
+    ema_decay: float = typer.Option(
+        None, help="Share that a step leaves of the average of the weights. [default: 0.998]"
+    ),
+    precision: str = typer.Option(None, help="Of products: bf16, fp32, or auto: the faster one here. [default: auto]"),
+    seed: int = typer.Option(None, help="Of new weights, of batches and of noise. [default: 0]"),
+    eval_steps: int = typer.Option(None, help="Steps between measurements on held-out concepts. [default: 500]"),
+    save_steps: int = typer.Option(None, help="Steps between checkpoints. [default: 250]"),
+    logging_steps: int = typer.Option(None, help="Steps between lines of the log. [default: 25]"),
+    sample_steps: int = typer.Option(
+        None, help="Steps between sheets of pictures, in the run's folder `samples`. [default: 1000]"
+    ),
     json_file: str = JSON,
 ) -> None:
     """Train on emoji of five sets, which are fetched. The same command goes on where a run was stopped.
@@ -68,18 +74,19 @@ def train_dit(
     from lissom.train.dit import train_dit as run
     from lissom.train.folder import RunFolder, is_first, last_checkpoint
 
-    form = SHORT if cacheable else SMALL if small else FULL
+    form = SMALL if small else FULL
+    default = SHORT if cacheable else form.config
     settings: dict[str, Any] = {
         "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "warmup_steps": warmup_steps,
         "min_learning_rate": min_learning_rate, "schedule": schedule, "weight_decay": weight_decay,
-        "average": average, "precision": precision, "seed": seed, "eval_steps": eval_steps,
+        "ema_decay": ema_decay, "precision": precision, "seed": seed, "eval_steps": eval_steps,
         "save_steps": save_steps, "logging_steps": logging_steps, "sample_steps": sample_steps,
     }  # fmt: skip
     if lora is not None and learning_rate is None:
         settings["learning_rate"] = ADAPTER_RATE
     if warmup_steps is None and steps is not None:
-        settings["warmup_steps"] = min(form.config.warmup_steps, steps // 2)
-    config = replace(form.config, **{name: value for name, value in settings.items() if value is not None})
+        settings["warmup_steps"] = min(default.warmup_steps, steps // 2)
+    config = replace(default, **{name: value for name, value in settings.items() if value is not None})
     sizes = {"size": size, "patch": patch, "width": width, "double": double, "single": single}
     given = {name: value for name, value in sizes.items() if value is not None}
     facts: dict[str, Any] = {"config": asdict(config)}
@@ -107,12 +114,12 @@ def train_dit(
                         f"{cacheable} is a {type(pipeline).__name__}, which this command has no data for: train it as "
                         "docs/methods/klein-kv.md tells."
                     )
-                make_cacheable(pipeline, references, lora, seed)
+                make_cacheable(pipeline, references, lora, config.seed)
                 emoji = load_emoji(pipeline.config.size, say)
             else:
                 shape = replace(form.shape, **given, references=references)
                 emoji = load_emoji(shape.size, say)
-                pipeline = new_pipeline(shape, emoji, seed)
+                pipeline = new_pipeline(shape, emoji, config.seed)
         with bars(console) as progress, processes():
             task = progress.add_task("steps", total=config.steps)
             history = run(

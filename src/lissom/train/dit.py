@@ -42,8 +42,8 @@ class DitConfig(Schedule):
     """A training run of the editing model.
 
     Attributes:
-        average: share of the average of the weights that a step leaves, at most; it grows from 0 with the steps.
-        without_words: share of the prompts that are left empty, which guidance needs.
+        ema_decay: share of the average of the weights that a step leaves, at most; it grows from 0 with the steps.
+        prompt_dropout: share of the prompts that are left empty, which guidance needs.
         precision: of products: `fp32`, `bf16`, or `auto`: the one that this machine multiplies faster. Weights and the
             optimiser are fp32.
         sample_steps: steps between sheets of pictures.
@@ -59,15 +59,15 @@ class DitConfig(Schedule):
     weight_decay: float = 0.01
     save_steps: int = 250
     logging_steps: int = 25
-    average: float = 0.998
-    without_words: float = 0.1
+    ema_decay: float = 0.998
+    prompt_dropout: float = 0.1
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     sample_steps: int = 1000
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._from_one("sample_steps")
-        for name in ("average", "without_words"):
+        for name in ("ema_decay", "prompt_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: expected a share from 0 to below 1.")
 
@@ -82,7 +82,7 @@ class Form:
 
 FULL = Form(Shape(width=224, single=4), DitConfig())
 SMALL = Form(Shape(width=128, single=4), DitConfig(steps=2500, learning_rate=1.5e-3))  # about 20 minutes on two cores
-SHORT = Form(Shape(), DitConfig(steps=300, learning_rate=5e-4, warmup_steps=50))  # of a model that is trained
+SHORT = DitConfig(steps=300, learning_rate=5e-4, warmup_steps=50)  # of a model that is trained already
 ADAPTER_RATE = 2e-3  # learning rate of adapters in that, which begin at nothing
 
 
@@ -140,7 +140,7 @@ class DitTrainer:
         self.accelerator.clip_grad_norm_(self.trained.values(), config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        kept = min(config.average, (1 + self.step) / (10 + self.step))
+        kept = min(config.ema_decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             for name, parameter in self.trained.items():
                 self.average[name].lerp_(parameter, 1 - kept)
@@ -149,7 +149,7 @@ class DitTrainer:
     def _loss(self, number: int) -> torch.Tensor:
         """Of the batch of that number."""
         config = self.config
-        batch = training_batch(self.emoji, config.batch_size, config.seed, number, config.without_words)
+        batch = training_batch(self.emoji, config.batch_size, config.seed, number, config.prompt_dropout)
         seed = int(np.random.SeedSequence((config.seed, number)).generate_state(1, np.uint64)[0] >> 1)
         with self.accelerator.autocast():
             loss: torch.Tensor = self.model(self._inputs(batch, seed))

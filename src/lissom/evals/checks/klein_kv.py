@@ -53,7 +53,7 @@ class Size:
     """
 
     form: Form = dit.FULL
-    short: DitConfig = dit.SHORT.config
+    short: DitConfig = dit.SHORT
     rank: int = 16
     concepts: int = 150
     steps: int = 20
@@ -64,7 +64,7 @@ class Size:
 
 SMALL = Size(
     replace(dit.SMALL, config=replace(dit.SMALL.config, steps=1200)),
-    replace(dit.SHORT.config, steps=400),
+    replace(dit.SHORT, steps=400),
     concepts=60, judge_steps=300, settings=tuple(Setting(count, 4) for count in (1, 2, 4)), rounds=3,
 )  # fmt: skip
 DEFAULT = Size()

@@ -9,15 +9,16 @@ from rich.table import Table
 
 from lissom.devices.machine import describe
 from lissom.evals.checks import h_transform as study
-from lissom.evals.stats import paired_bootstrap, verdict
+from lissom.evals.stats import Interval, paired_bootstrap, verdict
 from lissom.report.checks import grid, pipeline_or_none, study_check
 from lissom.report.rows import Claim, Result, Row
 
-SOURCE = "arXiv 2603.12057"
+SOURCE, OURS = "arXiv 2603.12057", "lissom"
+_PUBLISHED = (study.SDEDIT, "DPS")  # which the paper compares with
 
 
 def result(run: study.Run) -> Result:
-    """Fidelity and quality of every arm, and the methods' frontiers against SDEdit's."""
+    """Fidelity and quality of every arm, and the h-transform's frontiers against those of the other methods."""
     size = run.size
     facts = describe() | {
         "steps": size.form.config.steps, "pictures": size.pictures, "sampler": list(size.steps),
@@ -31,33 +32,41 @@ def result(run: study.Run) -> Result:
                 found = paired_bootstrap(values)
                 rows.append(Row(f"{title}/{name}", found.estimate, unit, None, None, found.low, found.high, n))
             rows.append(Row(f"{title}/kernel distance", float(run.points[kind, sampler][arm][0, 1]), "", n=n))
-        for method in _methods(run, kind, sampler):
-            if method != study.SDEDIT:
-                gap = run.ahead(kind, sampler, method, study.SDEDIT)
-                rows.append(
-                    Row(f"{kind}/{sampler}/{method}/frontier against SDEdit's", gap.estimate, "share", 0.0, None,
-                        gap.low, gap.high, len(next(iter(arms.values())).psnr))
-                )  # fmt: skip
+        n = len(next(iter(arms.values())).psnr)
+        for ours, other in _pairs(run, kind, sampler):
+            gap = run.ahead(kind, sampler, ours, other)
+            title = f"{kind}/{sampler}/{ours}/frontier against {other}"
+            rows.append(Row(title, gap.estimate, "share", 0.0, None, gap.low, gap.high, n))
     return Result("h-transform", rows, claims(run), facts)
 
 
 def claims(run: study.Run) -> list[Claim]:
     """Where the h-transform is ahead of each other method, and where it is not."""
-    found = []
+    gaps: dict[tuple[str, str, str], dict[str, Interval]] = {}
     for kind, sampler in run.arms:
-        others = [method for method in _methods(run, kind, sampler) if method not in (study.H_VP, study.H_FLOW)]
-        for ours, other in product((study.H_VP, study.H_FLOW), others):
-            gap = run.ahead(kind, sampler, ours, other)
-            words = (
-                f"{kind}, {sampler}: {ours} has a larger frontier than {other}: {gap.estimate:+.0%} "
-                f"[{gap.low:+.0%}, {gap.high:+.0%}]"
+        for ours, other in _pairs(run, kind, sampler):
+            if other != study.H_FLOW:
+                gaps.setdefault((sampler, ours, other), {})[kind] = run.ahead(kind, sampler, ours, other)
+    found = []
+    for (sampler, ours, other), own in gaps.items():
+        sides = {
+            "ahead on": [kind for kind, gap in own.items() if gap.low > 0],
+            "behind on": [kind for kind, gap in own.items() if gap.high < 0],
+            "undecided on": [kind for kind, gap in own.items() if gap.low <= 0 <= gap.high],
+        }
+        words = "; ".join(f"{side} {', '.join(kinds)}" for side, kinds in sides.items() if kinds)
+        found.append(
+            Claim(
+                f"{sampler}: {ours} has a larger frontier than {other}: {words}",
+                SOURCE if other in _PUBLISHED else OURS,
+                verdict([-gap for gap in own.values()], 0.0, strict=True),
             )
-            found.append(Claim(words, SOURCE, verdict([-gap], 0.0, strict=True)))
+        )
     return found
 
 
 def tables(run: study.Run) -> Iterator[Table]:
-    """For every kind of guide and sampler each arm's fidelity and quality."""
+    """For every kind of guide and sampler each arm's fidelity and quality, and the frontiers."""
     for (kind, sampler), arms in run.arms.items():
         steps = run.size.steps[sampler == study.STOCHASTIC]
         table = grid(
@@ -70,10 +79,23 @@ def tables(run: study.Run) -> Iterator[Table]:
             table.add_row(arm[0], strength, f"{fidelity:.2f}", f"{own.distance.mean():.3f}", f"{quality:.4f}")
         table.caption = f"Some of the pictures: {run.pictures}"
         yield table
+    others = [method for method in study.STRENGTHS if method != study.H_VP]
+    table = grid(f"By how much more the frontier of {study.H_VP} dominates [95 %]", "", *others, numbers=True)
+    for kind, sampler in run.arms:
+        known = {other: run.ahead(kind, sampler, *pair) for pair in _pairs(run, kind, sampler) for other in pair[1:]
+                 if pair[0] == study.H_VP}  # fmt: skip
+        cells = [f"{gap.estimate:+.0%} [{gap.low:+.0%}, {gap.high:+.0%}]" if (gap := known.get(other)) else ""
+                 for other in others]  # fmt: skip
+        table.add_row(f"{kind}, {sampler}", *cells)
+    yield table
 
 
-def _methods(run: study.Run, kind: str, sampler: str) -> list[str]:
-    return list(dict.fromkeys(method for method, _ in run.arms[kind, sampler] if method in study.STRENGTHS))
+def _pairs(run: study.Run, kind: str, sampler: str) -> Iterator[tuple[str, str]]:
+    """Of the h-transform's levels with each other method, and of `vp` with `flow`."""
+    methods = list(dict.fromkeys(method for method, _ in run.arms[kind, sampler] if method in study.STRENGTHS))
+    for ours, other in product((study.H_VP, study.H_FLOW), methods):
+        if other not in (study.H_VP, ours):
+            yield ours, other
 
 
 CHECK = study_check(study, result, tables, model=None, load=pipeline_or_none)
