@@ -43,6 +43,8 @@ def refine(
     from PIL import Image
 
     from lissom.diffusion.h_transform import HTransform
+    from lissom.diffusion.klein_kv import KleinKV
+    from lissom.diffusion.klein_kv.apply import references_of
     from lissom.diffusion.load import load_pipeline
     from lissom.errors import UserError
 
@@ -64,6 +66,8 @@ def refine(
     with ExitStack() as stack:
         if chosen is not None:
             stack.enter_context(chosen.drawing(loaded, guide=coarse, mask=covered))
+        elif references and references_of(loaded) != "joint":
+            stack.enter_context(KleinKV()(loaded))
         if not guided:
             stack.enter_context(method(loaded, coarse, covered))
         drawn = draw(

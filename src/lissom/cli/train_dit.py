@@ -32,7 +32,7 @@ def train_dit(
     double: int = typer.Option(None, help="Blocks in which text has weights of its own. [default: 2]"),
     single: int = typer.Option(None, help="Blocks in which all tokens share them. [default: 4]"),
     references: str = typer.Option("set", help="What references see: joint (everything), set (each other), each."),
-    steps: int = typer.Option(None, help="Of the optimiser. [default: 4000; small: 2500; cacheable: 300]"),
+    steps: int = typer.Option(None, help="Of the optimiser. [default: 4000; small: 2200; cacheable: 300]"),
     batch_size: int = typer.Option(None, help="Requests that a process takes in a step. [default: 16]"),
     learning_rate: float = typer.Option(
         None, "--lr", help="Highest learning rate. [default: 0.001; small: 0.0015; cacheable: 0.0005; adapters: 0.002]"

@@ -81,7 +81,7 @@ class Form:
 
 
 FULL = Form(Shape(width=224, single=4), DitConfig())
-SMALL = Form(Shape(width=128, single=4), DitConfig(steps=2500, learning_rate=1.5e-3))  # about 20 minutes on two cores
+SMALL = Form(Shape(width=128, single=4), DitConfig(steps=2200, learning_rate=1.5e-3))  # about 20 minutes on two cores
 SHORT = DitConfig(steps=300, learning_rate=5e-4, warmup_steps=50)  # of a model that is trained already
 ADAPTER_RATE = 2e-3  # learning rate of adapters in that, which begin at nothing
 

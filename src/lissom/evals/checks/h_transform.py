@@ -66,7 +66,7 @@ class Size:
 
 
 SMALL = Size(
-    replace(dit.SMALL, config=replace(dit.SMALL.config, steps=1200)), pictures=60, steps=(10, 50),
+    replace(dit.SMALL, config=replace(dit.SMALL.config, steps=1000)), pictures=60, steps=(10, 50),
     stochastic=("low resolution",), kinds=("low resolution", "missing region", "another style"), judge_steps=300,
 )  # fmt: skip
 DEFAULT = Size()

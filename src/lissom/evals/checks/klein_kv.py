@@ -63,8 +63,8 @@ class Size:
 
 
 SMALL = Size(
-    replace(dit.SMALL, config=replace(dit.SMALL.config, steps=1200)),
-    replace(dit.SHORT, steps=400),
+    replace(dit.SMALL, config=replace(dit.SMALL.config, steps=1000)),
+    dit.SHORT,
     concepts=60, judge_steps=300, settings=tuple(Setting(count, 4) for count in (1, 2, 4)), rounds=3,
 )  # fmt: skip
 DEFAULT = Size()
