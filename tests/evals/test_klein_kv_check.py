@@ -12,6 +12,7 @@ from PIL import Image
 from pipelines import small_emoji
 
 from lissom.diffusion.demo.model import Shape
+from lissom.diffusion.klein_kv import KleinKV
 from lissom.evals import editing, reference_speed
 from lissom.evals.checks import klein_kv as study
 from lissom.evals.judge import Judge
@@ -69,14 +70,21 @@ def test_what_is_shown(run):
     assert check_of("klein-kv") == report.CHECK
 
 
-def test_every_arm_draws_the_same():
+@pytest.mark.parametrize("count", [1, 3])
+def test_every_arm_draws_the_same(count):
     pipeline = reference_speed._pipeline(SHAPE)
-    inputs = reference_speed.inputs_of(pipeline, 2)
+    inputs = reference_speed.inputs_of(pipeline, 2, count)
     wanted = reference_speed.sampled(pipeline, inputs, 3, MASKED)[-1]
     torch.testing.assert_close(reference_speed.sampled(pipeline, inputs, 3, THEIRS)[-1], wanted)
     assert not torch.allclose(reference_speed.sampled(pipeline, inputs, 3, FULL)[-1], wanted, atol=1e-6)
-    works = reference_speed._works(pipeline, Setting(2, 3))
+    with KleinKV()(pipeline) as report:
+        found = reference_speed.sampled(pipeline, inputs, 3, FULL)[-1]
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    assert report.reference_passes == 1 and len(report.store) == 1  # for all pictures
+    works = reference_speed._works(pipeline, Setting(2, 3, count))
     assert tuple(works) == ARMS
+    bounds = reference_speed.bounds(Setting(2, 3, count), SHAPE)
+    assert bounds[WARM] > bounds[CACHED] and (bounds[CACHED] > bounds[THEIRS]) == (count > 1)
 
 
 def test_scores_of_what_there_was_to_draw():

@@ -11,9 +11,10 @@ from transformers import DynamicCache
 
 from lissom import AttentionMatching, Eviction, KVBudget
 from lissom.errors import UserError
-from lissom.kv.budget import BudgetLayer, parse_bytes
+from lissom.kv.budget import BudgetLayer
 from lissom.kv.cache import CompactCache
 from lissom.models import describe_decoder
+from lissom.models.byte_sizes import parse_bytes
 
 
 def size_of(model, tokens: int, rows: int = 1) -> int:

@@ -54,8 +54,8 @@ def test_references_matter():
 
 
 def test_references_are_read_before_the_first_step_and_never_again(monkeypatch):
-    pipe, images = editing(), pictures(2)
-    wanted = steps_of(pipe, images)
+    pipe, images, prompts = editing(), pictures(2), ["a thing", "red"]
+    wanted = steps_of(pipe, images, prompts)
     read, poisoned = hooks.read, []
 
     def once(*arguments, **options):
@@ -65,12 +65,24 @@ def test_references_are_read_before_the_first_step_and_never_again(monkeypatch):
 
     monkeypatch.setattr(hooks, "read", once)
     with KleinKV()(pipe) as report:
-        torch.testing.assert_close(steps_of(pipe, images), wanted, atol=2e-5, rtol=2e-5)
+        torch.testing.assert_close(steps_of(pipe, images, prompts), wanted, atol=2e-5, rtol=2e-5)
         assert poisoned and report.cached_passes == 3
         other = steps_of(pipe, images, "red", num_inference_steps=5, generator=torch.Generator().manual_seed(1))
     assert report.reference_passes == 1  # another prompt, other noise, other steps: no pass over references
     wanted = steps_of(pipe, images, "red", num_inference_steps=5, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(other, wanted, atol=2e-5, rtol=2e-5)
+
+
+def test_a_single_picture_reads_its_references_in_its_first_step():
+    pipe, images = editing(), pictures(2)
+    wanted = steps_of(pipe, images)
+    with KleinKV()(pipe) as report:
+        for passes in (2, 5):  # and of the second request all three
+            torch.testing.assert_close(steps_of(pipe, images), wanted, atol=2e-5, rtol=2e-5)
+            assert (report.reference_passes, report.cached_passes) == (1, passes)
+    bytes_of = {layer.untyped_storage().nbytes() for entry in report.store.entries() for layer in (
+        packed.values for packed in (*entry.keys, *entry.values))}  # fmt: skip
+    assert bytes_of == {entry.nbytes // 8 for entry in report.store.entries()}  # of four blocks, and nothing beside
 
 
 def test_poisoned_references_show_only_where_they_are_read():
@@ -174,6 +186,9 @@ def test_other_pipelines_and_settings_are_refused():
     with pytest.raises(UserError, match="storage='int3'"):
         KleinKV(storage="int3")
     pipe = editing()
+    with pytest.raises(UserError, match="leave out limit"):
+        KleinKV(limit="1MB", store=ReferenceStore(1000))
+    assert KleinKV(limit=1000).prefill(pipe, pictures(1)).nbytes > 1000  # which keeps nothing for later
     with pytest.raises(UserError, match="give it more"), KleinKV(limit=1000)(pipe):
         steps_of(pipe, pictures(1))
     with pytest.raises(UserError, match="9 references: expected 1 to 8"):

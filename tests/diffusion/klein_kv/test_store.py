@@ -72,7 +72,8 @@ def test_what_is_larger_than_the_store_is_told():
     with pytest.raises(UserError, match=r"5 tokens of references take .* MB, and the store holds"):
         store.put("large", entry(tokens=5))
     assert store.get("fits") is not None
-    with pytest.raises(UserError, match="bytes from 1"):
+    assert ReferenceStore("1.5MB").limit == 1_500_000
+    with pytest.raises(UserError, match="is no size"):
         ReferenceStore(0)
 
 

@@ -35,8 +35,8 @@ class KleinKV:
     Args:
         mode: `exact`, or `approximate`, for models that were not trained for it, and not for FLUX.2's.
         refresh_every: passes of which one is whole, in the approximation; None: the first alone.
-        limit: bytes of references that are kept for later requests; those of the one at hand lie beside them, as the
-            model takes them.
+        limit: bytes of references that are kept for later requests, or text such as '64MB'; those of the one at hand
+            lie beside them, as the model takes them.
         storage: `model`: as the model computes them; `int8` or `fp8`, with a scale for each token and head.
         store: where they are kept; one may serve several pipelines. Default: one of `limit` bytes for each entering.
         force: use it on a model that was not trained for it, too. The report says what that does to the first output.
@@ -47,7 +47,7 @@ class KleinKV:
 
     mode: Literal["exact", "approximate"] = "exact"
     refresh_every: int | None = None
-    limit: int = 2**32
+    limit: int | str = "4GiB"
     storage: Storage = "model"
     store: InstanceOf[ReferenceStore] | None = field(default=None, compare=False)
     force: bool = False
@@ -118,7 +118,7 @@ class KleinKV:
                 "An approximation needs noise and text: it cannot read references before there is a request."
             )
         transformer = transformer_of(pipeline)
-        hook = replace(self, store=ReferenceStore(2**62))._hook(pipeline, transformer)
+        hook = replace(self, limit=type(self).limit, store=ReferenceStore(2**61))._hook(pipeline, transformer)
         words = torch.zeros(1, 1, transformer.config.joint_attention_dim, dtype=transformer.dtype)
         side = pipeline.config.get("size", _SMALL)
         call = {"prompt_embeds": words.to(pipeline._execution_device), "height": side, "width": side} | options

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +27,8 @@ class KleinKVReport:
 
     Attributes:
         reference_passes: passes over references.
-        cached_passes: passes of the transformer that took references from the cache.
+        cached_passes: passes of the transformer that took references from the cache. The first step of a single picture
+            reads them by itself.
         damage: where the model was not trained for it, the relative distance of the first output of a pass without
             references to that of a whole one.
         store: what is held, with its hits and misses.
@@ -90,13 +91,19 @@ class ReferenceHook(ModelHook):
             self.report.cached_passes += given.get("kv_cache") is not None
             return forward(**given)
         hidden = given["hidden_states"]
-        cache = self._cache(module, hidden[:, references], ids[references], given.get("guidance"))
         asked = given.get("kv_cache_mode") == "extract"
+        changed = {"hidden_states": hidden[:, ~references], "img_ids": ids[~references]}
+        step = _ReadingStep(forward, given | changed)
+        alone = self.trained != "set" or self.storage != "model" or len(hidden) > 1 or bool(references.all())
+        cache = self._cache(
+            module, hidden[:, references], ids[references], given.get("guidance"), None if alone else step
+        )
         if asked and references.all():  # a pipeline that reads them by itself
             return hidden[:, :0], _shared(cache)
-        changed = {"hidden_states": hidden[:, ~references], "img_ids": ids[~references]}
-        output = forward(**given | cached(cache) | changed)
-        self.report.cached_passes += 1
+        output = step.output
+        if output is None:
+            output = forward(**given | cached(cache) | changed)
+            self.report.cached_passes += 1
         if self.trained == "joint" and self.report.damage is None:
             own = forward(**given | {"return_dict": False})[0][:, ~references]
             ours = output[0] if isinstance(output, tuple) else output.sample
@@ -108,15 +115,24 @@ class ReferenceHook(ModelHook):
         return Flux2Transformer2DModelOutput(sample=output.sample, kv_cache=_shared(cache))
 
     def _cache(
-        self, module: Flux2Transformer2DModel, tokens: torch.Tensor, ids: torch.Tensor, guidance: torch.Tensor | None
+        self,
+        module: Flux2Transformer2DModel,
+        tokens: torch.Tensor,
+        ids: torch.Tensor,
+        guidance: torch.Tensor | None,
+        step: _ReadingStep | None,
     ) -> Flux2KVCache:
-        """Keys and values of the references of every row of the batch."""
+        """Keys and values of the references of every row of the batch.
+
+        Args:
+            step: reads those that the store does not have; None: they are read in a pass of their own.
+        """
         guiding = embedded(guidance)
         for known, places, known_guidance, cache in self.recent:
             if guiding == known_guidance and torch.equal(places, ids) and torch.equal(known, tokens):
                 return cache
         rows = tokens[:1] if bool((tokens == tokens[:1]).all()) else tokens
-        found = [self._row(module, row[None], ids, guidance) for row in rows]
+        found = [self._row(module, row[None], ids, guidance, step) for row in rows]
         slots = ids[:, POSITION_OF_REFERENCES].unique_consecutive().tolist()
         self.found[slots[0]], self.guidance = found[0], guiding
         cache = batched(module, found, slots if self.trained == "each" else None, tokens.shape[0], tokens.device)
@@ -125,7 +141,12 @@ class ReferenceHook(ModelHook):
         return cache
 
     def _row(
-        self, module: Flux2Transformer2DModel, tokens: torch.Tensor, ids: torch.Tensor, guidance: torch.Tensor | None
+        self,
+        module: Flux2Transformer2DModel,
+        tokens: torch.Tensor,
+        ids: torch.Tensor,
+        guidance: torch.Tensor | None,
+        step: _ReadingStep | None,
     ) -> tuple[Entry, ...]:
         """The references of one row, from the store where it has them."""
         lengths = ids[:, POSITION_OF_REFERENCES].unique_consecutive(return_counts=True)[1].tolist()
@@ -138,7 +159,12 @@ class ReferenceHook(ModelHook):
             key = _key(self.model, part, places, guiding, self.storage)
             entry = self.report.store.get(key)
             if entry is None:
-                cache = self._read(module, part, places, guidance)
+                if module.is_cache_enabled:
+                    raise UserError(
+                        "A step cache is on, and a pass over references would go into it as a step: read them with "
+                        "KleinKV().prefill before enable_cache, and give the request none."
+                    )
+                cache = self._read(module, part, places, guidance) if step is None else step(part, places)
                 self.report.reference_passes += 1
                 entry = Entry(
                     tuple(pack(layer.k_ref, self.storage) for layer in layers(cache)),
@@ -152,16 +178,41 @@ class ReferenceHook(ModelHook):
         self, module: Flux2Transformer2DModel, tokens: torch.Tensor, ids: torch.Tensor, guidance: torch.Tensor | None
     ) -> Flux2KVCache:
         """By a pass of the same transformer, which is not this hook's business."""
-        if module.is_cache_enabled:
-            raise UserError(
-                "A step cache is on, and a pass over references would go into it as a step: read them with "
-                "KleinKV().prefill before enable_cache, and give the request none."
-            )
         self.reading = True
         try:
             return read(module, tokens, ids, guidance=None if guidance is None else guidance[:1])
         finally:
             self.reading = False
+
+
+class _ReadingStep:
+    """A step of one picture that reads its references, too: one pass instead of two shorter ones.
+
+    Args:
+        forward: of the transformer.
+        given: its arguments, without references.
+
+    Attributes:
+        output: of the step, once it has been called.
+    """
+
+    def __init__(self, forward: Callable[..., Any], given: dict[str, Any]) -> None:
+        self.forward, self.given = forward, given
+        self.output: Any = None
+
+    def __call__(self, tokens: torch.Tensor, ids: torch.Tensor) -> Flux2KVCache:
+        """What was read of references `[1, tokens of all, channels]` at the positions `ids`."""
+        given = self.given | {
+            "hidden_states": torch.cat([tokens, self.given["hidden_states"]], 1),
+            "img_ids": torch.cat([ids, self.given["img_ids"]]),
+            "kv_cache_mode": "extract", "num_ref_tokens": tokens.shape[1], "return_dict": False,
+        }  # fmt: skip
+        sample, cache = self.forward(**given)
+        for layer in layers(cache):  # parts of what all tokens take: kept, they would hold all of it
+            layer.store(layer.k_ref.clone(), layer.v_ref.clone())
+        whole = self.given.get("return_dict", True)
+        self.output = Flux2Transformer2DModelOutput(sample=sample) if whole else (sample,)
+        return cache
 
 
 class WarmHook(ModelHook):

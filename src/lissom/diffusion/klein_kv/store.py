@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from lissom.errors import UserError
+from lissom.models.byte_sizes import parse_bytes
 
 Storage = Literal["model", "int8", "fp8"]
 _LARGEST = {"int8": 127.0, "fp8": 448.0}
@@ -81,16 +82,14 @@ class ReferenceStore:
     Safe for several threads.
 
     Args:
-        limit: bytes that are held at most.
+        limit: bytes that are held at most, or text such as '64MB'.
 
     Attributes:
         hits, misses: of `get`.
     """
 
-    def __init__(self, limit: int) -> None:
-        if limit < 1:
-            raise UserError(f"limit={limit}: expected a number of bytes from 1.")
-        self.limit = limit
+    def __init__(self, limit: int | str) -> None:
+        self.limit = parse_bytes(limit)
         self.hits = self.misses = 0
         self._entries: OrderedDict[str, Entry] = OrderedDict()
         self._lock = threading.Lock()

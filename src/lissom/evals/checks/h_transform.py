@@ -60,7 +60,7 @@ class Size:
     form: Form = dit.FULL
     pictures: int = 200
     steps: tuple[int, int] = (12, 100)
-    stochastic: tuple[str, ...] = ("low resolution", "missing region", "another style")
+    stochastic: tuple[str, ...] = ("low resolution", "missing region")
     kinds: tuple[str, ...] = tuple(GUIDES)
     judge_steps: int = 400
 

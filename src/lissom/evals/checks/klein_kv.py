@@ -58,8 +58,10 @@ class Size:
     concepts: int = 150
     steps: int = 20
     judge_steps: int = 400
-    settings: tuple[Setting, ...] = tuple(Setting(count, steps) for steps in (4, 16) for count in (1, 2, 4))
-    rounds: int = 11
+    settings: tuple[Setting, ...] = tuple(
+        Setting(count, steps, pictures) for steps, pictures in ((4, 1), (4, 4), (16, 1)) for count in (1, 2, 4)
+    )
+    rounds: int = 7
 
 
 SMALL = Size(
