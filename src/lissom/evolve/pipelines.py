@@ -133,6 +133,7 @@ def requests(pipeline: DiffusionPipeline, refine: bool, count: int) -> list[Requ
     emoji = load_emoji(min(side, 64))
     concepts, found = emoji.concepts(held_out=True).tolist()[:count], []
     kinds = (BY_WORD, BY_EXAMPLE) if "patch" in pipeline.config else (BY_EXAMPLE,)
+    several = isinstance(denoiser(pipeline), Flux2Transformer2DModel)  # others take several pictures for a batch
     for number, concept in enumerate(concepts):
         batch = draw(emoji, kinds[number % len(kinds)], [concept], np.random.default_rng(number))
         if refine:
@@ -140,9 +141,6 @@ def requests(pipeline: DiffusionPipeline, refine: bool, count: int) -> list[Requ
             found.append(Request(batch.prompts[0], guide=to_picture(coarse).resize((side, side))))
             continue
         pictures = [to_picture(pixels).resize((side, side)) for pixels in batch.references[0]]
-        several = isinstance(
-            getattr(pipeline, "transformer", None), Flux2Transformer2DModel
-        )  # others take one for each
         found.append(Request(batch.prompts[0], tuple(pictures if several else pictures[:1])))
     return found
 
