@@ -262,14 +262,14 @@ class WarmHook(ModelHook):
 
 def arguments_of(module: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Of a pass, by name."""
-    given = dict(_signature(type(module)).bind(module, *args, **kwargs).arguments)
+    given = dict(_signature(type(module).forward).bind(module, *args, **kwargs).arguments)
     del given["self"]
     return given
 
 
 @functools.cache
-def _signature(kind: type[torch.nn.Module]) -> inspect.Signature:
-    return inspect.signature(kind.forward)
+def _signature(forward: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(forward)
 
 
 def cached(cache: Flux2KVCache) -> dict[str, Any]:
