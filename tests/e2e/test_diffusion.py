@@ -143,6 +143,12 @@ def test_recipes_and_the_search_for_one(run, folder, tmp_path, monkeypatch):
     asked = ("--image", folder / "one.png", "-o", tmp_path / "out.png")
     code, _, err = run("edit", folder / "set", "--recipe", report / "recipe.yaml", *asked)
     assert code == 0, err
+    (tmp_path / "int8.yaml").write_text("steps: 2\nmethods: [klein-kv: {storage: int8}]")
+    told = ("edit", folder / "set", "--recipe", tmp_path / "int8.yaml", "-o", tmp_path / "out.png")
+    kept = ("--references", tmp_path / "kept.safetensors")
+    for words in ((), ("--image", folder / "one.png", *kept), kept):  # nothing to read; read; read before
+        code, _, err = run(*told, *words)
+        assert code == 0, err
     (tmp_path / "refine.yaml").write_text("steps: 2\nmethods: [h-transform: {alpha: 0}]")
     code, _, err = run("refine", folder / "set", "--guide", folder / "one.png", "--recipe", tmp_path / "refine.yaml",
                        "-o", tmp_path / "fine.png")  # fmt: skip
@@ -182,7 +188,8 @@ def test_recipes_and_the_search_for_one(run, folder, tmp_path, monkeypatch):
         (("edit", "."), "has no model_index.json"),
         (("refine", "set", "--guide", "clear.png", "--mask", "one.png"), "does not fit a guide of"),
         (("refine", "set", "--guide", "one.png", "--alpha", "-1"), "alpha=-1"),
-        (("edit", "set", "--image", "one.png", "--storage", "int8", "--cache", "off"), "nothing is kept here"),
+        (("edit", "set", "--image", "one.png", "--storage", "int8", "--cache", "off"), "none are here: leave it out"),
+        (("edit", "set", "--size", "0"), "A height of 0 pixels"),
         (("optimize", "set", "--no-peers"), "--no-peers is of language models"),
         (("optimize", "none", "--refine"), "--refine is of diffusion models"),
         (("refine", "set", "--guide", "grey.png", "--level", "ve"), "level='ve'"),

@@ -79,6 +79,19 @@ def test_what_is_shown(run, monkeypatch):
     assert check_of("h-transform") == report.CHECK
 
 
+def test_claims_name_where_it_is_ahead(run, monkeypatch):
+    def ahead(self, kind, sampler, ours, other):
+        sign = {"blur": -1, "sketch": 0}.get(kind, 1)
+        return Interval(0.1 * sign, 0.1 * sign - 0.05, 0.1 * sign + 0.05)
+
+    monkeypatch.setattr(study.Run, "ahead", ahead)
+    words = next(claim.claim for claim in report.claims(run) if "than SDEdit" in claim.claim)
+    assert words.startswith(
+        f"{study.DETERMINISTIC}: {study.H_VP} has a larger frontier than SDEdit: ahead on low resolution"
+    )
+    assert "; behind on blur; undecided on sketch" in words
+
+
 def test_guides_are_what_they_are_called():
     emoji = small_emoji()
     emoji = Emoji(emoji.pictures, ("a", "b", "c", "d", "line"), *(emoji.names, emoji.categories, emoji.held_out))

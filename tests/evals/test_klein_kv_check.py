@@ -99,3 +99,16 @@ def test_scores_of_what_there_was_to_draw():
         assert min(found["recognised"]) == min(found["style"]) == 1
         worse = editing.scores(batch.target.roll(1, 0), emoji, kind, judge, concepts)
         assert np.mean(worse["psnr"]) < 20 and np.mean(worse["recognised"]) < 0.5
+
+
+def test_claims_about_speed_compare_like_with_like():
+    def arms(*faster):
+        return {arm: [1 / own] * 3 for arm, own in zip(ARMS, (1.0, 1.0, *faster), strict=True)}
+
+    seconds = {Setting(1, 4): arms(1.5, 1.5, 1.9), Setting(4, 4): arms(2.2, 2.2, 4.5),
+               Setting(4, 4, 4): arms(2.2, 3.6, 4.5), Setting(4, 16): arms(3.5, 3.5, 4.5)}  # fmt: skip
+    found = [(claim.verdict, claim.claim) for claim in report.speed_claims(seconds)]
+    assert [verdict for verdict, _ in found] == ["holds", "holds", "holds", "weaker", "holds"]
+    assert "here up to 2.20 times" in found[3][1] and "up to 3.60 times" in found[4][1]
+    seconds[Setting(1, 4)] = arms(1.5, 1.2, 1.9)
+    assert [claim.verdict for claim in report.speed_claims(seconds)][:3] == ["does not hold", "holds", "does not hold"]

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMPipeline,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxKontextPipeline,
+    FluxTransformer2DModel,
+    UNet2DModel,
+)
 from pipelines import editing, small_emoji
 
-from lissom.diffusion.calls import arguments
+from lissom.diffusion.calls import arguments, own_size
 from lissom.errors import UserError
 from lissom.evolve import pipelines
 from lissom.evolve.pipelines import recipes, requests
@@ -44,8 +52,28 @@ def test_requests_are_what_a_pipeline_takes(kontext):
     assert all(request.guide.size == (16, 16) and not request.references for request in coarse)
 
 
-def test_calls_are_given_what_they_take():
+def test_calls_are_given_what_they_take(kontext):
     pipe = editing()
     assert arguments(pipe, prompt="", image=None, height=16) == {"prompt": "", "height": 16}
     with pytest.raises(UserError, match="takes no mask_image"):
         arguments(pipe, mask_image=torch.zeros(1))
+    plain = DDPMPipeline(UNet2DModel(sample_size=(16, 32), block_out_channels=(4, 4), norm_num_groups=2,
+                                     down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2),
+                         DDPMScheduler())  # fmt: skip
+    assert own_size(plain) == (32, 16) and own_size(pipe) is None and not arguments(plain, width=32, height=16)
+    with pytest.raises(UserError, match="draws pictures of 32 by 16 pixels alone"):
+        arguments(plain, width=16, height=16)
+    assert requests(plain, True, 1)[0].guide.size == (32, 16)
+
+
+def test_what_an_autoencoder_makes_is_no_size(kontext):
+    assert own_size(kontext) is None
+
+
+def test_a_call_that_cannot_be_made_is_told():
+    class Needs:
+        def __call__(self, image, mask_image, strength=0.5):
+            pass
+
+    with pytest.raises(UserError, match="Needs needs mask_image"):
+        arguments(Needs(), image=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +55,7 @@ def edit(
     """Draw with reference pictures, whose keys and values are computed once and used in every step."""
     from lissom.devices.meters import threads
     from lissom.diffusion.klein_kv import KleinKV
+    from lissom.diffusion.klein_kv.apply import references_of
     from lissom.diffusion.load import load_pipeline
     from lissom.errors import UserError
 
@@ -71,20 +72,29 @@ def edit(
         storage=storage,  # type: ignore[arg-type]
         force=cache == "force",
     )
-    chosen = recipe_of(recipe, steps, cache != "auto" or storage != "model")
+    chosen, others = recipe_of(recipe, steps, cache != "auto" or storage != "model"), []
     if chosen is not None:
         methods = chosen.pipeline_methods()
         if any("guide" in own.inputs for own in methods):
             raise UserError(f"{recipe} has a method that needs a guide: use `lissom refine`.")
         dtype = dtype if chosen.dtype == "auto" else chosen.dtype
         own = next((own for own in methods if isinstance(own, KleinKV)), None)
+        others = [other for other in methods if other is not own]
         method, cache = own or method, "on" if own else "off"
         if references and cache == "off":
             raise UserError(f"{recipe} has no klein-kv: leave out --references.")
     loaded = load_pipeline(pipeline, dtype)
+    if cache == "auto" and references_of(loaded) == "joint":
+        cache = "off"
+    if storage != "model" and (cache == "off" or not pictures):
+        raise UserError(f"--storage {storage} is of references that are read, and none are here: leave it out.")
     began = time.perf_counter()
     wanted, cores = (steps, None) if chosen is None else (chosen.steps, chosen.threads)
-    with threads(cores), _cached(method, loaded, pictures, cache, references) as (shown, facts):
+    with ExitStack() as stack:
+        stack.enter_context(threads(cores))
+        for other in others:
+            stack.enter_context(other(loaded))
+        shown, facts = stack.enter_context(_cached(method, loaded, pictures, cache, references))
         drawn = draw(
             loaded, wanted, seed,
             image=shown or None, prompt=prompt, guidance_scale=guidance,
@@ -102,15 +112,12 @@ def _cached(
 ) -> Iterator[tuple[list[Image.Image], dict[str, Any]]]:
     """What of `pictures` the pipeline is to be given, and facts of the cache, which are there when the block ends."""
     from lissom.diffusion.klein_kv import WarmReferences
-    from lissom.diffusion.klein_kv.apply import references_of
     from lissom.errors import UserError
 
     facts: dict[str, Any] = {}
     if file is not None:
         if file.exists() and pictures:
             raise UserError(f"{file} holds references already: leave out --image, or delete the file.")
-        if file.exists() and method.storage != "model":
-            raise UserError(f"{file} was written with a storage of its own: leave out --storage, or delete the file.")
         if file.exists():
             warm = WarmReferences.load(file)
         elif pictures:
@@ -121,9 +128,7 @@ def _cached(
         facts["reference_bytes"] = warm.nbytes
         with warm(pipeline):
             yield [], facts
-    elif not pictures or cache == "off" or (cache == "auto" and references_of(pipeline) == "joint"):
-        if method.storage != "model":
-            raise UserError(f"--storage {method.storage} is of a cache, and nothing is kept here: leave it out.")
+    elif not pictures or cache == "off":
         yield pictures, facts
     else:
         with method(pipeline) as report:

@@ -97,7 +97,7 @@ def draw(pipeline: DiffusionPipeline, steps: int | None, seed: int, **options: A
 
     steps = own_steps(pipeline) if steps is None else steps
     for name in ("height", "width"):
-        if (options.get(name) or 1) < 1:
+        if options.get(name) is not None and options[name] < 1:
             raise UserError(f"A {name} of {options[name]} pixels: expected at least 1.")
     if not (options.get("guidance_scale") or 1.0) < float("inf"):
         raise UserError(f"--guidance {options['guidance_scale']}: expected a number.")

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline, Flux2Transformer2DModel
 from PIL import Image
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from lissom.diffusion.calls import arguments, own_steps, takes
+from lissom.diffusion.calls import arguments, own_size, own_steps, takes
 from lissom.diffusion.demo import BY_EXAMPLE, BY_WORD, draw, load_emoji
 from lissom.diffusion.denoiser import denoiser, fingerprint
 from lissom.diffusion.pictures import quiet, to_picture, to_pixels
@@ -74,12 +74,14 @@ class Outcome:
     Attributes:
         max_loss: the quality floor.
         untried: labels of recipes that there was no time for.
+        refine: whether coarse pictures were refined, not references edited.
         interrupted: whether a key press ended it.
     """
 
     measured: list[Measured]
     max_loss: float
     untried: list[str]
+    refine: bool = False
     interrupted: bool = False
 
     @property
@@ -129,8 +131,9 @@ def recipes(name: str, pipeline: DiffusionPipeline, refine: bool, quick: bool) -
 def requests(pipeline: DiffusionPipeline, refine: bool, count: int) -> list[Request]:
     """Edits of pictures of the emoji sets, half of them told by a word where the pipeline knows such words, or with
     `refine` pictures that were made four times smaller."""
-    side = _side(pipeline)
-    emoji = load_emoji(min(side, 64))
+    side = int(pipeline.config.get("size", _SIDE))
+    size = own_size(pipeline) or (side, side)
+    emoji = load_emoji(min(*size, 64))
     concepts, found = emoji.concepts(held_out=True).tolist()[:count], []
     kinds = (BY_WORD, BY_EXAMPLE) if "patch" in pipeline.config else (BY_EXAMPLE,)
     several = isinstance(denoiser(pipeline), Flux2Transformer2DModel)  # others take several pictures for a batch
@@ -138,19 +141,11 @@ def requests(pipeline: DiffusionPipeline, refine: bool, count: int) -> list[Requ
         batch = draw(emoji, kinds[number % len(kinds)], [concept], np.random.default_rng(number))
         if refine:
             coarse = GUIDES["low resolution"].guide(batch.target)[0]
-            found.append(Request(batch.prompts[0], guide=to_picture(coarse).resize((side, side))))
+            found.append(Request(batch.prompts[0], guide=to_picture(coarse).resize(size)))
             continue
-        pictures = [to_picture(pixels).resize((side, side)) for pixels in batch.references[0]]
+        pictures = [to_picture(pixels).resize(size) for pixels in batch.references[0]]
         found.append(Request(batch.prompts[0], tuple(pictures if several else pictures[:1])))
     return found
-
-
-def _side(pipeline: DiffusionPipeline) -> int:
-    """Pixels of a side of the requests."""
-    if takes(pipeline, "height"):
-        return int(pipeline.config.get("size", _SIDE))
-    found = getattr(denoiser(pipeline).config, "sample_size", None) or _SIDE
-    return int(found if isinstance(found, int) else max(found))
 
 
 def optimize_pipeline(
@@ -204,7 +199,7 @@ def optimize_pipeline(
         record = journal[identity]
         found.append(Measured(recipe, np.asarray(record["losses"]), np.asarray(record["seconds"])))
     progress("done", len(todo), len(todo))
-    return Outcome(found, max_loss, untried, interrupted)
+    return Outcome(found, max_loss, untried, refine, interrupted)
 
 
 def _drawn(
@@ -217,10 +212,10 @@ def _drawn(
             around.enter_context(recipe.drawing(pipeline))
         for request in asked:
             begin = time.perf_counter()
-            side = None if request.guide is None else request.guide.height
+            width, height = (None, None) if request.guide is None else request.guide.size
             given = arguments(
-                pipeline, image=list(request.references) or None, num_inference_steps=recipe.steps, height=side,
-                width=side, generator=torch.Generator().manual_seed(0),
+                pipeline, image=list(request.references) or None, num_inference_steps=recipe.steps, height=height,
+                width=width, generator=torch.Generator().manual_seed(0),
                 prompt=request.prompt if takes(pipeline, "prompt") else None,
             )  # fmt: skip
             with ExitStack() as stack:

@@ -32,7 +32,7 @@ def result(outcome: Outcome) -> Result:
 
 def table(outcome: Outcome) -> Table:
     """Every recipe, those of the front in bold."""
-    shown = grid("Recipes, against the untouched pipeline", *_HEADINGS, numbers=True)
+    shown = grid(f"Recipes, against {_base(outcome)}", *_HEADINGS, numbers=True)
     for own in outcome.measured:
         shown.add_row(*_cells(outcome, own), style="bold" if own in outcome.front else None)
     return shown
@@ -46,7 +46,7 @@ def page(outcome: Outcome, name: str, command: str) -> str:
         command: how the recommended recipe is used.
     """
     base, best = outcome.base, outcome.best
-    words = "Nothing measured was faster than the untouched pipeline within the accepted loss."
+    words = f"Nothing measured was faster than {escape(_base(outcome))} within the accepted loss."
     if best is not base:
         words = f"Recommended: <b>{escape(best.recipe.label)}</b>."
     if outcome.untried:
@@ -68,9 +68,16 @@ def page(outcome: Outcome, name: str, command: str) -> str:
         "command": escape(command),
         "recipe": escape(best.recipe.to_yaml()),
         "table": html_table(_HEADINGS, rows),
+        "base": escape(_base(outcome)),
+        "requests": "refine small pictures of held-out emoji" if outcome.refine else "edit held-out emoji",
         "facts": measured_on(),
     }
     return filled("pipelines.html", parts, [_plot(outcome)])
+
+
+def _base(outcome: Outcome) -> str:
+    """What all are judged by."""
+    return outcome.base.recipe.label if outcome.refine else "the untouched pipeline"
 
 
 def _plot(outcome: Outcome) -> go.Figure:

@@ -23,6 +23,7 @@ from lissom.errors import UserError
     "options,words",
     [
         ({"num_inference_steps": 0}, "expected at least 1"),
+        ({"num_images_per_prompt": 0}, "expected at least 1"),
         ({"height": 0}, "no multiple of 4"),
         ({"width": 18}, "no multiple of 4"),
         ({"prompt": []}, "There is no prompt"),

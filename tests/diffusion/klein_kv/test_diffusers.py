@@ -16,6 +16,7 @@ from PIL import Image
 
 from lissom.diffusion.denoiser import fingerprint
 from lissom.diffusion.klein_kv import KleinKV
+from lissom.errors import UserError
 
 
 def made(kind):
@@ -100,3 +101,9 @@ def test_a_model_is_known_again_in_another_folder(tmp_path):
         pipe.transformer.save_pretrained(tmp_path / name)
         prints.append(fingerprint(Flux2Transformer2DModel.from_pretrained(tmp_path / name)))
     assert len(set(prints)) == 1
+
+
+def test_what_changes_how_references_are_read_is_refused():
+    pipe = made(Flux2KleinKVPipeline)
+    with pytest.raises(UserError, match="attention_kwargs"), KleinKV()(pipe):
+        drawn(pipe, attention_kwargs={"scale": 0.5})

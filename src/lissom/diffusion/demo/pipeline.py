@@ -119,6 +119,8 @@ class PixelEditPipeline(DiffusionPipeline):
             raise UserError("There is no prompt: expected at least one, which may be empty.")
         if num_inference_steps < 1:
             raise UserError(f"num_inference_steps={num_inference_steps}: expected at least 1.")
+        if num_images_per_prompt < 1:
+            raise UserError(f"num_images_per_prompt={num_images_per_prompt}: expected at least 1.")
         device = self._execution_device
         if prompt_embeds is None:
             prompt_embeds = self.encode_prompt(prompts, num_images_per_prompt)

@@ -91,6 +91,11 @@ class ReferenceHook(ModelHook):
         if given.get("kv_cache") is not None or not references.any():
             self.report.cached_passes += given.get("kv_cache") is not None
             return forward(**given)
+        if given.get("joint_attention_kwargs") or given.get("ref_fixed_timestep"):
+            raise UserError(
+                "Of references it is not known with which attention_kwargs or ref_fixed_timestep they were read: leave "
+                "them out, and set the strength of adapters by set_adapters."
+            )
         hidden = given["hidden_states"]
         asked = given.get("kv_cache_mode") == "extract"
         changed = {"hidden_states": hidden[:, ~references], "img_ids": ids[~references]}
@@ -168,8 +173,8 @@ class ReferenceHook(ModelHook):
                 cache = self._read(module, part, places, guidance) if step is None else step(part, places)
                 self.report.reference_passes += 1
                 entry = Entry(
-                    tuple(pack(layer.k_ref, self.storage) for layer in layers(cache)),
-                    tuple(pack(layer.v_ref, self.storage) for layer in layers(cache)),
+                    tuple(pack(layer.k_ref.detach(), self.storage) for layer in layers(cache)),
+                    tuple(pack(layer.v_ref.detach(), self.storage) for layer in layers(cache)),
                 )
                 self.report.store.put(key, entry)
             found.append(entry)
@@ -209,8 +214,6 @@ class _ReadingStep:
             "kv_cache_mode": "extract", "num_ref_tokens": tokens.shape[1], "return_dict": False,
         }  # fmt: skip
         sample, cache = self.forward(**given)
-        for layer in layers(cache):  # parts of what all tokens take: kept, they would hold all of it
-            layer.store(layer.k_ref.clone(), layer.v_ref.clone())
         whole = self.given.get("return_dict", True)
         self.output = Flux2Transformer2DModelOutput(sample=sample) if whole else (sample,)
         return cache

@@ -22,12 +22,13 @@ from lissom.diffusion.demo.model import EditModel, Shape
 from lissom.diffusion.demo.pipeline import PixelEditPipeline
 from lissom.diffusion.denoiser import fingerprint
 from lissom.diffusion.klein_kv import KleinKV
+from lissom.diffusion.klein_kv.hooks import WarmHook, hooked
 from lissom.diffusion.pictures import rows_of, tiled, write_picture
 from lissom.errors import UserError
 from lissom.evals.editing import KINDS, cacheable, edits, loaded, scores, trained
 from lissom.evals.journal import Journal, digest, scope_of
 from lissom.evals.judge import kept_judge
-from lissom.evals.reference_speed import FULL, MASKED, Setting, inputs_of, sampled, speeds
+from lissom.evals.reference_speed import FULL, MASKED, WARM, Setting, inputs_of, read_of, sampled, speeds
 from lissom.evals.stats import Interval, paired_bootstrap
 from lissom.train import dit
 from lissom.train.dit import DitConfig, Form, held_out_losses
@@ -180,14 +181,19 @@ def _within(progress: Callable[[int, int], None], part: int, parts: int, done: i
 
 
 def differences(pipeline: PixelEditPipeline) -> dict[int, float]:
-    """Largest difference of any entry in any step between a request with a cache and one without, by references."""
+    """Largest difference of any entry in any step between requests with a cache and those without one, by references:
+    of one picture, of two at once, and with references that were read before."""
     found = {}
     for references in (1, 2, 3, 4):
-        inputs = inputs_of(pipeline, references)
-        wanted = sampled(pipeline, inputs, 8, MASKED)
-        with KleinKV()(pipeline):
-            cached = sampled(pipeline, inputs, 8, FULL)
-        gaps = [float((one - other).abs().max()) for one, other in zip(cached, wanted, strict=True)]
+        gaps = []
+        for pictures in (1, 2):
+            inputs = inputs_of(pipeline, references, pictures)
+            wanted = sampled(pipeline, inputs, 8, MASKED)
+            with KleinKV()(pipeline):
+                drawn = [sampled(pipeline, inputs, 8, FULL)]
+            with hooked(pipeline.transformer, WarmHook(read_of(pipeline, inputs))):
+                drawn.append(sampled(pipeline, inputs, 8, WARM))
+            gaps += [float((one - other).abs().max()) for own in drawn for one, other in zip(own, wanted, strict=True)]
         found[references] = max(gaps)
     return found
 

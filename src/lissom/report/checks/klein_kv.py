@@ -75,11 +75,18 @@ def speed_claims(seconds: dict[study.Setting, dict[str, list[float]]]) -> Iterat
     words = f"as fast as diffusers' own cache, within {_AS_FAST - 1:.0%}: at most {most:.2f} of its time"
     yield Claim(words, OURS, verdict(slower, _AS_FAST))
     few = min(setting.steps for setting in seconds)
-    best = max(
-        ratio_interval(arms[FULL], arms[CACHED]).estimate for setting, arms in seconds.items() if setting.steps == few
-    )
-    words = f"in 4 steps up to 2.5 times faster; in {few} steps here up to {best:.2f} times"
-    yield Claim(words, SOURCE, "holds" if best >= 2.5 else "weaker")
+    best: dict[int, float] = {}
+    for setting, arms in seconds.items():
+        if setting.steps == few:
+            faster = ratio_interval(arms[FULL], arms[CACHED]).estimate
+            best[setting.pictures] = max(faster, best.get(setting.pictures, 0.0))
+    words = f"one picture in 4 steps up to 2.5 times faster; in {few} steps here up to {best[1]:.2f} times"
+    yield Claim(words, SOURCE, "holds" if best[1] >= 2.5 else "weaker")
+    for count in sorted(best.keys() - {1}):
+        words = (
+            f"{count} pictures at once gain more, as references are read once for all: up to {best[count]:.2f} times"
+        )
+        yield Claim(words, OURS, "holds" if best[count] > best[1] else "does not hold")
 
 
 def claims(run: study.Run) -> list[Claim]:
