@@ -32,6 +32,9 @@ def train_dit(
     double: int = typer.Option(None, help="Blocks in which text has weights of its own. [default: 2]"),
     single: int = typer.Option(None, help="Blocks in which all tokens share them. [default: 4]"),
     references: str = typer.Option("set", help="What references see: joint (everything), set (each other), each."),
+    task: str = typer.Option(
+        None, help="all, or by-word: edits by a word alone, which a short training learns. [default: all]"
+    ),
     steps: int = typer.Option(None, help="Of the optimiser. [default: 4000; small: 2200; cacheable: 300]"),
     batch_size: int = typer.Option(None, help="Requests that a process takes in a step. [default: 16]"),
     learning_rate: float = typer.Option(
@@ -79,7 +82,7 @@ def train_dit(
     settings: dict[str, Any] = {
         "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "warmup_steps": warmup_steps,
         "min_learning_rate": min_learning_rate, "schedule": schedule, "weight_decay": weight_decay,
-        "ema_decay": ema_decay, "precision": precision, "seed": seed, "eval_steps": eval_steps,
+        "ema_decay": ema_decay, "task": task, "precision": precision, "seed": seed, "eval_steps": eval_steps,
         "save_steps": save_steps, "logging_steps": logging_steps, "sample_steps": sample_steps,
     }  # fmt: skip
     if lora is not None and learning_rate is None:
@@ -121,10 +124,10 @@ def train_dit(
                 emoji = load_emoji(shape.size, say)
                 pipeline = new_pipeline(shape, emoji, config.seed)
         with bars(console) as progress, processes():
-            task = progress.add_task("steps", total=config.steps)
+            bar = progress.add_task("steps", total=config.steps)
             history = run(
                 pipeline, config, emoji, output,
-                lambda done, total: progress.update(task, completed=done, total=total),
+                lambda done, total: progress.update(bar, completed=done, total=total),
                 lambda entry: say(_line(entry)),
             )  # fmt: skip
         if not is_first():

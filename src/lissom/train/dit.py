@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from lissom.diffusion.demo import Batch, Emoji, draw
 from lissom.diffusion.demo.model import EditModel, Shape, prepared
 from lissom.diffusion.demo.pipeline import PixelEditPipeline
 from lissom.diffusion.demo.sheet import sheet
-from lissom.diffusion.demo.task import KINDS, training_batch
+from lissom.diffusion.demo.task import TASKS, Kind, training_batch
 from lissom.diffusion.pictures import write_picture
 from lissom.errors import UserError
 from lissom.files import atomic_path, move_into, writing
@@ -44,6 +44,7 @@ class DitConfig(Schedule):
     Attributes:
         ema_decay: share of the average of the weights that a step leaves, at most; it grows from 0 with the steps.
         prompt_dropout: share of the prompts that are left empty, which guidance needs.
+        task: `all` kinds of requests, or edits `by-word` alone, which a short training learns.
         precision: of products: `fp32`, `bf16`, or `auto`: the one that this machine multiplies faster. Weights and the
             optimiser are fp32.
         sample_steps: steps between sheets of pictures.
@@ -61,6 +62,7 @@ class DitConfig(Schedule):
     logging_steps: int = 25
     ema_decay: float = 0.998
     prompt_dropout: float = 0.1
+    task: Literal["all", "by-word"] = "all"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     sample_steps: int = 1000
 
@@ -149,7 +151,9 @@ class DitTrainer:
     def _loss(self, number: int) -> torch.Tensor:
         """Of the batch of that number."""
         config = self.config
-        batch = training_batch(self.emoji, config.batch_size, config.seed, number, config.prompt_dropout)
+        batch = training_batch(
+            self.emoji, config.batch_size, config.seed, number, config.prompt_dropout, TASKS[config.task]
+        )
         seed = int(np.random.SeedSequence((config.seed, number)).generate_state(1, np.uint64)[0] >> 1)
         with self.accelerator.autocast():
             loss: torch.Tensor = self.model(self._inputs(batch, seed))
@@ -184,7 +188,7 @@ class DitTrainer:
     def measure(self) -> dict[str, float]:
         """Loss of the averaged weights on concepts that are held out, by the number of references."""
         with self._averaged(), self.accelerator.autocast():
-            return held_out_losses(self.own, self.pipeline, self.emoji)
+            return held_out_losses(self.own, self.pipeline, self.emoji, TASKS[self.config.task])
 
     def sheet(self, file: Path, rows: int = 8) -> None:
         """Pictures of held-out concepts: references, what the averaged weights draw, and what there is to draw."""
@@ -251,11 +255,13 @@ class DitTrainer:
 
 
 @torch.no_grad()
-def held_out_losses(model: EditModel, pipeline: PixelEditPipeline, emoji: Emoji) -> dict[str, float]:
+def held_out_losses(
+    model: EditModel, pipeline: PixelEditPipeline, emoji: Emoji, kinds: Sequence[Kind]
+) -> dict[str, float]:
     """`held_out_K`: the loss with K references, on concepts that are held out."""
     found: dict[str, list[float]] = {}
     concepts = emoji.concepts(held_out=True).tolist()[:64]
-    for number, kind in enumerate(KINDS):
+    for number, kind in enumerate(kinds):
         batch = draw(emoji, kind, concepts, np.random.default_rng(number))
         inputs = prepared(batch, pipeline.tokenizer, pipeline.config.patch, number)
         loss = model({name: value.to(pipeline.device) for name, value in inputs.items()})

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lissom.diffusion.demo import BY_WORD, EDITS, KINDS, Emoji, draw, load_emoji
 from lissom.diffusion.demo.emoji import is_held_out
-from lissom.diffusion.demo.task import training_batch
+from lissom.diffusion.demo.task import TASKS, training_batch
 from lissom.errors import UserError
 
 STYLES, CONCEPTS = 5, 40
@@ -74,6 +74,7 @@ def test_a_step_sees_the_same_batch_whenever_it_is_made_and_nothing_that_is_held
         assert not emoji.held_out[batch.concept].any() and not emoji.held_out[shown(batch.references)[1]].any()
     empty = [prompt == "" for batch in batches for prompt in batch.prompts]
     assert 0.2 < sum(empty) / len(empty) < 0.8
+    assert all(training_batch(emoji, 8, 1, step, kinds=TASKS["by-word"]).edits[0] in EDITS for step in range(9))
 
 
 def test_shares_of_the_training_are_all_of_it():

@@ -46,6 +46,7 @@ KINDS = (
     Kind(2, 2, "both", 0.05),
 )
 BY_WORD, BY_EXAMPLE = KINDS[1], KINDS[4]
+TASKS = {"all": KINDS, "by-word": (BY_WORD,)}
 _LUMA = (0.299, 0.587, 0.114)
 
 
@@ -104,10 +105,12 @@ def draw(emoji: Emoji, kind: Kind, concepts: Sequence[int], random: np.random.Ge
     )
 
 
-def training_batch(emoji: Emoji, size: int, seed: int, step: int, without: float = 0.1) -> Batch:
+def training_batch(
+    emoji: Emoji, size: int, seed: int, step: int, without: float = 0.1, kinds: Sequence[Kind] = KINDS
+) -> Batch:
     """The batch of a step. It depends on seed and step alone: a run that goes on sees what it would have seen."""
-    random = np.random.default_rng((seed, step))
-    kind = KINDS[random.choice(len(KINDS), p=[kind.share for kind in KINDS])]
+    random, shares = np.random.default_rng((seed, step)), np.asarray([kind.share for kind in kinds])
+    kind = kinds[random.choice(len(kinds), p=shares / shares.sum())]
     known = emoji.concepts(held_out=False).numpy()
     concepts = random.choice(known, size, replace=size > len(known))
     return draw(emoji, kind, [int(concept) for concept in concepts], random, without)

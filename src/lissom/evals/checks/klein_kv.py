@@ -20,6 +20,7 @@ from PIL import Image
 from lissom.diffusion.demo import Emoji, draw, load_emoji
 from lissom.diffusion.demo.model import EditModel, Shape
 from lissom.diffusion.demo.pipeline import PixelEditPipeline
+from lissom.diffusion.demo.task import TASKS
 from lissom.diffusion.denoiser import fingerprint
 from lissom.diffusion.klein_kv import KleinKV
 from lissom.diffusion.klein_kv.hooks import WarmHook, hooked
@@ -51,6 +52,7 @@ class Size:
         steps: of the sampler.
         judge_steps: of the training of the network that judges.
         settings, rounds: of the timing.
+        kinds: of edits that are drawn, of `KINDS`.
     """
 
     form: Form = dit.FULL
@@ -63,12 +65,14 @@ class Size:
         Setting(count, steps, pictures) for steps, pictures in ((4, 1), (4, 4), (16, 1)) for count in (1, 2, 4)
     )
     rounds: int = 7
+    kinds: tuple[str, ...] = tuple(KINDS)
 
 
 SMALL = Size(
-    replace(dit.SMALL, config=replace(dit.SMALL.config, steps=1000)),
-    dit.SHORT,
-    concepts=60, judge_steps=300, settings=tuple(Setting(count, 4) for count in (1, 2, 4)), rounds=3,
+    replace(dit.SMALL, config=replace(dit.SMALL.config, steps=1000, task="by-word")),
+    replace(dit.SHORT, task="by-word"),
+    kinds=("by a word",), concepts=60, judge_steps=300,
+    settings=tuple(Setting(count, 4) for count in (1, 2, 4)), rounds=3,
 )  # fmt: skip
 DEFAULT = Size()
 PAPER = Size(
@@ -132,10 +136,10 @@ def run(model: str | None, size: Size, journal: Path, progress: Callable[[str, i
         INT8: (made, KleinKV(storage="int8")), LORA: (lora, KleinKV()),
     }  # fmt: skip
     found, held = {}, {}
-    for number, ((arm, (pipeline, method)), kind) in enumerate(product(arms.items(), KINDS)):
+    for number, ((arm, (pipeline, method)), kind) in enumerate(product(arms.items(), size.kinds)):
         identity = f"{digest(place.name, size.concepts, size.steps)} {kind}/{arm}"
         if identity not in known:
-            done = partial(_within, partial(progress, STAGES[4]), number, len(arms) * len(KINDS))
+            done = partial(_within, partial(progress, STAGES[4]), number, len(arms) * len(size.kinds))
             with nullcontext() if method is None else method(pipeline) as report:
                 drawn = edits(pipeline, emoji, KINDS[kind], concepts, size.steps, done)
             bytes_held = 0 if report is None else report.store.nbytes // len(report.store)
@@ -145,7 +149,8 @@ def run(model: str | None, size: Size, journal: Path, progress: Callable[[str, i
     identity = f"{place.name} losses"
     if identity not in known:
         pipelines = {PLAIN: plain, MADE: made, LORA: lora}
-        known.add(identity, {arm: held_out_losses(EditModel(own), own, emoji) for arm, own in pipelines.items()})
+        asked = TASKS[size.form.config.task]
+        known.add(identity, {arm: held_out_losses(EditModel(own), own, emoji, asked) for arm, own in pipelines.items()})
     losses = {arm: known[identity][arm] for arm in (PLAIN, MADE, LORA)}
     identity = f"{scope_of(asdict(size)['settings'], size.rounds)} speed"
     if identity not in known:
@@ -154,21 +159,22 @@ def run(model: str | None, size: Size, journal: Path, progress: Callable[[str, i
     seconds = {setting: known[identity][str(setting)] for setting in size.settings}
     pictures = place / "pictures.png"
     if not pictures.is_file():
-        write_picture(_sheet(arms, emoji, concepts[:_SHOWN], size.steps), pictures)
+        write_picture(_sheet(arms, emoji, concepts[:_SHOWN], size), pictures)
     return Run(size, losses, found, differences(made), seconds, held, pictures)
 
 
 def _sheet(
-    arms: Mapping[str, tuple[PixelEditPipeline, KleinKV | None]], emoji: Emoji, concepts: Sequence[int], steps: int
+    arms: Mapping[str, tuple[PixelEditPipeline, KleinKV | None]], emoji: Emoji, concepts: Sequence[int], size: Size
 ) -> Image.Image:
     """References, what each arm draws, and what there was to draw."""
     rows, names = [], []
-    for name, kind in KINDS.items():
+    for name in size.kinds:
+        kind = KINDS[name]
         batch = draw(emoji, kind, concepts, np.random.default_rng(0))
         columns = [*batch.references.unbind(1), *[None] * (2 - kind.references)]
         for pipeline, method in arms.values():
             with nullcontext() if method is None else method(pipeline):
-                columns.append(edits(pipeline, emoji, kind, concepts, steps))
+                columns.append(edits(pipeline, emoji, kind, concepts, size.steps))
         columns.append(batch.target)
         rows += rows_of(columns, len(concepts))
         names += [f"{name}: {batch.edits[row]}" if batch.edits[row] else name for row in range(len(concepts))]

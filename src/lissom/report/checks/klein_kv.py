@@ -121,7 +121,7 @@ def tables(run: study.Run) -> Iterator[Table]:
     for arm, losses in run.losses.items():
         table.add_row(arm, *(f"{losses[name]:.4f}" for name in names))
     yield table
-    for kind in KINDS:
+    for kind in run.size.kinds:
         title = f"Edits {kind} of {run.size.concepts} held-out concepts, {run.size.steps} steps"
         table = grid(title, "", *METRICS, "psnr gained [95 %]", numbers=True)
         for arm in study.EDITING:
