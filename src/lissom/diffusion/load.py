@@ -38,5 +38,5 @@ def load_pipeline(name: str, dtype: str = "float32") -> DiffusionPipeline:
 
 def accelerated(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     """A pipeline on the accelerator, where there is one."""
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = torch.accelerator.current_accelerator(check_available=True)
     return pipeline if device is None else pipeline.to(device)

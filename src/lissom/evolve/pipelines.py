@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -174,8 +174,7 @@ def optimize_pipeline(
     """
     todo, found, untried = list(recipes(name, pipeline, refine, quick)), list[Measured](), list[str]()
     end, asked = time.monotonic() + 60 * minutes, requests(pipeline, refine, 4 if quick else 10)
-    network = denoiser(pipeline)
-    key = scope_of(name, len(asked), refine, fingerprint(network), str(dict(pipeline.config)))
+    key = scope_of(name, len(asked), refine, fingerprint(denoiser(pipeline)), str(dict(pipeline.config)))
     wanted: list[torch.Tensor] = []
     interrupted = False
     for number, recipe in enumerate(todo):
@@ -207,9 +206,9 @@ def _drawn(
 ) -> tuple[list[torch.Tensor], list[float]]:
     """A picture for each request, and the seconds that it took."""
     pictures, seconds = [], []
-    with ExitStack() as around, quiet(pipeline):
-        if asked[0].guide is None:  # what a block does once is not counted in every request
-            around.enter_context(recipe.drawing(pipeline))
+    refines = asked[0].guide is not None
+    # What a block does once is not counted in every request, but for a guide there is a block for each.
+    with quiet(pipeline), nullcontext() if refines else recipe.drawing(pipeline):
         for request in asked:
             begin = time.perf_counter()
             width, height = (None, None) if request.guide is None else request.guide.size
@@ -218,9 +217,7 @@ def _drawn(
                 width=width, generator=torch.Generator().manual_seed(0),
                 prompt=request.prompt if takes(pipeline, "prompt") else None,
             )  # fmt: skip
-            with ExitStack() as stack:
-                if request.guide is not None:
-                    stack.enter_context(recipe.drawing(pipeline, guide=request.guide))
+            with recipe.drawing(pipeline, guide=request.guide) if refines else nullcontext():
                 picture = pipeline(**given).images[0]
             seconds.append(time.perf_counter() - begin)
             pictures.append(to_pixels(picture))

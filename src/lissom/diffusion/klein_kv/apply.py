@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -12,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline, Flux2KleinKVPipeline, Flux2Transformer2DModel
 from pydantic import InstanceOf
 
+from lissom.diffusion.calls import takes
 from lissom.diffusion.denoiser import fingerprint
 from lissom.diffusion.klein_kv.approximate import FAMILIES, ApproximateHook
 from lissom.diffusion.klein_kv.hooks import KleinKVReport, ReferenceHook, hooked
@@ -122,10 +122,7 @@ class KleinKV:
         words = torch.zeros(1, 1, transformer.config.joint_attention_dim, dtype=transformer.dtype)
         side = pipeline.config.get("size", _SMALL)
         call = {"prompt_embeds": words.to(pipeline._execution_device), "height": side, "width": side} | options
-        if (
-            not transformer.config.guidance_embeds
-            and "guidance_scale" in inspect.signature(pipeline.__call__).parameters
-        ):
+        if not transformer.config.guidance_embeds and takes(pipeline, "guidance_scale"):
             call["guidance_scale"] = 1.0  # one pass, without a negative prompt
         with hooked(transformer, hook), quiet(pipeline):
             pipeline(image=image, num_inference_steps=1, output_type="latent", **call)

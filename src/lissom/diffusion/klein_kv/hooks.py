@@ -20,6 +20,7 @@ from lissom.diffusion.references import POSITION_OF_REFERENCES, REFERENCE_DISTAN
 from lissom.errors import UserError
 
 _HOOK = "lissom_klein_kv"
+_Reading = Callable[[torch.Tensor, torch.Tensor], Flux2KVCache]  # of tokens of one row and their positions
 
 
 @dataclass
@@ -101,9 +102,17 @@ class ReferenceHook(ModelHook):
         changed = {"hidden_states": hidden[:, ~references], "img_ids": ids[~references]}
         step = _ReadingStep(forward, given | changed)
         alone = self.trained != "set" or self.storage != "model" or len(hidden) > 1 or bool(references.all())
-        cache = self._cache(
-            module, hidden[:, references], ids[references], given.get("guidance"), None if alone else step
-        )
+        guidance = given.get("guidance")
+
+        def read_row(tokens: torch.Tensor, places: torch.Tensor) -> Flux2KVCache:
+            if module.is_cache_enabled:
+                raise UserError(
+                    "A step cache is on, and a pass over references would go into it as a step: read them with "
+                    "KleinKV().prefill before enable_cache, and give the request none."
+                )
+            return self._read(module, tokens, places, guidance) if alone else step(tokens, places)
+
+        cache = self._cache(module, hidden[:, references], ids[references], embedded(guidance), read_row)
         if asked and references.all():  # a pipeline that reads them by itself
             return hidden[:, :0], _shared(cache)
         output = step.output
@@ -125,20 +134,19 @@ class ReferenceHook(ModelHook):
         module: Flux2Transformer2DModel,
         tokens: torch.Tensor,
         ids: torch.Tensor,
-        guidance: torch.Tensor | None,
-        step: _ReadingStep | None,
+        guiding: float | None,
+        read_row: _Reading,
     ) -> Flux2KVCache:
         """Keys and values of the references of every row of the batch.
 
         Args:
-            step: reads those that the store does not have; None: they are read in a pass of their own.
+            read_row: reads those that the store does not have.
         """
-        guiding = embedded(guidance)
         for known, places, known_guidance, cache in self.recent:
             if guiding == known_guidance and torch.equal(places, ids) and torch.equal(known, tokens):
                 return cache
         rows = tokens[:1] if bool((tokens == tokens[:1]).all()) else tokens
-        found = [self._row(module, row[None], ids, guidance, step) for row in rows]
+        found = [self._row(row[None], ids, guiding, read_row) for row in rows]
         slots = ids[:, POSITION_OF_REFERENCES].unique_consecutive().tolist()
         self.found[slots[0]], self.guidance = found[0], guiding
         cache = batched(module, found, slots if self.trained == "each" else None, tokens.shape[0], tokens.device)
@@ -147,17 +155,12 @@ class ReferenceHook(ModelHook):
         return cache
 
     def _row(
-        self,
-        module: Flux2Transformer2DModel,
-        tokens: torch.Tensor,
-        ids: torch.Tensor,
-        guidance: torch.Tensor | None,
-        step: _ReadingStep | None,
+        self, tokens: torch.Tensor, ids: torch.Tensor, guiding: float | None, read_row: _Reading
     ) -> tuple[Entry, ...]:
         """The references of one row, from the store where it has them."""
         lengths = ids[:, POSITION_OF_REFERENCES].unique_consecutive(return_counts=True)[1].tolist()
         parts = lengths if self.trained == "each" else [len(ids)]
-        guiding, found = embedded(guidance), []
+        found = []
         for part, places in zip(tokens.split(parts, 1), ids.split(parts), strict=True):
             if self.trained == "each":  # in the place of the first, wherever it is: then it is found again in any
                 places = places.clone()
@@ -165,12 +168,7 @@ class ReferenceHook(ModelHook):
             key = _key(self.model, part, places, guiding, self.storage)
             entry = self.report.store.get(key)
             if entry is None:
-                if module.is_cache_enabled:
-                    raise UserError(
-                        "A step cache is on, and a pass over references would go into it as a step: read them with "
-                        "KleinKV().prefill before enable_cache, and give the request none."
-                    )
-                cache = self._read(module, part, places, guidance) if step is None else step(part, places)
+                cache = read_row(part, places)
                 self.report.reference_passes += 1
                 entry = Entry(
                     tuple(pack(layer.k_ref.detach(), self.storage) for layer in layers(cache)),

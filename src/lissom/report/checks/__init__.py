@@ -107,9 +107,9 @@ def grid(title: str, *headings: str, numbers: bool = False) -> Table:
     return table
 
 
-def signed(gap: Interval) -> str:
+def signed(gap: Interval, form: str = "+.3f") -> str:
     """A difference with its interval."""
-    return f"{gap.estimate:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
+    return f"{gap.estimate:{form}} [{gap.low:{form}}, {gap.high:{form}}]"
 
 
 def check_of(method: str) -> Check:

@@ -10,7 +10,7 @@ from rich.table import Table
 from lissom.devices.machine import describe
 from lissom.evals.checks import h_transform as study
 from lissom.evals.stats import Interval, paired_bootstrap, verdict
-from lissom.report.checks import grid, pipeline_or_none, study_check
+from lissom.report.checks import grid, pipeline_or_none, signed, study_check
 from lissom.report.rows import Claim, Result, Row
 
 SOURCE, OURS = "arXiv 2603.12057", "lissom"
@@ -82,10 +82,10 @@ def tables(run: study.Run) -> Iterator[Table]:
     others = [method for method in study.STRENGTHS if method != study.H_VP]
     table = grid(f"By how much more the frontier of {study.H_VP} dominates [95 %]", "", *others, numbers=True)
     for kind, sampler in run.arms:
-        known = {other: run.ahead(kind, sampler, *pair) for pair in _pairs(run, kind, sampler) for other in pair[1:]
-                 if pair[0] == study.H_VP}  # fmt: skip
-        cells = [f"{gap.estimate:+.0%} [{gap.low:+.0%}, {gap.high:+.0%}]" if (gap := known.get(other)) else ""
-                 for other in others]  # fmt: skip
+        known = {other for ours, other in _pairs(run, kind, sampler) if ours == study.H_VP}
+        cells = [
+            signed(run.ahead(kind, sampler, study.H_VP, other), "+.0%") if other in known else "" for other in others
+        ]
         table.add_row(f"{kind}, {sampler}", *cells)
     yield table
 
