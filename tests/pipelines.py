@@ -29,7 +29,7 @@ def editing(references="set", seed=0, guidance_embeds=False):
     return made
 
 
-def pictures(count, seed=0, sizes=((16, 16), (24, 16), (8, 12), (16, 32))):
+def pictures(count, seed=0, sizes=((16, 16), (24, 8), (8, 12), (8, 32))):
     """Of noise."""
     random = np.random.default_rng(seed)
     return [

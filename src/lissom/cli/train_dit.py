@@ -33,7 +33,9 @@ def train_dit(
     single: int = typer.Option(None, help="Blocks in which all tokens share them. [default: 4]"),
     references: str = typer.Option("set", help="What references see: joint (everything), set (each other), each."),
     task: str = typer.Option(
-        None, help="all, or by-word: edits by a word alone, which a short training learns. [default: all]"
+        None,
+        help="all; words: pictures from words and edits by a word; or by-word: edits by a word alone, which the "
+        "shortest training learns. [default: all; small: words]",
     ),
     steps: int = typer.Option(None, help="Of the optimiser. [default: 4000; small: 2200; cacheable: 300]"),
     batch_size: int = typer.Option(None, help="Requests that a process takes in a step. [default: 16]"),

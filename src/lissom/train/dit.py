@@ -44,7 +44,8 @@ class DitConfig(Schedule):
     Attributes:
         ema_decay: share of the average of the weights that a step leaves, at most; it grows from 0 with the steps.
         prompt_dropout: share of the prompts that are left empty, which guidance needs.
-        task: `all` kinds of requests, or edits `by-word` alone, which a short training learns.
+        task: `all` kinds of requests, or what a short training learns: `words`, pictures from words and edits by a
+            word, or only edits `by-word`.
         precision: of products: `fp32`, `bf16`, or `auto`: the one that this machine multiplies faster. Weights and the
             optimiser are fp32.
         sample_steps: steps between sheets of pictures.
@@ -62,7 +63,7 @@ class DitConfig(Schedule):
     logging_steps: int = 25
     ema_decay: float = 0.998
     prompt_dropout: float = 0.1
-    task: Literal["all", "by-word"] = "all"
+    task: Literal["all", "words", "by-word"] = "all"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     sample_steps: int = 1000
 
@@ -83,7 +84,9 @@ class Form:
 
 
 FULL = Form(Shape(width=224, single=4), DitConfig())
-SMALL = Form(Shape(width=128, single=4), DitConfig(steps=2200, learning_rate=1.5e-3))  # about 20 minutes on two cores
+SMALL = Form(  # at most 20 minutes on two cores
+    Shape(width=128, single=4), DitConfig(steps=2200, learning_rate=1.5e-3, task="words")
+)
 SHORT = DitConfig(steps=300, learning_rate=5e-4, warmup_steps=50)  # of a model that is trained already
 ADAPTER_RATE = 2e-3  # learning rate of adapters in that, which begin at nothing
 

@@ -96,3 +96,15 @@ def test_pictures_of_any_kind_are_seen_on_white():
     marked.info["transparency"] = 0
     assert (to_pixels(marked) == 1).all()
     assert to_pixels(Image.new("1", (8, 8), 1)).shape == (3, 8, 8)
+
+
+def test_references_of_more_pixels_than_the_pipelines_are_made_smaller():
+    pipe = editing()  # of 16 by 16
+    rows, columns = np.mgrid[:16, :16]
+    small = Image.fromarray(np.stack([rows * 16, columns * 16, rows + columns], 2).astype(np.uint8))
+    large = small.resize((160, 160), Image.Resampling.NEAREST)
+    wide = small.resize((256, 64), Image.Resampling.NEAREST)
+    tokens, _, lengths = pipe.encode_images([small, large, wide])
+    assert lengths == [16, 16, 16]
+    ours, theirs = tokens[0, :16], tokens[0, 16:32]
+    assert float((ours - theirs).abs().max()) < 0.05  # blocks of 10 pixels become the pixels that they are of

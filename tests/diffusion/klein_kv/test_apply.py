@@ -202,7 +202,7 @@ def test_other_pipelines_and_settings_are_refused():
 def test_warm_references_serve_every_request_from_its_first_step_on(references, storage, tmp_path):
     pipe, images = editing(references), pictures(3)
     warm = KleinKV(storage=storage).prefill(pipe, images)
-    assert warm.tokens == (16 * 16 + 24 * 16 + 8 * 12) // 16
+    assert warm.tokens == (16 * 16 + 24 * 8 + 8 * 12) // 16
     warm.save(tmp_path / "references.safetensors")
     again = WarmReferences.load(tmp_path / "references.safetensors")
     assert again.nbytes == warm.nbytes

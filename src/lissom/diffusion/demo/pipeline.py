@@ -101,7 +101,8 @@ class PixelEditPipeline(DiffusionPipeline):
         """Draw a picture for each prompt.
 
         Args:
-            image: references, the same for all prompts; each may have a size of its own.
+            image: references, the same for all prompts; each may have a size of its own, and those of more pixels than
+                the pipeline's size has are made smaller, as diffusers does for FLUX.2: larger ones were never seen.
             prompt: words that the model was trained with; none is an empty one.
             height, width: pixels, multiples of the patch; default: the size of the pipeline.
             sigmas: noise levels of the steps, falling from 1; default: evenly spaced.
@@ -188,7 +189,7 @@ class PixelEditPipeline(DiffusionPipeline):
         images = list(image) if isinstance(image, Sequence) else [image]
         if not 1 <= len(images) <= MAX_REFERENCES:
             raise UserError(f"{len(images)} references: expected 1 to {MAX_REFERENCES}.")
-        pixels = [_cut(to_pixels(picture), self.config.patch)[None] for picture in images]
+        pixels = [_cut(_fitted(to_pixels(picture), self.config.size), self.config.patch)[None] for picture in images]
         tokens, places, lengths = reference_tokens(pixels, self.config.patch)
         device, dtype = self._execution_device, self.transformer.dtype
         return tokens.to(device, dtype).expand(count, -1, -1), places.to(device), lengths
@@ -232,6 +233,16 @@ class PixelEditPipeline(DiffusionPipeline):
 
 
 diffusers.PixelEditPipeline = PixelEditPipeline  # where DiffusionPipeline.from_pretrained looks for the class
+
+
+def _fitted(pixels: torch.Tensor, size: int) -> torch.Tensor:
+    """Made smaller where there are more than `size` squared."""
+    height, width = pixels.shape[1:]
+    scale = size / (height * width) ** 0.5
+    if scale >= 1:
+        return pixels
+    sides = [max(1, round(side * scale)) for side in (height, width)]
+    return torch.nn.functional.interpolate(pixels[None], sides, mode="bicubic", antialias=True)[0].clamp(-1, 1)
 
 
 def _cut(pixels: torch.Tensor, patch: int) -> torch.Tensor:

@@ -46,7 +46,7 @@ KINDS = (
     Kind(2, 2, "both", 0.05),
 )
 BY_WORD, BY_EXAMPLE = KINDS[1], KINDS[4]
-TASKS = {"all": KINDS, "by-word": (BY_WORD,)}
+TASKS = {"all": KINDS, "words": (KINDS[0], BY_WORD), "by-word": (BY_WORD,)}
 _LUMA = (0.299, 0.587, 0.114)
 
 
