@@ -208,6 +208,16 @@ struct CosNet {
   int64_t tokens, rank, chunk;
 };
 
+// See interpolation.inc.
+struct Interpolation {
+  const float *log, *rows;                       // [count], [intervals][4]
+  float *first, *second;                         // [count]
+  int64_t count, intervals;
+  float scale;                                   // intervals for a unit of sqrt(-log p)
+  float ceiling;                                 // of -log p
+  float first_most, second_least, second_most;
+};
+
 // ---- A decoder (decoder.cpp) ----
 
 struct Layer {
@@ -279,6 +289,7 @@ struct Kernels {
   void (*rotate)(float* vector, const float* cosine, const float* sine, int64_t rotated);
   void (*cosnet)(const CosNet&, int64_t chunk, float* scratch);
   int64_t (*cosnet_scratch)(const CosNet&);  // floats
+  void (*interpolate)(const Interpolation&, int64_t from, int64_t to);
 };
 
 namespace portable {

@@ -127,6 +127,17 @@ int cosnet(const CosNet& c, int threads) {
   return 0;
 }
 
+int interpolate(const Interpolation& i, int threads) {
+  if (i.count < 0 || i.intervals < 1) return -1;
+  const Kernels& isa = kernels();
+  constexpr int64_t kChunk = 32768;  // about as long as a thread takes to wake
+  const int64_t chunks = (i.count + kChunk - 1) / kChunk;
+  share_out(chunks, std::min<int64_t>(chunks, threads), 0, [&](int64_t chunk, float*) {
+    isa.interpolate(i, chunk * kChunk, std::min(i.count, (chunk + 1) * kChunk));
+  });
+  return 0;
+}
+
 // target = m x for vectors [rows][columns rounded up to kGroup].
 int multiply(const Matrix& m, const float* values, int64_t rows, int64_t planes, float* out, int threads) {
   const Kernels& isa = kernels();
@@ -177,8 +188,8 @@ int lissom_set_isa(int isa) {
 int64_t lissom_sizeof(int which) {
   constexpr int64_t sizes[] = {sizeof(Matrix), sizeof(KeyValues), sizeof(Attention), sizeof(AttentionStatistics),
                                sizeof(Layer),  sizeof(Rope),      sizeof(Plan),      sizeof(Step),
-                               sizeof(Sparse), sizeof(CosNet)};
-  return which >= 0 && which < 10 ? sizes[which] : -1;
+                               sizeof(Sparse), sizeof(CosNet),     sizeof(Interpolation)};
+  return which >= 0 && which < 11 ? sizes[which] : -1;
 }
 
 // Each kernel returns 0, -1 for arguments that do not fit together, or -2 where there is not enough memory.
@@ -192,6 +203,10 @@ int lissom_attention_statistics(const AttentionStatistics* arguments, int thread
 
 int lissom_cosnet(const CosNet* arguments, int threads) {
   return guarded([&] { return cosnet(*arguments, threads); });
+}
+
+int lissom_interpolate(const Interpolation* arguments, int threads) {
+  return guarded([&] { return interpolate(*arguments, threads); });
 }
 
 int lissom_multiply(const Matrix* matrix, const float* vectors, int64_t rows, int64_t planes, float* out, int threads) {

@@ -18,7 +18,7 @@ FLOORS = (
     ("models",),
     ("training_plugin",),
     ("diffusers_plugin",),
-    ("attention", "diffusion", "kv", "weights"),
+    ("attention", "diffusion", "kv", "rl", "weights"),
     ("decode", "train"),  # decode runs over the storage of kv
     ("recipes", "export"),
     ("evals",),  # also of what was exported

@@ -15,6 +15,7 @@ int lissom_set_isa(int isa);
 int lissom_ragged_attention(const Attention* arguments, int threads);
 int lissom_attention_statistics(const AttentionStatistics* arguments, int threads);
 int lissom_cosnet(const CosNet* arguments, int threads);
+int lissom_interpolate(const Interpolation* arguments, int threads);
 int lissom_multiply(const Matrix* matrix, const float* vectors, int64_t rows, int64_t planes, float* out, int threads);
 int lissom_unpack(const Matrix* matrix, float* out, int threads);
 int lissom_decode(const Plan* plan, const Step* step, int threads);
@@ -316,6 +317,38 @@ void check_sparse(Random& random) {
           else if (lse[index] != -INFINITY)
             throw std::runtime_error(what + ": a query that sees nothing has mass");
         }
+  }
+}
+
+void check_interpolation(Random& random) {
+  for (int64_t count : {int64_t{0}, int64_t{1}, int64_t{257}, int64_t{70000}}) {
+    Interpolation i{};
+    i.count = count, i.intervals = random.between(1, 500);
+    const double end = 6.0, pitch = end / static_cast<double>(i.intervals);
+    const std::vector<float> rows = random.floats(i.intervals * 4);
+    std::vector<float> log(count), first(count, NAN), second(count, NAN);
+    for (float& x : log) x = static_cast<float>(random.chance(20) ? 1.0 : -25.0 + random.uniform(25.0));
+    for (int64_t n = 0; n < std::min<int64_t>(count, 2); ++n) log[n] = n ? -INFINITY : NAN;
+    i.log = log.data(), i.rows = rows.data(), i.first = first.data(), i.second = second.data();
+    i.scale = static_cast<float>(1.0 / pitch), i.ceiling = static_cast<float>(end * end);
+    i.first_most = 0.5f, i.second_least = -0.5f, i.second_most = 0.5f;
+    const std::string what = described({{"count", count}, {"intervals", i.intervals}});
+    must(lissom_interpolate(&i, static_cast<int>(random.between(1, 3))), what);
+    for (int64_t n = 0; n < count; ++n) {
+      const double distance = std::isnan(log[n]) ? 0.0 : std::min(std::max(-static_cast<double>(log[n]), 0.0), end * end);
+      const double place = std::sqrt(distance) / pitch;
+      double nearest[2] = {INFINITY, INFINITY};  // where an interval begins rounding may take the one before
+      for (const double nudge : {-1e-3, 0.0, 1e-3}) {
+        const int64_t row = std::min<int64_t>(std::max<int64_t>(static_cast<int64_t>(place + nudge), 0), i.intervals - 1);
+        const double part = place - static_cast<double>(row);
+        const double wanted[2] = {std::min(0.5, rows[row * 4] + part * rows[row * 4 + 2]),
+                                  std::min(0.5, std::max(-0.5, rows[row * 4 + 1] + part * rows[row * 4 + 3]))};
+        nearest[0] = std::min(nearest[0], std::abs(wanted[0] - first[n]));
+        nearest[1] = std::min(nearest[1], std::abs(wanted[1] - second[n]));
+      }
+      expect(what + ", first", n, nearest[0], 0.0, 1e-3);
+      expect(what + ", second", n, nearest[1], 0.0, 1e-3);
+    }
   }
 }
 
@@ -738,7 +771,7 @@ int main() {
   const std::pair<const char*, std::function<void(Random&)>> checks[] = {
       {"multiply", check_multiply},   {"unpack", check_unpack},         {"targets", check_targets},
       {"attention", check_attention}, {"sparse", check_sparse},         {"statistics", check_statistics},
-      {"cosnet", check_cosnet},       {"decode", check_decode},
+      {"cosnet", check_cosnet},       {"decode", check_decode},         {"interpolate", check_interpolation},
       {"threads", check_threads},
   };
   for (int isa = 0; isa <= lissom_best_isa(); ++isa) {

@@ -12,7 +12,18 @@ from lissom.kernels import native
 
 ROOT = Path(__file__).parents[2]
 ARM = "aarch64-linux-gnu"
-KERNELS = {"multiply", "unpack", "targets", "attention", "sparse", "statistics", "cosnet", "decode", "threads"}
+KERNELS = {
+    "multiply",
+    "unpack",
+    "targets",
+    "attention",
+    "sparse",
+    "statistics",
+    "cosnet",
+    "decode",
+    "interpolate",
+    "threads",
+}
 
 
 def needs(*tools: str) -> pytest.MarkDecorator:

@@ -12,7 +12,7 @@ from lissom import __version__
 from lissom.errors import UserError
 
 COMMANDS = (
-    "optimize", "apply", "compare", "generate", "train", "train_dit", "edit", "refine", "quantize", "compact",
+    "optimize", "apply", "compare", "generate", "train", "align", "train_dit", "edit", "refine", "quantize", "compact",
     "budgets", "export", "check", "bench", "assets", "doctor",
 )  # fmt: skip
 

@@ -155,7 +155,7 @@ def _method(name: str | None, settings: list[str]) -> Trainable | None:
         if settings:
             raise UserError("--set is of a method: name it with --method.")
         return None
-    method = build(name, _values(settings))
+    method = build(name, setting_values(settings))
     if not isinstance(method, Trainable):
         raise UserError(f"{name} is not trained: it is used in a recipe.")
     return method
@@ -211,7 +211,7 @@ def processes() -> Iterator[None]:
             gc.collect()  # what is left of the trainer still holds the group, and with it the threads
 
 
-def _values(settings: list[str]) -> dict[str, Any]:
+def setting_values(settings: list[str]) -> dict[str, Any]:
     """`NAME=VALUE` as recipes read them."""
     import yaml
 

@@ -21,7 +21,7 @@ from lissom.train.trainer import CausalTrainer
 
 Progress = Callable[[int, int], None]
 Say = Callable[[dict[str, float]], None]
-_UNFINISHED = "unfinished"  # folder of a model that is being written
+UNFINISHED = "unfinished"  # folder of a model that is being written
 
 
 def train(
@@ -53,11 +53,11 @@ def train(
         UserError: there are fewer windows than a batch, the teacher does not fit, a checkpoint is damaged, the loss or
             weights are no longer finite, or it was interrupted.
     """
-    watch = _Watch(progress, say)
+    watch = Watch(progress, say)
     trainer = CausalTrainer(
         model, config, output / CHECKPOINTS, windows, held_out, teacher, distillation, callbacks=[watch]
     )
-    with _without_noise():
+    with without_noise():
         with interruptible(watch, alone=trainer.args.world_size == 1):
             _go_on(trainer, watch, last_checkpoint(output))
         if trainer.state.global_step < config.steps:
@@ -67,7 +67,7 @@ def train(
         return _end(trainer, tokenizer, held_out is not None, output)
 
 
-def _go_on(trainer: CausalTrainer, watch: _Watch, checkpoint: Path | None) -> None:
+def _go_on(trainer: CausalTrainer, watch: Watch, checkpoint: Path | None) -> None:
     try:
         if checkpoint is not None and step_of(checkpoint) >= trainer.config.steps:
             trainer.restore(checkpoint)  # it was stopped behind its last step
@@ -92,7 +92,7 @@ def _end(
         trainer.evaluate()
     if trainer.is_fsdp_enabled:  # by itself accelerate would write shards
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    unfinished = output / _UNFINISHED
+    unfinished = output / UNFINISHED
     with writing(output):
         trainer.save_model(str(unfinished))
         if trainer.is_world_process_zero():
@@ -104,7 +104,7 @@ def _end(
 
 
 @contextmanager
-def _without_noise() -> Iterator[None]:
+def without_noise() -> Iterator[None]:
     """Without transformers' bars for each file that is written, which would fall into the caller's.
 
     And without its doubts about the file system where two checkpoints are written within a second.
@@ -125,7 +125,9 @@ def _not_about_times(record: LogRecord) -> bool:
     return not record.getMessage().startswith("mtime may not be reliable")
 
 
-class _Watch(TrainerCallback):
+class Watch(TrainerCallback):
+    """Tells of steps and of the log, and ends the training behind a step where `stopped` is set."""
+
     def __init__(self, progress: Progress, say: Say) -> None:
         self.progress, self.say = progress, say
         self.begun = self.stopped = False
@@ -139,5 +141,5 @@ class _Watch(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if logs and state.is_world_process_zero and ("loss" in logs or "eval_loss" in logs):
+        if logs and state.is_world_process_zero and "train_runtime" not in logs:
             self.say({"step": state.global_step, **logs})

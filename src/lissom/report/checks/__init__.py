@@ -94,8 +94,8 @@ def study_check(
     return StudyCheck(study.STAGES, sizes, study.run, result, tables, **own)
 
 
-def pipeline_or_none(model: str | None) -> tuple[str | None]:
-    """What a study of diffusion is given: the folder of a pipeline, or nothing where it trains one."""
+def model_or_none(model: str | None) -> tuple[str | None]:
+    """What a study is given that trains a model of its own where it is given none: a folder, or nothing."""
     return (model,)
 
 

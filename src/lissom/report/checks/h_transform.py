@@ -10,7 +10,7 @@ from rich.table import Table
 from lissom.devices.machine import describe
 from lissom.evals.checks import h_transform as study
 from lissom.evals.stats import Interval, paired_bootstrap, verdict
-from lissom.report.checks import grid, pipeline_or_none, signed, study_check
+from lissom.report.checks import grid, model_or_none, signed, study_check
 from lissom.report.rows import Claim, Result, Row
 
 SOURCE, OURS = "arXiv 2603.12057", "lissom"
@@ -98,4 +98,4 @@ def _pairs(run: study.Run, kind: str, sampler: str) -> Iterator[tuple[str, str]]
             yield ours, other
 
 
-CHECK = study_check(study, result, tables, model=None, load=pipeline_or_none)
+CHECK = study_check(study, result, tables, model=None, load=model_or_none)

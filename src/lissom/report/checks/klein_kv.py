@@ -12,7 +12,7 @@ from lissom.evals.checks import klein_kv as study
 from lissom.evals.editing import KINDS, METRICS
 from lissom.evals.reference_speed import ARMS, CACHED, FULL, THEIRS, WARM, bounds
 from lissom.evals.stats import Interval, ratio_interval, verdict
-from lissom.report.checks import grid, pipeline_or_none, signed, study_check
+from lissom.report.checks import grid, model_or_none, signed, study_check
 from lissom.report.rows import Claim, Result, Row
 
 SOURCE = "FLUX.2 klein KV"
@@ -149,4 +149,4 @@ def _scaled(found: Interval, by: float) -> Interval:
     return Interval(found.estimate * by, found.low * by, found.high * by)
 
 
-CHECK = study_check(study, result, tables, model=None, load=pipeline_or_none)
+CHECK = study_check(study, result, tables, model=None, load=model_or_none)
