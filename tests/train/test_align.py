@@ -16,6 +16,7 @@ from lissom.errors import UserError
 from lissom.rl.band import BandConfig, FixedClip
 from lissom.rl.sampling import ended, sample, solved
 from lissom.rl.tasks import Countdown, TwoDigitArithmetic
+from lissom.rl.value_prior import Budget, Ridge, ValuePriorConfig
 from lissom.rl.world import file_world, judged, task_world
 from lissom.train import TrainConfig
 from lissom.train.align import AlignConfig, align
@@ -108,11 +109,20 @@ def test_a_budget_ends_it_behind_a_whole_step(policy, tmp_path):
 
 def test_plain_grpo_and_bounds_of_another_kind(policy, tmp_path):
     align(replace(CONFIG, method="grpo", steps=2), *loaded(policy), world(), tmp_path / "a")
-    align(replace(CONFIG, steps=2), *loaded(policy), world(), tmp_path / "b", band=FixedClip(0.2, 0.2))
+    align(replace(CONFIG, steps=2), *loaded(policy), world(), tmp_path / "b", FixedClip(0.2, 0.2))
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
     assert all(torch.equal(one[name], other[name]) for name in one)
-    with pytest.raises(UserError, match="method bandpo"):
-        align(replace(CONFIG, method="grpo"), *loaded(policy), world(), tmp_path / "c", band=BandConfig())
+    with pytest.raises(UserError, match="has no settings"):
+        align(replace(CONFIG, method="grpo"), *loaded(policy), world(), tmp_path / "c", BandConfig())
+    with pytest.raises(UserError, match="another method"):
+        align(replace(CONFIG, method="v05"), *loaded(policy), world(), tmp_path / "c", BandConfig())
+
+
+def test_a_prior_and_groups_of_several_sizes(policy, tmp_path):
+    chosen = ValuePriorConfig(prior=Ridge(), budget=Budget(4, 8))
+    history = align(replace(CONFIG, method="v05", num_iterations=1), *loaded(policy), world(), tmp_path, chosen)
+    assert any("prior/rollouts" in entry for entry in history)
+    assert any("prior/error" in entry for entry in history)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from lissom.rl.band import TokenBounds
     from lissom.rl.tasks import NumberTask
+    from lissom.rl.value_prior import ValuePriorConfig
     from lissom.rl.world import World
     from lissom.train.warm_start import WarmStart
 
@@ -34,16 +35,17 @@ def align(
     ),
     task: str = typer.Option(..., "--task", "-t", help="countdown, arithmetic, or a .jsonl file of prompts."),
     output: Path = typer.Option(..., "--output", "-o", help="Folder of the run and of the model that it leaves."),
-    method: str = typer.Option("bandpo", help="grpo or bandpo."),
+    method: str = typer.Option("bandpo", help="grpo, bandpo or v05."),
     settings: list[str] = typer.Option([], "--set", metavar="NAME=VALUE", help="Of the method; may be repeated."),
-    bounds: str = typer.Option("band", help="Of bandpo: band, clip (low, high), dcpo or dppo."),
+    bounds: str = typer.Option(None, help="Of bandpo: band, clip (low, high), dcpo or dppo. [default: band]"),
+    prior: str = typer.Option(None, help="Of v05: gp, ridge, neighbours, history, batch-mean. [default: gp]"),
     reward: str = typer.Option(
         None, help="package.module:function, called as TRL does; for a file. Of a task: correct or dense. [correct]"
     ),
     reward_range: str = typer.Option(None, metavar="LOW,HIGH", help="Between what the function's rewards are."),
     steps: int = typer.Option(100, help="Batches of rollouts."),
     prompts: int = typer.Option(32, help="Of a step."),
-    num_generations: int = typer.Option(8, help="Completions of a prompt."),
+    num_generations: int = typer.Option(None, help="Completions of a prompt; of v05 at first. [default: 8; v05: 4]"),
     minibatches: int = typer.Option(4, help="Steps of the optimiser that a batch of rollouts is divided into."),
     num_iterations: int = typer.Option(1, help="How often a batch of rollouts is gone over."),
     micro_batches: int = typer.Option(1, help="Parts of a minibatch that are read at a time, to save memory."),
@@ -80,19 +82,21 @@ def align(
     from lissom.train.folder import RunFolder, is_first, last_checkpoint
     from lissom.train.warm_start import WarmStart
 
-    band = _bounds(method, bounds, settings)
+    num_generations = num_generations or (4 if method == "v05" else 8)
+    chosen = _settings(method, bounds, prior, settings, num_generations)
     kind = _task(task, model)
-    world = _world(kind, task, reward, reward_range, steps * prompts, held_out, seed)
+    enough = kind.longest if kind is not None and model == _NEW else 256
     config = AlignConfig(
         method=method,  # type: ignore[arg-type]
         steps=steps, prompts=prompts, num_generations=num_generations, minibatches=minibatches,
         num_iterations=num_iterations, micro_batches=micro_batches,
         learning_rate=learning_rate or (1e-3 if model == _NEW else 1e-6),
-        max_completion_length=max_completion_length or world.longest or 256, temperature=temperature, beta=beta,
+        max_completion_length=max_completion_length or enough, temperature=temperature, beta=beta,
         loss_type=loss_type, scale_rewards=scale_rewards, seed=seed, token_budget=token_budget,  # type: ignore[arg-type]
         eval_steps=eval_steps, eval_completions=eval_completions, save_steps=save_steps,
         report_to=report_to, use_vllm=use_vllm,  # type: ignore[arg-type]
     )  # fmt: skip
+    world = _world(kind, task, reward, reward_range, steps * prompts, held_out, seed)
     start = WarmStart(hidden=hidden_size, layers=layers, heads=heads)
     steps_of_format = format_steps or start.config.steps
     start = replace(
@@ -102,7 +106,7 @@ def align(
     facts: dict[str, Any] = {
         "model": model,
         "task": [task, None if kind is None else str(kind), reward, reward_range, held_out],
-        "bounds": None if band is None else str(band),
+        "settings": None if chosen is None else str(chosen),
         "config": asdict(config),
         "policy": asdict(start) if model == _NEW else None,
     }
@@ -114,7 +118,7 @@ def align(
         with bars(console) as progress, processes():
             bar = progress.add_task("updates", total=config.steps * config.updates)
             history = run(
-                config, network, tokenizer, world, output, band,
+                config, network, tokenizer, world, output, chosen,
                 lambda done, total: progress.update(bar, completed=done, total=total),
                 lambda entry: console.print(_line(entry), highlight=False, soft_wrap=True),
             )  # fmt: skip
@@ -135,20 +139,42 @@ def align(
         typer.echo(f'  lissom generate {output} "your question"')
 
 
-def _bounds(method: str, bounds: str, settings: list[str]) -> TokenBounds | None:
+def _settings(
+    method: str, bounds: str | None, prior: str | None, settings: list[str], first: int
+) -> TokenBounds | ValuePriorConfig | None:
+    """What is asked of the method."""
     from lissom.errors import UserError
     from lissom.rl.band import BOUNDS
+    from lissom.rl.value_prior import PRIORS, Budget, Fusion, ValuePriorConfig
 
-    if method != "bandpo":
-        if settings or bounds != "band":
-            raise UserError("--bounds and --set are of --method bandpo.")
-        return None
-    if bounds not in BOUNDS:
-        raise UserError(f"--bounds {bounds}: expected {', '.join(BOUNDS)}.")
+    given = setting_values(settings)
+    if bounds is not None and method != "bandpo":
+        raise UserError("--bounds is of --method bandpo.")
+    if prior is not None and method != "v05":
+        raise UserError("--prior is of --method v05.")
+    if method == "bandpo":
+        if (bounds or "band") not in BOUNDS:
+            raise UserError(f"--bounds {bounds}: expected {', '.join(BOUNDS)}.")
+        return _made(BOUNDS[bounds or "band"], given)
+    if method == "v05":
+        if (prior or "gp") not in PRIORS:
+            raise UserError(f"--prior {prior}: expected {', '.join(PRIORS)}.")
+        of_budget = {name: given.pop(name) for name in ("most", "cost", "extra") if name in given}
+        budget = _made(Budget, {"first": first, "most": max(first, 16)} | of_budget)
+        return ValuePriorConfig(_made(Fusion, given), PRIORS[prior or "gp"](), budget)
+    if given:
+        raise UserError(f"--set: the method {method} has no settings.")
+    return None
+
+
+def _made(kind: Any, settings: dict[str, Any]) -> Any:
+    from lissom.errors import UserError
+
     try:
-        return BOUNDS[bounds](**setting_values(settings))
+        return kind(**settings)
     except TypeError as error:
-        raise UserError(f"--set: {bounds} has no such setting ({error}).") from error
+        known = ", ".join(field.name for field in fields(kind))
+        raise UserError(f"--set: there is no such setting among {known} ({error}).") from error
 
 
 def _task(task: str, model: str) -> NumberTask | None:

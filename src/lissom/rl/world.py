@@ -29,7 +29,6 @@ class World:
         reward: see `Watched`.
         judge: what is reported of held-out rows: for a task whether they are solved, otherwise the reward.
         reward_range: between what rewards are; None: it is not known.
-        longest: tokens of a completion that are enough, where that is known.
     """
 
     train: Sequence[dict[str, Any]]
@@ -37,7 +36,6 @@ class World:
     reward: RewardFunction
     judge: RewardFunction
     reward_range: tuple[float, float] | None = None
-    longest: int | None = None
 
 
 def task_world(task: NumberTask, prompts: int, held_out: int, kind: RewardKind = "correct", seed: int = 0) -> World:
@@ -46,12 +44,17 @@ def task_world(task: NumberTask, prompts: int, held_out: int, kind: RewardKind =
     Args:
         prompts, held_out: how many.
         kind: reward that is trained on: `correct`, 1 or 0, or `dense`, from -1 to 1.
+
+    Raises:
+        UserError: there are none.
     """
+    if min(prompts, held_out) < 1:
+        raise UserError(f"{prompts} prompts and {held_out} that are held out: expected at least one of each.")
     problems = [*task.problems("train", prompts, seed), *task.problems("test", held_out, seed=0)]
     rows = [{"prompt": task.prompt(problem), "index": index} for index, problem in enumerate(problems)]
     return World(
         rows[:prompts], rows[prompts:], TaskReward(task, problems, kind), TaskReward(task, problems, "correct"),
-        RANGES[kind], task.longest,
+        RANGES[kind],
     )  # fmt: skip
 
 

@@ -15,14 +15,15 @@ from trl import GRPOConfig
 from lissom.errors import UserError
 from lissom.files import move_into, writing
 from lissom.models.method import check_types
-from lissom.rl.band import BandConfig, BandPOTrainer, TokenBounds
+from lissom.rl.band import BandPOTrainer, TokenBounds
 from lissom.rl.trainer import RewardTrainer
+from lissom.rl.value_prior import Budget, ValuePriorConfig, ValuePriorTrainer
 from lissom.rl.world import World, judged
 from lissom.train.folder import CHECKPOINTS, last_checkpoint, step_of
 from lissom.train.interrupt import interruptible
 from lissom.train.run import UNFINISHED, Progress, Say, Watch, without_noise
 
-Method = Literal["grpo", "bandpo"]
+Method = Literal["grpo", "bandpo", "v05"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class AlignConfig:
     """A run of learning from reward. A *step* is a batch of rollouts and all that is learned from it.
 
     Attributes:
-        method: `grpo`: TRL's own; `bandpo`: with bounds of the ratio for each token, see `lissom.rl.band`.
+        method: `grpo`: TRL's own; `bandpo`: with bounds of the ratio for each token, see `lissom.rl.band`; `v05`: with
+            a prior and groups of several sizes, see `lissom.rl.value_prior`.
         steps: batches of rollouts.
         prompts: of a step.
         num_generations: completions of each.
@@ -118,7 +120,7 @@ def align(
     tokenizer: PreTrainedTokenizerBase,
     world: World,
     output: Path,
-    band: TokenBounds | None = None,
+    settings: TokenBounds | ValuePriorConfig | None = None,
     progress: Progress = lambda done, total: None,
     say: Say = lambda entry: None,
 ) -> list[dict[str, float]]:
@@ -128,7 +130,8 @@ def align(
     step of the optimiser that is being made; what was learned since the last batch of rollouts began is made again.
 
     Args:
-        band: of `bandpo`; default `BandConfig()`.
+        settings: of the method: bounds of `bandpo`, by default `BandConfig()`; prior, baseline and budget of `v05`, by
+            default `ValuePriorConfig()` with a budget that begins with `num_generations`.
         progress: called with (steps of the optimiser done, all).
         say: called with each entry that is logged.
 
@@ -141,7 +144,7 @@ def align(
             was interrupted.
     """
     watch = Watch(progress, say)
-    trainer = _trainer(config, model, tokenizer, world, output, band, [watch])
+    trainer = _trainer(config, model, tokenizer, world, output, settings, [watch])
     with without_noise():
         with interruptible(watch, alone=trainer.args.world_size == 1):
             _go_on(trainer, watch, last_checkpoint(output))
@@ -161,15 +164,19 @@ def align(
 
 def _trainer(
     config: AlignConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World, output: Path,
-    band: TokenBounds | None, callbacks: list[TrainerCallback],
+    settings: TokenBounds | ValuePriorConfig | None, callbacks: list[TrainerCallback],
 ) -> RewardTrainer:  # fmt: skip
-    kinds: dict[str, tuple[type[RewardTrainer], dict[str, Any]]] = {
-        "grpo": (RewardTrainer, {}),
-        "bandpo": (BandPOTrainer, {"band": band or BandConfig()}),
-    }
-    if band is not None and config.method != "bandpo":
-        raise UserError("Bounds are of the method bandpo.")
-    kind, options = kinds[config.method]
+    kind, name = {
+        "grpo": (RewardTrainer, None), "bandpo": (BandPOTrainer, "band"), "v05": (ValuePriorTrainer, "value_prior"),
+    }[config.method]  # fmt: skip
+    if settings is not None and isinstance(settings, ValuePriorConfig) != (name == "value_prior"):
+        raise UserError(f"These settings are of another method than {config.method}.")
+    if settings is not None and name is None:
+        raise UserError(f"The method {config.method} has no settings.")
+    if name == "value_prior" and settings is None:
+        first = config.num_generations
+        settings = ValuePriorConfig(budget=Budget(first, max(first, Budget().most)))
+    options: dict[str, Any] = {} if name is None else {name: settings}
     measuring = _Measuring(config, tokenizer, world)
     trainer = kind(
         model,

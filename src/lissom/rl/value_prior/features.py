@@ -31,7 +31,8 @@ def features_of(
     model.eval()
     for first in range(0, len(read), batch_size):
         ids, mask = padded_left(read[first : first + batch_size], pad_of(tokenizer), device)
-        states = decoder(input_ids=ids, attention_mask=mask).last_hidden_state.double()
+        places = (mask.cumsum(1) - 1).clamp(min=0)  # padding has none
+        states = decoder(input_ids=ids, attention_mask=mask, position_ids=places).last_hidden_state.double()
         weights = mask[..., None].double()
         found.append(((states * weights).sum(1) / weights.sum(1)).cpu().numpy())
     model.train(training)
