@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from trl import GRPOTrainer
+from trl.trainer.utils import RepeatSampler
 
 from lissom.errors import UserError
 from lissom.rl.ledger import LedgerCallback, TokenLedger
@@ -56,6 +57,12 @@ class RewardTrainer(GRPOTrainer):
         """What was spent so far."""
         return self.book.ledger
 
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        sampler = super()._get_train_sampler(dataset)
+        if isinstance(sampler, RepeatSampler):
+            sampler.__class__ = _RepeatSampler
+        return sampler
+
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
         found = super()._tokenize_prompts(prompts)
         longest, most = max(len(ids) for ids in found[0]), self.max_completion_length or 0
@@ -94,6 +101,17 @@ class RewardTrainer(GRPOTrainer):
             self.ledger.spend(trained=int(self.accelerator.reduce(mask_of(inputs).sum(), "sum")))
         loss: Tensor = super()._compute_loss(model, inputs)
         return loss
+
+
+class _RepeatSampler(RepeatSampler):
+    """TRL's, whose order a run that goes on in a later epoch finds again: TRL's own begins with that of the first."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw what earlier epochs have drawn."""
+        if self.shuffle and self.seed is not None:
+            self.generator.manual_seed(self.seed)
+            for _ in range(epoch):
+                torch.randperm(self.num_samples, generator=self.generator)
 
 
 def _with_completions(rollout: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:

@@ -216,6 +216,21 @@ def test_the_ledger_goes_on_from_a_checkpoint(tmp_path):
     assert same(weights(again), weights(whole))
 
 
+def test_a_run_goes_on_in_a_later_epoch(tmp_path):
+    """TRL's own sampler begins again with the order of the first one."""
+    options = {"max_steps": 20, "save_strategy": "steps", "save_steps": 14}  # an epoch has 12 steps
+    whole, stock = (
+        trainer_of(RewardTrainer, tmp_path / "a", **options),
+        trainer_of(GRPOTrainer, tmp_path / "b", **options),
+    )
+    whole.train()
+    stock.train()
+    assert same(weights(whole), weights(stock))
+    again = trainer_of(RewardTrainer, tmp_path / "a", **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-14"))
+    assert same(weights(whole), weights(again))
+
+
 def test_task_rewards_train(tmp_path):
     trainer = trainer_of(BandPOTrainer, tmp_path, reward=TaskReward(TASK, PROBLEMS), reward_range=(-1.0, 1.0))
     trainer.train()
