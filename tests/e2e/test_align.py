@@ -84,9 +84,12 @@ def test_a_chat_model_on_a_file_with_a_function_of_ones_own(lissom_cli, tiny_fol
     assert len(broken.stderr.strip().splitlines()[-1]) < 200
 
 
-def test_two_processes_train_one_policy(tmp_path):
+@pytest.mark.parametrize("method", ["bandpo", "v05", "tree-distill"])
+def test_two_processes_train_one_policy(method, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lissom"]
-    options = ("align", "new", "--task", "arithmetic", *TINY, *SMALL, "-o", tmp_path / "run")
+    options = ("align", "new", "--task", "arithmetic", *TINY, *SMALL, "--method", method, "-o", tmp_path / "run")
+    if method == "tree-distill":
+        options += ("--set", "simulations=6", "--set", "target=steps")
     done = subprocess.run(
         [*command, *map(str, options)], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
         timeout=300,
@@ -94,6 +97,7 @@ def test_two_processes_train_one_policy(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("mean@4 of held-out prompts") == 1
     assert (tmp_path / "run" / "model.safetensors").exists()
+    assert (tmp_path / "run" / "value_head.safetensors").exists() == (method == "tree-distill")
 
 
 @pytest.mark.parametrize(
@@ -108,6 +112,8 @@ def test_two_processes_train_one_policy(tmp_path):
         (("--task", "countdown", "--method", "grpo", "--set", "radius=1"), "has no settings"),
         (("--task", "countdown", "--method", "v05", "--set", "most=2"), "first=4, most=2"),
         (("--task", "countdown", "--method", "v05", "--prior", "oracle"), "gp, ridge"),
+        (("--task", "countdown", "--method", "tree-distill", "--set", "simulations=0"), "simulations=0"),
+        (("--task", "countdown", "--method", "tree-distill", "--set", "breadth=2"), "no such setting"),
         (("--task", "countdown", "--set", "radius=0"), "radius=0"),
         (("--task", "countdown", "--set", "reach=1"), "no such setting"),
         (("--task", "countdown", "--num-generations", 1), "at least 2"),

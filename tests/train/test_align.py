@@ -16,6 +16,8 @@ from lissom.errors import UserError
 from lissom.rl.band import BandConfig, FixedClip
 from lissom.rl.sampling import ended, sample, solved
 from lissom.rl.tasks import Countdown, TwoDigitArithmetic
+from lissom.rl.tree_search import SearchConfig
+from lissom.rl.tree_search.trainer import DistillConfig
 from lissom.rl.value_prior import Budget, Ridge, ValuePriorConfig
 from lissom.rl.world import file_world, judged, task_world
 from lissom.train import TrainConfig
@@ -116,6 +118,15 @@ def test_plain_grpo_and_bounds_of_another_kind(policy, tmp_path):
         align(replace(CONFIG, method="grpo"), *loaded(policy), world(), tmp_path / "c", BandConfig())
     with pytest.raises(UserError, match="another method"):
         align(replace(CONFIG, method="v05"), *loaded(policy), world(), tmp_path / "c", BandConfig())
+
+
+def test_trees(policy, tmp_path):
+    chosen = DistillConfig(SearchConfig(simulations=6), step_tokens=6)
+    config = replace(CONFIG, method="tree-distill", loss_type="cispo", num_iterations=1)
+    history = align(config, *loaded(policy), world(), tmp_path, chosen)
+    assert any("search/best seen" in entry for entry in history)
+    assert (tmp_path / "value_head.safetensors").exists()
+    AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_a_prior_and_groups_of_several_sizes(policy, tmp_path):

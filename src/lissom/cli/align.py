@@ -16,10 +16,9 @@ from lissom.cli.train import processes, setting_values
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from lissom.rl.band import TokenBounds
     from lissom.rl.tasks import NumberTask
-    from lissom.rl.value_prior import ValuePriorConfig
     from lissom.rl.world import World
+    from lissom.train.align import Settings
     from lissom.train.warm_start import WarmStart
 
 _NEW = "new"
@@ -35,7 +34,7 @@ def align(
     ),
     task: str = typer.Option(..., "--task", "-t", help="countdown, arithmetic, or a .jsonl file of prompts."),
     output: Path = typer.Option(..., "--output", "-o", help="Folder of the run and of the model that it leaves."),
-    method: str = typer.Option("bandpo", help="grpo, bandpo or v05."),
+    method: str = typer.Option("bandpo", help="grpo, bandpo, v05 or tree-distill."),
     settings: list[str] = typer.Option([], "--set", metavar="NAME=VALUE", help="Of the method; may be repeated."),
     bounds: str = typer.Option(None, help="Of bandpo: band, clip (low, high), dcpo or dppo. [default: band]"),
     prior: str = typer.Option(None, help="Of v05: gp, ridge, neighbours, history, batch-mean. [default: gp]"),
@@ -53,7 +52,10 @@ def align(
     max_completion_length: int = typer.Option(None, help="Tokens. [default: what the task needs, or 256]"),
     temperature: float = typer.Option(1.0, help="Of rollouts."),
     beta: float = typer.Option(0.0, help="Weight of the divergence from the model as it was."),
-    loss_type: str = typer.Option("grpo", help="Of TRL: grpo, dapo, bnpo, dr_grpo; with grpo also cispo and others."),
+    loss_type: str = typer.Option(
+        None,
+        help="Of TRL: grpo, dapo, bnpo, dr_grpo; but of bandpo also cispo and others. [default: grpo; of trees: cispo]",
+    ),
     scale_rewards: str = typer.Option("group", help="What advantages are divided by: group, batch or none."),
     token_budget: int = typer.Option(None, help="Generated tokens after which the run ends."),
     held_out: int = typer.Option(100, help="Problems of a task that are measured."),
@@ -85,6 +87,7 @@ def align(
     num_generations = num_generations or (4 if method == "v05" else 8)
     chosen = _settings(method, bounds, prior, settings, num_generations)
     kind = _task(task, model)
+    loss_type = loss_type or ("cispo" if method == "tree-distill" else "grpo")
     enough = kind.longest if kind is not None and model == _NEW else 256
     config = AlignConfig(
         method=method,  # type: ignore[arg-type]
@@ -139,12 +142,12 @@ def align(
         typer.echo(f'  lissom generate {output} "your question"')
 
 
-def _settings(
-    method: str, bounds: str | None, prior: str | None, settings: list[str], first: int
-) -> TokenBounds | ValuePriorConfig | None:
+def _settings(method: str, bounds: str | None, prior: str | None, settings: list[str], first: int) -> Settings | None:
     """What is asked of the method."""
     from lissom.errors import UserError
     from lissom.rl.band import BOUNDS
+    from lissom.rl.tree_search.config import SearchConfig
+    from lissom.rl.tree_search.trainer import DistillConfig
     from lissom.rl.value_prior import PRIORS, Budget, Fusion, ValuePriorConfig
 
     given = setting_values(settings)
@@ -162,6 +165,11 @@ def _settings(
         of_budget = {name: given.pop(name) for name in ("most", "cost", "extra") if name in given}
         budget = _made(Budget, {"first": first, "most": max(first, 16)} | of_budget)
         return ValuePriorConfig(_made(Fusion, given), PRIORS[prior or "gp"](), budget)
+    if method == "tree-distill":
+        names = {field.name for field in fields(SearchConfig)} - {"low", "high"}
+        of_search = {name: given.pop(name) for name in list(given) if name in names}
+        search = replace(DistillConfig().search, **of_search)
+        return _made(DistillConfig, {"search": search, "step_tokens": 64} | given)  # type: ignore[no-any-return]
     if given:
         raise UserError(f"--set: the method {method} has no settings.")
     return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,13 +17,15 @@ from lissom.files import move_into, writing
 from lissom.models.method import check_types
 from lissom.rl.band import BandPOTrainer, TokenBounds
 from lissom.rl.trainer import RewardTrainer
+from lissom.rl.tree_search.trainer import DistillConfig, TreeDistillTrainer
 from lissom.rl.value_prior import Budget, ValuePriorConfig, ValuePriorTrainer
 from lissom.rl.world import World, judged
 from lissom.train.folder import CHECKPOINTS, last_checkpoint, step_of
 from lissom.train.interrupt import interruptible
 from lissom.train.run import UNFINISHED, Progress, Say, Watch, without_noise
 
-Method = Literal["grpo", "bandpo", "v05"]
+Method = Literal["grpo", "bandpo", "v05", "tree-distill"]
+Settings = TokenBounds | ValuePriorConfig | DistillConfig
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,11 @@ class AlignConfig:
 
     Attributes:
         method: `grpo`: TRL's own; `bandpo`: with bounds of the ratio for each token, see `lissom.rl.band`; `v05`: with
-            a prior and groups of several sizes, see `lissom.rl.value_prior`.
+            a prior and groups of several sizes, see `lissom.rl.value_prior`; `tree-distill`: on what a tree search has
+            found, one completion of each prompt, see `lissom.rl.tree_search`.
         steps: batches of rollouts.
         prompts: of a step.
-        num_generations: completions of each.
+        num_generations: completions of each; not of `tree-distill`.
         minibatches: parts of a step that the optimiser makes a step of its own for. With one, and `num_iterations` 1,
             all ratios are 1 and no clip does anything.
         num_iterations: how often a step's rollouts are gone over.
@@ -106,7 +109,7 @@ class AlignConfig:
     @property
     def completions(self) -> int:
         """Of a step."""
-        return self.prompts * self.num_generations
+        return self.prompts * (1 if self.method == "tree-distill" else self.num_generations)
 
     @property
     def updates(self) -> int:
@@ -120,7 +123,7 @@ def align(
     tokenizer: PreTrainedTokenizerBase,
     world: World,
     output: Path,
-    settings: TokenBounds | ValuePriorConfig | None = None,
+    settings: Settings | None = None,
     progress: Progress = lambda done, total: None,
     say: Say = lambda entry: None,
 ) -> list[dict[str, float]]:
@@ -131,7 +134,8 @@ def align(
 
     Args:
         settings: of the method: bounds of `bandpo`, by default `BandConfig()`; prior, baseline and budget of `v05`, by
-            default `ValuePriorConfig()` with a budget that begins with `num_generations`.
+            default `ValuePriorConfig()` with a budget that begins with `num_generations`; search and target of
+            `tree-distill`, by default `DistillConfig()`, for the world's range of rewards.
         progress: called with (steps of the optimiser done, all).
         say: called with each entry that is logged.
 
@@ -164,19 +168,9 @@ def align(
 
 def _trainer(
     config: AlignConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World, output: Path,
-    settings: TokenBounds | ValuePriorConfig | None, callbacks: list[TrainerCallback],
+    settings: Settings | None, callbacks: list[TrainerCallback],
 ) -> RewardTrainer:  # fmt: skip
-    kind, name = {
-        "grpo": (RewardTrainer, None), "bandpo": (BandPOTrainer, "band"), "v05": (ValuePriorTrainer, "value_prior"),
-    }[config.method]  # fmt: skip
-    if settings is not None and isinstance(settings, ValuePriorConfig) != (name == "value_prior"):
-        raise UserError(f"These settings are of another method than {config.method}.")
-    if settings is not None and name is None:
-        raise UserError(f"The method {config.method} has no settings.")
-    if name == "value_prior" and settings is None:
-        first = config.num_generations
-        settings = ValuePriorConfig(budget=Budget(first, max(first, Budget().most)))
-    options: dict[str, Any] = {} if name is None else {name: settings}
+    kind, options = _kind(config, world, settings)
     measuring = _Measuring(config, tokenizer, world)
     trainer = kind(
         model,
@@ -194,6 +188,31 @@ def _trainer(
     return trainer
 
 
+def _kind(config: AlignConfig, world: World, settings: Settings | None) -> tuple[type[RewardTrainer], dict[str, Any]]:
+    """The trainer of the method, and what it is given of its own."""
+    if config.method == "grpo":
+        if settings is not None:
+            raise UserError("The method grpo has no settings.")
+        return RewardTrainer, {}
+    fits = {
+        "bandpo": hasattr(settings, "bounds"),
+        "v05": isinstance(settings, ValuePriorConfig),
+        "tree-distill": isinstance(settings, DistillConfig),
+    }
+    if settings is not None and not fits[config.method]:
+        raise UserError(f"These settings are of another method than {config.method}.")
+    if config.method == "bandpo":
+        return BandPOTrainer, {"band": settings}
+    if config.method == "v05":
+        budget = Budget(config.num_generations, max(config.num_generations, Budget().most))
+        return ValuePriorTrainer, {"value_prior": settings or ValuePriorConfig(budget=budget)}
+    if world.reward_range is None:
+        raise UserError("A search needs the range of rewards: state it.")
+    chosen = settings if isinstance(settings, DistillConfig) else DistillConfig()
+    low, high = world.reward_range
+    return TreeDistillTrainer, {"distill": replace(chosen, search=replace(chosen.search, low=low, high=high))}
+
+
 def _arguments(config: AlignConfig, folder: str) -> GRPOConfig:
     from accelerate import PartialState
 
@@ -207,7 +226,8 @@ def _arguments(config: AlignConfig, folder: str) -> GRPOConfig:
         per_device_train_batch_size=config.completions // parts,
         gradient_accumulation_steps=config.micro_batches,
         steps_per_generation=config.minibatches * config.micro_batches,
-        num_generations=config.num_generations,
+        # A tree has no group; TRL wants one, which the trainer takes back.
+        num_generations=config.completions if config.method == "tree-distill" else config.num_generations,
         num_iterations=config.num_iterations,
         learning_rate=config.learning_rate,
         lr_scheduler_type="constant_with_warmup",
@@ -218,6 +238,7 @@ def _arguments(config: AlignConfig, folder: str) -> GRPOConfig:
         temperature=config.temperature,
         beta=config.beta,
         loss_type=config.loss_type,
+        epsilon_high=5.0 if config.loss_type == "cispo" else None,  # CISPO's is no clip of the same size
         scale_rewards=config.scale_rewards,
         use_vllm=config.use_vllm,
         use_cpu=not torch.accelerator.is_available(),
