@@ -78,7 +78,7 @@ def calibrate(
     order = np.argsort(e, kind="stable")
     parts = [part for part in np.array_split(order, min(_BINS, len(order))) if len(part)]
     bins = tuple(Bin(float(e[part].mean()), float(m[part].mean()), len(part)) for part in parts)
-    varied = e.std() > 0 and m.std() > 0
+    varied = min(e.std(), m.std()) > 1e-9
     return Calibration(
         float((off - variance).mean()),
         float(np.average(single, weights=k)),
