@@ -209,6 +209,23 @@ def test_a_run_goes_on_with_what_the_prior_knew(tmp_path):
     assert [o.mean for o in again.context.outcomes] == [o.mean for o in whole.context.outcomes]
 
 
+def test_silent_prompts_can_be_left_out_of_the_mean(tmp_path):
+    """As DAPO does: the others count for more, by as much as there are fewer of them."""
+
+    def of_some(completions, completion_ids, prompts, **_):
+        return [
+            float(sum(ids) % 3 == 0) if p == ROWS[0]["prompt"] else 1.0
+            for p, ids in zip(prompts, completion_ids, strict=True)
+        ]
+
+    found = []
+    for drop in (False, True):
+        trainer = trainer_of(ValuePriorTrainer, tmp_path, reward=of_some, value_prior=settings(drop_silent=drop))
+        found.append(generated(trainer)["advantages"])
+    assert found[0].abs().max() > 0
+    assert torch.allclose(found[1], found[0] * 4)  # one of four prompts teaches
+
+
 def test_with_bounds_of_tokens_as_well(tmp_path):
     class Both(BandPOTrainer, ValuePriorTrainer):
         pass

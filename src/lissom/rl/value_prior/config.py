@@ -24,6 +24,9 @@ class ValuePriorConfig:
         scale_rewards: what advantages are divided by: `none`, or the deviation of the `batch`. Never that of a group:
             it is 0 where all rewards are equal, which is just where the prior still teaches.
 
+        drop_silent: take the mean of the loss over prompts that teach something, as DAPO does by drawing others in the
+            place of those that do not (arXiv 2503.14476): for comparison. It contradicts the method.
+
     Raises:
         UserError: a value is out of range.
     """
@@ -32,6 +35,7 @@ class ValuePriorConfig:
     prior: Prior = field(default_factory=GaussianProcess)
     budget: Budget | None = field(default_factory=Budget)
     scale_rewards: Literal["none", "batch"] = "none"
+    drop_silent: bool = False
 
     def __post_init__(self) -> None:
         if self.scale_rewards not in ("none", "batch"):

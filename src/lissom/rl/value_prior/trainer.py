@@ -130,6 +130,8 @@ class ValuePriorTrainer(RewardTrainer):
         found["prior/silent"].append(float(silent.double().mean()))
         if self.value_prior.scale_rewards == "batch":
             advantages = advantages / (advantages.std() + 1e-4)
+        if self.value_prior.drop_silent and bool((~silent).any()):
+            advantages = advantages * (len(silent) / int((~silent).sum()))
         return advantages / rollouts.sizes[rollouts.prompt]
 
     def _joined(self, waves: list[dict[str, Any]], advantages: Tensor, rollouts: Rollouts) -> dict[str, Any]:
