@@ -580,6 +580,46 @@ def noble_cost(device: str) -> str:
     return f"{verdicts(facts)}\n\n{table}\n\nOf the step, against no branches: {'; '.join(words)}. {stamp(facts)}"
 
 
+def bandpo() -> str:
+    """The bandit, what policies came to, and which tokens were clipped."""
+    facts, rows = load("bandpo")
+    inner = max(int(name[1].split()[0]) for name in _of(rows, "bandit"))
+    lines = []
+    for arm in dict.fromkeys(name[2] for name in _of(rows, "bandit")):
+        found = [
+            rows[f"bandit/{inner} inner steps/{arm}/{what}"] for what in ("return", "P(best)", "entropy", "clipped")
+        ]
+        once = rows[f"bandit/1 inner steps/{arm}/return"]
+        lines.append([arm, spread(found[0], ".3f"), *(number(row) for row in (*found[1:], once))])
+    heads = ["bandit", "return [95 %]", "P(best)", "entropy", "clipped", "return, one inner step"]
+    parts = [markdown(heads, lines)]
+    before = [number(rows[f"learning/before/{what}"]) for what in ("mean@K", "pass@K")]
+    lines = [["before", *before, "", "", ""]]
+    arms = [arm for arm in arms_of(rows, "learning") if arm != "before"]
+    for arm in arms:
+        found = [rows[f"learning/{arm}/{what}"] for what in ("mean@K", "pass@K", "late entropy", "rare clipped up")]
+        gap = rows.get(f"learning/{arm}/mean@K above Clip-Higher")
+        cells = [number(row) for row in found[:3]]
+        lines.append([arm, *cells, f"{found[3]['value']:.1%}", "" if gap is None else interval(gap)])
+    heads = ["Countdown", "mean@16", "pass@16", "late entropy", "rare clipped upwards", "above Clip-Higher [95 %]"]
+    parts.append(markdown(heads, lines))
+    for sign, words in (("up", "upwards"), ("down", "downwards")):
+        buckets = {name[4] for name in _of(rows, "learning") if name[2:4] == ["clipped", sign]}
+        buckets = sorted(buckets, key=lambda bucket: float(bucket.split("-")[0]))
+        lines = []
+        for arm in arms:
+            shares = [rows.get(f"learning/{arm}/clipped/{sign}/{bucket}") for bucket in buckets]
+            lines.append([arm, *("" if share is None else f"{share['value']:.1%}" for share in shares)])
+        parts.append(markdown([f"clipped {words}, p of", *buckets], lines))
+    rates = ", ".join(f"{arm} {rate:g}" for arm, rate in facts["rates"].items())
+    seeds = rows[f"learning/{arms[0]}/mean@K"]["n"]
+    words = (
+        f"{seeds} seeds, {facts['tokens']:,} generated tokens each, learning rates {rates}, {facts['held out']} held-out "
+        f"problems. {stamp(facts)}"
+    )
+    return "\n\n".join([verdicts(facts), *parts, words])
+
+
 def klein_kv() -> str:
     """Edits of concepts that the model has not seen, by every way to draw them."""
     facts, rows = load("klein-kv")
@@ -670,6 +710,7 @@ def h_transform_cost() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "bandpo": bandpo,
     "attention-matching": attention_matching,
     "attention-matching-options": attention_matching_options,
     "attention-matching-ablations": attention_matching_ablations,

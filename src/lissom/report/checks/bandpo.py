@@ -46,8 +46,15 @@ def result(run: study.Run) -> Result:
             rows.append(_row(f"bandit/{inner} inner steps/{arm}/{words}", run.bandit(arm, name, inner)))
     for arm, rates in run.rates["tuning"].items():
         rows += [Row(f"tuning/{arm}/{rate:g}", reached, "mean@K") for rate, reached in rates.items()]
+    rows += [Row(f"learning/before/{words}", _begin(run, n), "") for n, words in ((1, "mean@K"), (2, "pass@K"))]
     for arm in run.trained:
         rows += [_row(f"learning/{arm}/{words}", run.final(arm, name)) for name, words in _LEARNED]
+        if arm != study.HIGHER and study.HIGHER in run.trained:
+            gap = run.gap(arm, study.HIGHER, "mean")
+            rows.append(
+                Row(f"learning/{arm}/mean@K above Clip-Higher", gap.estimate, "", 0.0, None, gap.low, gap.high,
+                    len(run.size.seeds))
+            )  # fmt: skip
         rows += [
             Row(f"learning/{arm}/clipped/{sign}/{bucket}", share, "")
             for sign in SIGNS for bucket in BUCKETS if (share := _clipped(run, arm, sign, bucket)) is not None
