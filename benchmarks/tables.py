@@ -586,9 +586,8 @@ def bandpo() -> str:
     inner = max(int(name[1].split()[0]) for name in _of(rows, "bandit"))
     lines = []
     for arm in dict.fromkeys(name[2] for name in _of(rows, "bandit")):
-        found = [
-            rows[f"bandit/{inner} inner steps/{arm}/{what}"] for what in ("return", "P(best)", "entropy", "clipped")
-        ]
+        place = f"bandit/{inner} inner steps/{arm}"
+        found = [rows[f"{place}/{what}"] for what in ("return", "P(best)", "entropy", "clipped")]
         once = rows[f"bandit/1 inner steps/{arm}/return"]
         lines.append([arm, spread(found[0], ".3f"), *(number(row) for row in (*found[1:], once))])
     heads = ["bandit", "return [95 %]", "P(best)", "entropy", "clipped", "return, one inner step"]

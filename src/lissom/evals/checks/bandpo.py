@@ -102,7 +102,7 @@ QUICK = Size(
     bandit=Bandit(contexts=8, iterations=10), bandit_seeds=2, tokens=1 << 12, rounds=3,
 )  # fmt: skip
 SMALL = Size(_learning(24), (HIGHER, KL), (0, 1, 2), (2.5e-5, 5e-5), 0.4, held_out=100)
-DEFAULT = Size(_learning(60), (HIGHER, KL, PPO, TV, CHI, DCPO), (0, 1, 2, 3), (2.5e-5, 5e-5, 1e-4), 0.4)
+DEFAULT = Size(_learning(60), (HIGHER, KL, PPO, TV, CHI, DCPO), (0, 1, 2), (2.5e-5, 5e-5, 1e-4), 0.4)
 # What the paper's own runs had, in so far as a task of ours can have it: 4 steps for 256 prompts of 16 rollouts.
 PAPER = Size(
     replace(_learning(1000), prompts=256, num_generations=16, minibatches=4, num_iterations=1, max_completion_length=64,
