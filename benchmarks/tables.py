@@ -613,7 +613,7 @@ def bandpo() -> str:
     rates = ", ".join(f"{arm} {rate:g}" for arm, rate in facts["rates"].items())
     seeds = rows[f"learning/{arms[0]}/mean@K"]["n"]
     words = (
-        f"{seeds} seeds, {facts['tokens']:,} generated tokens each, learning rates {rates}, {facts['held out']} held out. "
+        f"{seeds} seeds, {facts['tokens']:,} generated tokens each, rates {rates}, {facts['held out']} held out. "
         f"{stamp(facts)}"
     )
     return "\n\n".join([verdicts(facts), *parts, words])
