@@ -48,7 +48,7 @@ def align(
     minibatches: int = typer.Option(4, help="Steps of the optimiser that a batch of rollouts is divided into."),
     num_iterations: int = typer.Option(1, help="How often a batch of rollouts is gone over."),
     micro_batches: int = typer.Option(1, help="Parts of a minibatch that are read at a time, to save memory."),
-    learning_rate: float = typer.Option(None, "--lr", help="[default: 0.001 for `new`, otherwise 0.000001]"),
+    learning_rate: float = typer.Option(None, "--lr", help="[default: 0.0001 for `new`, otherwise 0.000001]"),
     max_completion_length: int = typer.Option(None, help="Tokens. [default: what the task needs, or 256]"),
     temperature: float = typer.Option(1.0, help="Of rollouts."),
     beta: float = typer.Option(0.0, help="Weight of the divergence from the model as it was."),
@@ -93,7 +93,7 @@ def align(
         method=method,  # type: ignore[arg-type]
         steps=steps, prompts=prompts, num_generations=num_generations, minibatches=minibatches,
         num_iterations=num_iterations, micro_batches=micro_batches,
-        learning_rate=learning_rate or (1e-3 if model == _NEW else 1e-6),
+        learning_rate=learning_rate or (1e-4 if model == _NEW else 1e-6),
         max_completion_length=max_completion_length or enough, temperature=temperature, beta=beta,
         loss_type=loss_type, scale_rewards=scale_rewards, seed=seed, token_budget=token_budget,  # type: ignore[arg-type]
         eval_steps=eval_steps, eval_completions=eval_completions, save_steps=save_steps,

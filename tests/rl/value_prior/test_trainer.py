@@ -273,6 +273,12 @@ def test_settings_that_do_not_fit(options, complaint, tmp_path):
         trainer_of(ValuePriorTrainer, tmp_path, **options)
 
 
+def test_a_completion_without_a_reward(tmp_path):
+    trainer = trainer_of(ValuePriorTrainer, tmp_path, reward=lambda completions, **_: [None] * len(completions))
+    with pytest.raises(UserError, match="has no reward"):
+        trainer.train()
+
+
 def test_configs_that_do_not_fit():
     with pytest.raises(UserError, match="scale_rewards"):
         ValuePriorConfig(scale_rewards="group")

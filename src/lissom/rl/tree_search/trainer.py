@@ -173,7 +173,10 @@ class TreeDistillTrainer(RewardTrainer):
                 )[0]
                 for function in self.reward_funcs
             ]  # fmt: skip
-            return sum(w * (reward or 0.0) for w, reward in zip(weights, given, strict=True))
+            known = [w * reward for w, reward in zip(weights, given, strict=True) if reward is not None]
+            if not known:
+                raise UserError("A completion has no reward: a search needs a number for each.")
+            return sum(known)
 
         return grade
 

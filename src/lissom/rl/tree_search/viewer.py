@@ -11,8 +11,8 @@ from lissom.rl.tree_search.tree import Tree, to_dict
 
 
 def page(trees: Sequence[Tree[Any]], titles: Sequence[str] = ()) -> str:
-    """One page of HTML with each tree as a chart: widths are visits, colours mean rewards, and where the pointer is there
-    are a step's figures.
+    """One page of HTML with each tree as a chart: widths are visits, colours mean rewards, and a step's figures are
+    where the pointer is.
 
     Args:
         titles: of the trees, such as their prompts.

@@ -61,6 +61,8 @@ class ValuePriorTrainer(RewardTrainer):
 
     def _calculate_rewards(self, *arguments: Any, **options: Any) -> Tensor:
         found: Tensor = super()._calculate_rewards(*arguments, **options)
+        if bool(found.isnan().all(1).any()):
+            raise UserError("A completion has no reward: to be compared with a prior every one needs a number.")
         self._scored.append((found * self.reward_weights.to(found.device)).nansum(1).double().cpu())
         return found
 
