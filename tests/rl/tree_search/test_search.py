@@ -17,6 +17,7 @@ from lissom.rl.tree_search import (
     SearchConfig,
     Step,
     SymbolicCountdown,
+    Tree,
     TreeSearch,
     extract,
     root_of,
@@ -203,14 +204,15 @@ class Failing(Numbers):
         ("far", UserError),
     ],
 )
-def test_no_path_stays_under_way_when_a_world_fails(how, error, monkeypatch):
+def test_no_path_stays_under_way_when_a_world_fails(how, error):
     trees = []
-    import lissom.rl.tree_search.search as module
 
-    kind = module.Tree
-    monkeypatch.setattr(module, "Tree", lambda *given: trees.append(kind(*given)) or trees[-1])
+    def kept(*given):
+        trees.append(Tree(*given))
+        return trees[-1]
+
     with pytest.raises(error):
-        TreeSearch(Failing(how), SearchConfig(simulations=50, wave=5))([(), (1,)])
+        TreeSearch(Failing(how), SearchConfig(simulations=50, wave=5), kept)([(), (1,)])
     assert len(trees) == 2
     for tree in trees:
         assert all(node.flying == 0 for node in tree.root.below())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -33,10 +33,13 @@ class TreeSearch(Generic[State]):
     Args:
         world: see there.
         config: of it.
+        tree: kind of tree, for those who want to know what another one would find.
     """
 
-    def __init__(self, world: World[State], config: SearchConfig | None = None) -> None:
-        self.world, self.config = world, config or SearchConfig()
+    def __init__(
+        self, world: World[State], config: SearchConfig | None = None, tree: type[Tree[Any]] | None = None
+    ) -> None:
+        self.world, self.config, self.tree = world, config or SearchConfig(), tree or Tree
 
     def __call__(
         self,
@@ -55,7 +58,7 @@ class TreeSearch(Generic[State]):
         """
         if not roots:
             raise UserError("There is nothing to search: expected at least one root.")
-        trees = [Tree(root, self.config, number, version) for number, root in enumerate(roots)]
+        trees = [self.tree(root, self.config, number, version) for number, root in enumerate(roots)]
         total, wave = self.config.simulations * len(trees), 0
         while any(not tree.is_over for tree in trees):
             self._wave([tree for tree in trees if not tree.is_over], wave)

@@ -51,7 +51,8 @@ class DistillConfig:
         value_learning_rate: of the critic alone.
         backups: fit the critic to what came back through other states, too (extension); published: to found paths.
         discount, decay: of GAE; 1 (published): the reward less the value.
-        boundary: text that ends a step.
+        boundary: text that ends a step; None: steps are whole completions, and a search of one simulation is best-of-N
+            for N `children`.
         step_tokens: longest step (published: 64).
         temperature: of steps (published: 0.8).
 
@@ -69,7 +70,7 @@ class DistillConfig:
     backups: bool = True
     discount: float = 1.0
     decay: float = 1.0
-    boundary: str = "\n"
+    boundary: str | None = "\n"
     step_tokens: int = 64
     temperature: float = 0.8
 
