@@ -56,13 +56,7 @@ def sample(
     if min(count, max_new_tokens, batch_size) < 1:
         raise UserError("Expected at least one completion, of at least one token, at a time.")
     read = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    longest = max(map(len, read), default=0)
-    if limit is not None and longest + max_new_tokens > limit:
-        raise UserError(
-            f"A prompt of {longest} tokens and a completion of up to {max_new_tokens} are more than the {limit} that "
-            "the model can read."
-        )
+    require_room(model, read, max_new_tokens)
     at_once = max(1, batch_size // count)
     ends, padding = ends_of(model, tokenizer), pad_of(tokenizer)
     drawn: dict[str, Any] = {"do_sample": False, "num_return_sequences": 1}
@@ -92,6 +86,22 @@ def padded_left(rows: Sequence[Sequence[int]], padding: int, device: Any) -> tup
     ids = torch.tensor([[padding] * (width - len(row)) + list(row) for row in rows], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
     return ids, mask
+
+
+def positions_of(mask: torch.Tensor) -> torch.Tensor:
+    """Places of tokens that are padded on the left, `[rows, tokens]`: padding has none."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def require_room(model: Any, prompts: Sequence[Sequence[int]], most: int) -> None:
+    """Raise a `UserError` where a prompt and a completion of `most` tokens are longer than the model's context."""
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    longest = max(map(len, prompts), default=0)
+    if limit is not None and longest + most > limit:
+        raise UserError(
+            f"A prompt of {longest} tokens and a completion of up to {most} are more than the {limit} that the model "
+            "can read: shorten them (max_completion_length)."
+        )
 
 
 def ended(row: Sequence[int], ends: Sequence[int]) -> list[int]:

@@ -14,6 +14,7 @@ from trl.trainer.utils import RepeatSampler
 from lissom.errors import UserError
 from lissom.rl.ledger import LedgerCallback, TokenLedger
 from lissom.rl.rewards import Watched
+from lissom.rl.sampling import require_room
 
 
 class RewardTrainer(GRPOTrainer):
@@ -65,13 +66,7 @@ class RewardTrainer(GRPOTrainer):
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
         found = super()._tokenize_prompts(prompts)
-        longest, most = max(len(ids) for ids in found[0]), self.max_completion_length or 0
-        limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        if limit is not None and longest + most > limit:
-            raise UserError(
-                f"A prompt of {longest} tokens and a completion of up to {most} are more than the "
-                f"{limit} that the model can read: shorten them (max_completion_length)."
-            )
+        require_room(self.model, found[0], self.max_completion_length or 0)
         return found
 
     def _generate(self, prompts: list[Any]) -> Any:

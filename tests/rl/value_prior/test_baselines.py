@@ -60,7 +60,7 @@ def test_it_is_james_and_steins_rule_and_never_far_from_the_mean(mean, prior, si
     m, v, variance = torch.tensor([mean, prior, 1 / size], dtype=torch.float64)
     found = fuse(m, v, variance)
     x = float(m - v)
-    expected = float(v) + (max(0.0, 1 - 1 / (size * x * x)) * x if x else 0.0)
+    expected = float(v) + (max(0.0, 1 - 1 / (size * x * x)) * x if size * x * x else 0.0)
     assert float(found.baseline) == pytest.approx(expected, abs=1e-12)
     assert abs(float(found.baseline - m)) <= size**-0.5 + 1e-12
     assert (float(found.weight) == 0) == (x * x <= float(variance))

@@ -61,7 +61,12 @@ class NumberTask(ABC):
             value = self.reached(problem, completion)
         except NotArithmetic:
             return -1.0
-        return -0.9 if value is None else 1 - 2 * min(abs(value - problem.target) / max(abs(problem.target), 1), 1)
+        return -0.9 if value is None else closeness(value, problem.target)
+
+
+def closeness(value: float, target: float) -> float:
+    """1 where they are equal, falling to -1 where they are as far apart as the target is from 0."""
+    return 1 - 2 * min(abs(value - target) / max(abs(target), 1), 1)
 
 
 def held_out(numbers: Sequence[int]) -> bool:

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lissom.errors import UserError
-from lissom.rl.sampling import ends_of, pad_of, padded_left
+from lissom.rl.sampling import ends_of, pad_of, padded_left, positions_of
 
 Prefix = tuple[int, ...]
 
@@ -80,7 +80,7 @@ class TransformersDraws:
     ) -> list[list[Drawn]]:
         device = self.model.device
         ids, mask = padded_left(prefixes, pad_of(self.tokenizer), device)
-        places = (mask.cumsum(1) - 1).clamp(min=0)
+        places = positions_of(mask)
         out = self.model(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=True, logits_to_keep=1)
         owner = torch.arange(len(prefixes)).repeat_interleave(torch.tensor(counts)).to(device)
         cache = out.past_key_values

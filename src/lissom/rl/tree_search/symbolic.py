@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from lissom.rl.tasks.countdown import CountdownProblem, moves
+from lissom.rl.tasks.task import closeness
 from lissom.rl.tree_search.tree import Step
 
 
@@ -40,7 +41,7 @@ class SymbolicCountdown:
         assert state.last is not None
         if self.reward == "correct":
             return 1.0 if state.last == state.target else -1.0
-        return 1 - 2 * min(abs(state.last - state.target) / max(state.target, 1), 1)
+        return closeness(state.last, state.target)
 
     def expand(self, states: Sequence[Left], counts: Sequence[int], seed: int) -> list[list[Step[Left]]]:
         """All legal operations, whatever is asked for."""

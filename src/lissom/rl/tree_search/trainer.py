@@ -15,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lissom.errors import UserError
 from lissom.models.method import check_types
+from lissom.rl.hidden import hidden_states, read_states
 from lissom.rl.sampling import padded_left
 from lissom.rl.trainer import RewardTrainer
 from lissom.rl.tree_search.config import Extraction, SearchConfig
@@ -30,7 +31,7 @@ from lissom.rl.tree_search.targets import (
     visit_targets,
 )
 from lissom.rl.tree_search.tree import Tree
-from lissom.rl.tree_search.value import ValueHead, decoder_of, values_of
+from lissom.rl.tree_search.value import ValueHead, values_of
 
 _OVER_TOKENS = ("cispo", "dapo", "bnpo")  # losses of TRL that divide by all tokens of a batch
 
@@ -214,21 +215,12 @@ class TreeDistillTrainer(RewardTrainer):
     def _path_values(self, rows: Sequence[tuple[Prefix, Prefix]]) -> list[np.ndarray]:
         """V of the state before each token: at the position that predicts it."""
         assert self.head is not None
-        model = self.accelerator.unwrap_model(self.model)
-        model.eval()
-        states = self._states(model, [prompt + tokens for prompt, tokens in rows])
+        model, padding = self.accelerator.unwrap_model(self.model), int(self.processing_class.pad_token_id)
+        found = read_states(model, [prompt + tokens for prompt, tokens in rows], padding, len(rows))
+        ((states, _),) = found
         values = self.head(states).double().cpu().numpy()
-        model.train()
         width = values.shape[1]
         return [values[n, width - len(tokens) - 1 : width - 1] for n, (_, tokens) in enumerate(rows)]
-
-    def _states(self, model: Any, rows: Sequence[Prefix]) -> Tensor:
-        """Last hidden states, `[rows, tokens, hidden]`, padded on the left."""
-        ids, mask = padded_left(rows, int(self.processing_class.pad_token_id), self.accelerator.device)
-        places = (mask.cumsum(1) - 1).clamp(min=0)
-        return decoder_of(model)(  # type: ignore[no-any-return]
-            input_ids=ids, attention_mask=mask, position_ids=places
-        ).last_hidden_state
 
     def _batch(
         self,
@@ -309,8 +301,7 @@ class TreeDistillTrainer(RewardTrainer):
         model = self.accelerator.unwrap_model(self.model)
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
         mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
-        places = (mask.cumsum(1) - 1).clamp(min=0)
-        hidden = decoder_of(model)(input_ids=ids, attention_mask=mask, position_ids=places).last_hidden_state
+        hidden = hidden_states(model, ids, mask)
         count, real = inputs["completion_ids"].shape[1], inputs["completion_mask"]
         values = self.head(hidden[:, -count - 1 : -1])
         error = ((values - inputs["returns"]).square() * real).sum() / real.sum().clamp(min=1)
@@ -323,7 +314,8 @@ class TreeDistillTrainer(RewardTrainer):
             len(states), min(len(states), len(ids)), replace=False
         )
         prefixes, wanted = zip(*(states[n] for n in drawn), strict=True)
-        found = self.head(self._states(model, prefixes)[:, -1])
+        padding = int(self.processing_class.pad_token_id)
+        found = self.head(hidden_states(model, *padded_left(prefixes, padding, ids.device))[:, -1])
         return error + (found - torch.tensor(wanted, device=found.device)).square().mean()
 
     def _log_search(self) -> None:

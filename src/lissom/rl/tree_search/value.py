@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lissom.errors import UserError
 from lissom.files import atomic_path
-from lissom.rl.sampling import padded_left
+from lissom.rl.hidden import read_states
 
 FILE = "value_head.safetensors"
 
@@ -72,20 +72,7 @@ def values_of(
     model: nn.Module, head: ValueHead, prefixes: Sequence[Sequence[int]], padding: int, batch_size: int = 256
 ) -> list[float]:
     """The head's values at the last token of each prefix: of the state before anything else is written."""
-    decoder = decoder_of(model)
-    device = next(model.parameters()).device
-    training, found = model.training, []
-    model.eval()
-    for first in range(0, len(prefixes), batch_size):
-        ids, mask = padded_left(prefixes[first : first + batch_size], padding, device)
-        places = (mask.cumsum(1) - 1).clamp(min=0)
-        states = decoder(input_ids=ids, attention_mask=mask, position_ids=places).last_hidden_state[:, -1]
-        found += head(states).tolist()
-    model.train(training)
+    found: list[float] = []
+    for states, _ in read_states(model, prefixes, padding, batch_size):
+        found += head(states[:, -1]).tolist()
     return found
-
-
-def decoder_of(model: nn.Module) -> nn.Module:
-    """The model without its head, below adapters of peft."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return base.get_decoder()  # type: ignore[no-any-return, operator]

@@ -66,10 +66,6 @@ class Rollouts:
         """The most that the variance of a reward in the range can be."""
         return (self.high - self.low) ** 2 / 4
 
-    def variances(self) -> Tensor:
-        """Unbiased variance of each prompt's rewards; NaN where there is one."""
-        return self.sums((self.rewards - self.means[self.prompt]).square()) / (self.sizes - 1)
-
 
 class Baseline(Protocol):
     """A number for each rollout, which its reward is compared with."""
