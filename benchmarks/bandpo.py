@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lissom.devices.machine import describe
+from lissom.evals.checks.bandpo import clipped_loss
 from lissom.evals.stats import ratio_interval, verdict
 from lissom.evals.training_steps import rounds_of
 from lissom.report.rows import Claim, Result, Row
@@ -36,12 +37,12 @@ def timed(tokens: int, rounds: int) -> list[Row]:
     new, advantages = old + 0.1 * torch.randn(tokens, generator=random), torch.randn(tokens, generator=random)
     few = min(tokens, _SOLVED)
     bounds: dict[str, Any] = {"clip": partial((new - old).exp().clamp, 0.8, 1.28)}
-    losses: dict[str, Any] = {FIXED: lambda: _loss(new, old, advantages, 0.8, 1.28)}
+    losses: dict[str, Any] = {FIXED: lambda: clipped_loss(new, old, advantages, 0.8, 1.28)}
     for name, arm in arms().items():
         count = few if name.endswith("solved") else tokens
         bounds[name] = lambda arm=arm, count=count: arm.bounds(old[:count])
         if count == tokens and name != FIXED:
-            losses[name] = lambda arm=arm: _loss(new, old, advantages, *arm.bounds(old))
+            losses[name] = lambda arm=arm: clipped_loss(new, old, advantages, *arm.bounds(old))
     rows = []
     for kind, works, base in (("bounds", bounds, "clip"), ("loss", losses, FIXED)):
         seconds = rounds_of(works, rounds)
@@ -55,12 +56,6 @@ def timed(tokens: int, rounds: int) -> list[Row]:
                     1 / cost.low, rounds)
             )  # fmt: skip
     return rows
-
-
-def _loss(new: torch.Tensor, old: torch.Tensor, advantages: torch.Tensor, lower: Any, upper: Any) -> None:
-    here = new.clone().requires_grad_()
-    ratio = (here - old).exp()
-    (-torch.minimum(ratio * advantages, ratio.clamp(lower, upper) * advantages).mean()).backward()
 
 
 def main() -> None:

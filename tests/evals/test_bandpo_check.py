@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from lissom.evals import policies
 from lissom.evals.checks import bandpo as study
 from lissom.report.checks import bandpo as report
 from lissom.report.checks import check_of
@@ -24,7 +25,7 @@ def test_a_run_has_every_arm_and_seed_and_is_not_made_again(run, journal, monkey
     assert all(record["tokens"] >= 300 for records in run.trained.values() for record in records)
     assert run.rates[study.HIGHER] in study.QUICK.rates
     assert set(run.rates["tuning"][study.KL]) == set(study.QUICK.rates)
-    monkeypatch.setattr(study, "warm_start", lambda *given, **named: pytest.fail("made again"))
+    monkeypatch.setattr(policies, "warm_start", lambda *given, **named: pytest.fail("made again"))
     monkeypatch.setattr(study, "_trained", lambda *given, **named: pytest.fail("made again"))
     again = study.run(None, study.QUICK, journal)
     assert again.trained == run.trained and again.rates == run.rates

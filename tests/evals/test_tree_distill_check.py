@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from lissom.evals import policies
 from lissom.evals.checks import tree_distill as study
 from lissom.report.checks import check_of
 from lissom.report.checks import tree_distill as report
@@ -23,7 +24,8 @@ def test_a_run_has_every_arm_and_seed_and_is_not_made_again(run, journal, monkey
     assert {arm: len(records) for arm, records in run.trained.items()} == dict.fromkeys(study.QUICK.arms, 2)
     assert all(record["tokens"] >= 2000 for records in run.trained.values() for record in records)
     assert len(run.lift["searched"]) == study.QUICK.lifted and run.lift["samples"] >= 1
-    for name in ("warm_start", "_trained", "_lift", "searched", "_sampled"):
+    monkeypatch.setattr(policies, "warm_start", lambda *given, **named: pytest.fail("made again"))
+    for name in ("_trained", "_lift", "searched", "_sampled"):
         monkeypatch.setattr(study, name, lambda *given, **named: pytest.fail("made again"))
     assert study.run(None, study.QUICK, journal) == run
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from lissom.evals import policies
 from lissom.evals.checks import v05 as study
 from lissom.report.checks import check_of
 from lissom.report.checks import v05 as report
@@ -22,7 +23,7 @@ def test_a_run_has_every_arm_and_seed_and_is_not_made_again(run, journal, monkey
     assert {arm: len(records) for arm, records in run.trained.items()} == dict.fromkeys(study.QUICK.arms, 2)
     assert all(record["tokens"] >= 300 for records in run.trained.values() for record in records)
     assert all(record["rollouts"] >= 4 for record in run.trained[study.V05])
-    monkeypatch.setattr(study, "warm_start", lambda *given, **named: pytest.fail("made again"))
+    monkeypatch.setattr(policies, "warm_start", lambda *given, **named: pytest.fail("made again"))
     monkeypatch.setattr(study, "_trained", lambda *given, **named: pytest.fail("made again"))
     assert study.run(None, study.QUICK, journal) == run
 

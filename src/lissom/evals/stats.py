@@ -22,6 +22,11 @@ class Interval:
         return Interval(-self.estimate, -self.high, -self.low)
 
 
+def signed(gap: Interval, form: str = "+.3f") -> str:
+    """A difference with its interval."""
+    return f"{gap.estimate:{form}} [{gap.low:{form}}, {gap.high:{form}}]"
+
+
 def paired_bootstrap(
     ours: np.ndarray, theirs: np.ndarray | None = None, samples: int = 4000, level: float = 0.95, seed: int = 0
 ) -> Interval:

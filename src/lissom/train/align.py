@@ -13,16 +13,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from trl import GRPOConfig
 
 from lissom.errors import UserError
-from lissom.files import move_into, writing
 from lissom.models.method import check_types
 from lissom.rl.band import BandPOTrainer, TokenBounds
 from lissom.rl.trainer import RewardTrainer
 from lissom.rl.tree_search.trainer import DistillConfig, TreeDistillTrainer
 from lissom.rl.value_prior import Budget, ValuePriorConfig, ValuePriorTrainer
 from lissom.rl.world import World, judged
-from lissom.train.folder import CHECKPOINTS, last_checkpoint, step_of
+from lissom.train.folder import CHECKPOINTS, last_checkpoint
 from lissom.train.interrupt import interruptible
-from lissom.train.run import UNFINISHED, Progress, Say, Watch, without_noise
+from lissom.train.run import Progress, Say, Watch, go_on, leave, without_noise
 
 Method = Literal["grpo", "bandpo", "v05", "tree-distill"]
 Settings = TokenBounds | ValuePriorConfig | DistillConfig
@@ -151,18 +150,11 @@ def align(
     trainer = _trainer(config, model, tokenizer, world, output, settings, [watch])
     with without_noise():
         with interruptible(watch, alone=trainer.args.world_size == 1):
-            _go_on(trainer, watch, last_checkpoint(output))
+            go_on(trainer, watch, last_checkpoint(output), trainer.args.max_steps)
         done = trainer.state.global_step
         if done < trainer.args.max_steps and not trainer.book.is_spent:
             raise UserError(f"Interrupted behind step {done}, which is saved: the same command goes on there.")
-        unfinished = output / UNFINISHED
-        with writing(output):
-            trainer.save_model(str(unfinished))
-            if trainer.is_world_process_zero():
-                tokenizer.save_pretrained(unfinished)
-                for other in ("training_args.bin", "README.md"):  # a pickle, and a card that knows nothing of us
-                    (unfinished / other).unlink(missing_ok=True)
-                move_into(output, unfinished, last="config.json")
+        leave(trainer, tokenizer, output)
     return [entry for entry in trainer.state.log_history if "loss" in entry or _is_measured(entry)]
 
 
@@ -254,23 +246,6 @@ def _arguments(config: AlignConfig, folder: str) -> GRPOConfig:
         disable_tqdm=True,
         ddp_find_unused_parameters=False,
     )
-
-
-def _go_on(trainer: RewardTrainer, watch: Watch, checkpoint: Path | None) -> None:
-    try:
-        if checkpoint is not None and step_of(checkpoint) >= trainer.args.max_steps:
-            trainer._load_from_checkpoint(str(checkpoint))
-            trainer.state = type(trainer.state).load_from_json(str(checkpoint / "trainer_state.json"))
-        else:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except UserError:
-        raise
-    except Exception as error:
-        if checkpoint is None or watch.begun:
-            raise
-        raise UserError(
-            f"{checkpoint} cannot be read ({type(error).__name__}): delete it, and the run goes on from the one before."
-        ) from error
 
 
 class _Measuring(TrainerCallback):

@@ -8,20 +8,20 @@ from logging import LogRecord
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState
 from transformers.utils import logging
 
 from lissom.errors import UserError
 from lissom.files import move_into, writing
 from lissom.train.config import Distillation, TrainConfig
 from lissom.train.data import TokenWindows
-from lissom.train.folder import CHECKPOINTS, last_checkpoint, step_of
+from lissom.train.folder import CHECKPOINTS, STATE, last_checkpoint, step_of
 from lissom.train.interrupt import interruptible
 from lissom.train.trainer import CausalTrainer
 
 Progress = Callable[[int, int], None]
 Say = Callable[[dict[str, float]], None]
-UNFINISHED = "unfinished"  # folder of a model that is being written
+_UNFINISHED = "unfinished"  # folder of a model that is being written
 
 
 def train(
@@ -59,7 +59,7 @@ def train(
     )
     with without_noise():
         with interruptible(watch, alone=trainer.args.world_size == 1):
-            _go_on(trainer, watch, last_checkpoint(output))
+            go_on(trainer, watch, last_checkpoint(output), config.steps)
         if trainer.state.global_step < config.steps:
             raise UserError(
                 f"Interrupted behind step {trainer.state.global_step}, which is saved: the same command goes on there."
@@ -67,10 +67,16 @@ def train(
         return _end(trainer, tokenizer, held_out is not None, output)
 
 
-def _go_on(trainer: CausalTrainer, watch: Watch, checkpoint: Path | None) -> None:
+def go_on(trainer: Trainer, watch: Watch, checkpoint: Path | None, steps: int) -> None:
+    """Train from a checkpoint, or from the beginning, to the end.
+
+    Raises:
+        UserError: the checkpoint cannot be read.
+    """
     try:
-        if checkpoint is not None and step_of(checkpoint) >= trainer.config.steps:
-            trainer.restore(checkpoint)  # it was stopped behind its last step
+        if checkpoint is not None and step_of(checkpoint) >= steps:  # it was stopped behind its last step
+            trainer._load_from_checkpoint(str(checkpoint))
+            trainer.state = TrainerState.load_from_json(str(checkpoint / STATE))
         else:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except UserError:
@@ -83,6 +89,21 @@ def _go_on(trainer: CausalTrainer, watch: Watch, checkpoint: Path | None) -> Non
         ) from error
 
 
+def leave(trainer: Trainer, tokenizer: PreTrainedTokenizerBase | None, output: Path) -> None:
+    """Write the model, whole or not at all, and nothing that nobody needs."""
+    if trainer.is_fsdp_enabled:  # by itself accelerate would write shards
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    unfinished = output / _UNFINISHED
+    with writing(output):
+        trainer.save_model(str(unfinished))
+        if trainer.is_world_process_zero():
+            if tokenizer is not None:
+                tokenizer.save_pretrained(unfinished)
+            for other in ("training_args.bin", "README.md"):  # a pickle, and a card that knows nothing of us
+                (unfinished / other).unlink(missing_ok=True)
+            move_into(output, unfinished, last="config.json")  # without which there is no model
+
+
 def _end(
     trainer: CausalTrainer, tokenizer: PreTrainedTokenizerBase | None, measures: bool, output: Path
 ) -> list[dict[str, float]]:
@@ -90,16 +111,7 @@ def _end(
     measured = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
     if measures and trainer.config.steps not in measured:
         trainer.evaluate()
-    if trainer.is_fsdp_enabled:  # by itself accelerate would write shards
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    unfinished = output / UNFINISHED
-    with writing(output):
-        trainer.save_model(str(unfinished))
-        if trainer.is_world_process_zero():
-            if tokenizer is not None:
-                tokenizer.save_pretrained(unfinished)
-            (unfinished / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody needs
-            move_into(output, unfinished, last="config.json")  # without which there is no model
+    leave(trainer, tokenizer, output)
     return [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
 
 

@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from lissom.errors import UserError
 from lissom.files import writing
 from lissom.train.config import Distillation, TrainConfig
 from lissom.train.data import TokenWindows
 from lissom.train.distill import cross_entropy, hidden_distance, kl_divergence
-from lissom.train.folder import STATE
 from lissom.train.schedule import learning_rate, weight_decay
 from lissom.training_plugin import method_in_training
 
@@ -142,11 +141,6 @@ class CausalTrainer(Trainer):
             raise UserError(
                 f"Weights are not finite at step {self.state.global_step}: the learning rate may be too high."
             )
-
-    def restore(self, checkpoint: Path) -> None:
-        """Load the weights and the log of a checkpoint behind which there is nothing left to train."""
-        self._load_from_checkpoint(str(checkpoint))
-        self.state = TrainerState.load_from_json(str(checkpoint / STATE))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """As `from_pretrained` does: in files of some architectures tensors have other names, or are of other shapes,

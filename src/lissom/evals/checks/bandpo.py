@@ -10,7 +10,6 @@ tuned for the baseline and for Band apart.
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -19,11 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lissom.evals.arms import train_missing
-from lissom.evals.journal import Journal, digest, scope_of
-from lissom.evals.stats import Interval, mean_interval, ratio_interval, verdict
+from lissom.evals.journal import Journal, scope_of
+from lissom.evals.policies import Arms, by_arm, first_policy, identity_facts, learn, tuned
+from lissom.evals.stats import Interval, mean_interval, ratio_interval, signed, verdict
 from lissom.evals.training_steps import rounds_of
 from lissom.rl.band.bandit import Bandit, play
 from lissom.rl.band.bounds import logit_bounds
@@ -33,10 +31,9 @@ from lissom.rl.band.divergences import DIVERGENCES, Odds
 from lissom.rl.band.table import table_of
 from lissom.rl.tasks import Countdown
 from lissom.rl.world import task_world
-from lissom.train.align import AlignConfig, align
+from lissom.train.align import AlignConfig
 from lissom.train.config import TrainConfig
-from lissom.train.run import without_noise
-from lissom.train.warm_start import WarmStart, facts_of, warm_start
+from lissom.train.warm_start import WarmStart
 
 STAGES = ("policy", "tuning", "learning")
 PPO, HIGHER, KL, TV, CHI = "PPO's clip", "Clip-Higher", "Band KL", "Band TV", "Band chi-square"
@@ -113,7 +110,7 @@ PAPER = Size(
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Arms):
     """What a check measured.
 
     Attributes:
@@ -143,14 +140,6 @@ class Run:
         inner = self.size.bandit.inner_steps if inner is None else inner
         return np.array([record[what] for record in self.played[arm, inner]])
 
-    def final(self, arm: str, what: str) -> np.ndarray:
-        """A figure of `_trained` at the end, one number per seed."""
-        return np.array([record[what] for record in self.trained[arm]], float)
-
-    def gap(self, arm: str, base: str, what: str) -> Interval:
-        """Of a figure, paired by seed."""
-        return mean_interval(self.final(arm, what) - self.final(base, what))
-
     def bandit_gap(self, arm: str, base: str, what: str) -> Interval:
         """The same of the bandit."""
         return mean_interval(self.bandit(arm, what) - self.bandit(base, what))
@@ -168,18 +157,22 @@ def run(
         model: folder of a policy in characters that all arms begin with; None: one is trained.
     """
     known = Journal(journal)
-    folder, facts = _policy(model, size, journal, partial(progress, STAGES[0]))
-    jobs, plan = {}, {}
-    rates = _tune(size, folder, known, partial(progress, STAGES[1]))
-    for seed in size.seeds:
-        for arm in size.arms:
-            config = replace(
-                size.config, seed=seed, learning_rate=rates[KL if "Band" in arm or arm == DCPO else HIGHER]
-            )
-            identity = _identity(size, folder, arm, config)
-            jobs[identity], plan[identity] = (arm, config, size, folder), arm
-    train_missing(jobs, _trained, known, partial(progress, STAGES[2]))
-    trained = {arm: [known[identity] for identity, own in plan.items() if own == arm] for arm in size.arms}
+    folder, facts = first_policy(model, size.task, size.policy, journal, partial(progress, STAGES[0]))
+    budget = round((size.config.token_budget or 0) * size.tuning)
+
+    def tuning(arm: str, rate: float) -> tuple[str, tuple[Any, ...]]:
+        seed = max(size.seeds) + 1000
+        config = replace(size.config, seed=seed, learning_rate=rate, token_budget=budget)
+        return f"tuning/{_identity(size, folder, arm, config)}", (arm, config, size, folder)
+
+    rates = tuned((HIGHER, KL), size.rates, tuning, _trained, known, partial(progress, STAGES[1]))
+
+    def learning(arm: str, seed: int) -> tuple[str, tuple[Any, ...]]:
+        rate = rates[KL if "Band" in arm or arm == DCPO else HIGHER]
+        config = replace(size.config, seed=seed, learning_rate=rate)
+        return _identity(size, folder, arm, config), (arm, config, size, folder)
+
+    trained = by_arm(size.arms, size.seeds, learning, _trained, known, partial(progress, STAGES[2]))
     return Run(size, solve_errors(), time_bounds(size), _play(size), facts, rates, trained)
 
 
@@ -202,6 +195,13 @@ CLAMP, LOOKED_UP, SOLVED = "a fixed clip", "Band's clip, looked up", "Band's cli
 LOSS, LOSS_LOOKED_UP = "the clipped loss, fixed", "the clipped loss, looked up"
 
 
+def clipped_loss(new: torch.Tensor, old: torch.Tensor, advantages: torch.Tensor, lower: Any, upper: Any) -> None:
+    """The clipped objective of log probabilities, with its gradient, to be timed."""
+    here = new.clone().requires_grad_()
+    ratio = (here - old).exp()
+    (-torch.minimum(ratio * advantages, ratio.clamp(lower, upper) * advantages).mean()).backward()
+
+
 def time_bounds(size: Size) -> dict[str, list[float]]:
     """Seconds for `tokens` ratios: of the clip itself, and of the loss with its gradient."""
     random = torch.Generator().manual_seed(0)
@@ -212,16 +212,11 @@ def time_bounds(size: Size) -> dict[str, list[float]]:
     few = min(size.tokens, 1 << 15)  # the solver is a hundred times slower
     exact = BandConfig(exact=True)
 
-    def loss(bounds: Callable[[], tuple[Any, Any]]) -> None:
-        here = new.clone().requires_grad_()
-        own = (here - old).exp()
-        (-torch.minimum(own * advantages, own.clamp(*bounds()) * advantages).mean()).backward()
-
     works: dict[str, Callable[[], Any]] = {
         CLAMP: lambda: ratio.clamp(0.8, 1.28),
         LOOKED_UP: lambda: ratio.clamp(*band.bounds(old)),
-        LOSS: lambda: loss(lambda: (0.8, 1.28)),
-        LOSS_LOOKED_UP: lambda: loss(lambda: band.bounds(old)),
+        LOSS: lambda: clipped_loss(new, old, advantages, 0.8, 1.28),
+        LOSS_LOOKED_UP: lambda: clipped_loss(new, old, advantages, *band.bounds(old)),
         SOLVED: lambda: ratio[:few].clamp(*exact.bounds(old[:few])),
     }
     seconds = rounds_of(works, size.rounds)
@@ -237,39 +232,8 @@ def _play(size: Size) -> dict[tuple[str, int], list[dict[str, float]]]:
     return found
 
 
-def _policy(
-    model: str | None, size: Size, journal: Path, progress: Callable[[int, int], None]
-) -> tuple[str, dict[str, float]]:
-    """The folder of the policy that all arms begin with, and facts of it."""
-    if model is None:
-        folder = journal.with_suffix("") / digest(facts_of(size.task, size.policy))
-        if not (folder / "config.json").exists():
-            warm_start(size.task, folder, size.policy, progress)
-        model = str(folder)
-    with without_noise():
-        network = AutoModelForCausalLM.from_pretrained(model)
-    return model, {"parameters": float(sum(p.numel() for p in network.parameters()))}
-
-
-def _tune(size: Size, folder: str, known: Journal, progress: Callable[[int, int], None]) -> dict[str, Any]:
-    seed, jobs, plan = max(size.seeds) + 1000, {}, {}
-    for rate in size.rates:
-        for arm in (HIGHER, KL):
-            budget = round((size.config.token_budget or 0) * size.tuning)
-            config = replace(size.config, seed=seed, learning_rate=rate, token_budget=budget)
-            identity = f"tuning/{_identity(size, folder, arm, config)}"
-            jobs[identity], plan[identity] = (arm, config, size, folder), (arm, rate)
-    train_missing(jobs, _trained, known, progress)
-    found: dict[str, Any] = {"tuning": {HIGHER: {}, KL: {}}}
-    for identity, (arm, rate) in plan.items():
-        found["tuning"][arm][rate] = known[identity]["mean"]
-    for arm, reached in found["tuning"].items():
-        found[arm] = max(reached, key=reached.get)
-    return found
-
-
 def _identity(size: Size, folder: str, arm: str, config: AlignConfig) -> str:
-    policy = (Path(folder) / "config.json").read_text(), facts_of(size.task, size.policy)
+    policy = identity_facts(folder, size.task, size.policy)
     return f"{arm}/{config.seed}/{scope_of(asdict(config), str(BOUNDS[arm]), policy, size.held_out)}"
 
 
@@ -282,29 +246,15 @@ def _trained(arm: str, config: AlignConfig, size: Size, folder: str) -> dict[str
         `clipped` by sign and bucket, `up` and `down` of all, `rare` upwards below p = 0.1.
     """
     world = task_world(size.task, config.steps * config.prompts, size.held_out, "correct", config.seed)
-    with without_noise():
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    with tempfile.TemporaryDirectory() as output:
-        history = align(replace(config, method="bandpo"), model, tokenizer, world, Path(output), BOUNDS[arm] or _NEVER)
-    measured = f"mean@{config.eval_completions}", f"best@{config.eval_completions}"
-    curve = [
-        [entry["tokens/generated"], *(entry[name] for name in measured)] for entry in history if measured[0] in entry
-    ]
-    steps = [entry for entry in history if "loss" in entry]
-
-    def mean_of(name: str, entries: Sequence[Mapping[str, float]]) -> float | None:
-        values = [entry[name] for entry in entries if entry.get(name) is not None]
-        return float(np.mean(values)) if values else None
-
-    shares = {
-        f"{sign}/{bucket}": mean_of(f"band/clipped/{sign}/{bucket}", steps) for sign in SIGNS for bucket in BUCKETS
-    }
+    learned = learn(folder, replace(config, method="bandpo"), world, BOUNDS[arm] or _NEVER)
+    mean_of, last = learned.mean_of, learned.curve[-1]
+    shares = {f"{sign}/{bucket}": mean_of(f"band/clipped/{sign}/{bucket}") for sign in SIGNS for bucket in BUCKETS}
     rare = [share for bucket in RARE if (share := shares[f"up/{bucket}"]) is not None]
     return {
-        "seed": config.seed, "curve": curve, "mean": curve[-1][1], "best": curve[-1][2], "tokens": curve[-1][0],
-        "entropy": mean_of("entropy", steps[-max(1, len(steps) // 4) :]),
-        "reward": [entry["reward"] for entry in steps],
-        "clipped": shares, "up": mean_of("band/clipped/up", steps), "down": mean_of("band/clipped/down", steps),
+        "seed": config.seed, "curve": learned.curve, "mean": last[1], "best": last[2], "tokens": last[0],
+        "entropy": mean_of("entropy", 0.25),
+        "reward": [entry["reward"] for entry in learned.steps],
+        "clipped": shares, "up": mean_of("band/clipped/up"), "down": mean_of("band/clipped/down"),
         "rare": float(np.mean(rare)) if rare else 0.0,
     }  # fmt: skip
 
@@ -335,18 +285,14 @@ def verdicts(run: Run) -> list[tuple[str, str, str]]:
         for what, words in (("mean", "mean@K"), ("best", "pass@K"), ("entropy", "the late entropy")):
             found.append(_above(f"Countdown: {words}", run.gap(KL, HIGHER, what)))
         gap = run.gap(KL, HIGHER, "rare")
-        words = f"Countdown: fewer rare tokens (p < 0.1) are clipped upwards than by Clip-Higher: {_signed(gap)}"
+        words = f"Countdown: fewer rare tokens (p < 0.1) are clipped upwards than by Clip-Higher: {signed(gap)}"
         found.append((words, PAPER_SOURCE, verdict([gap], strict=True)))
     return found
 
 
 def _above(words: str, gap: Interval) -> tuple[str, str, str]:
-    return f"{words} is above Clip-Higher's: {_signed(gap)}", PAPER_SOURCE, verdict([-gap], strict=True)
+    return f"{words} is above Clip-Higher's: {signed(gap)}", PAPER_SOURCE, verdict([-gap], strict=True)
 
 
 def _holds(so: bool) -> str:
     return "holds" if so else "does not hold"
-
-
-def _signed(gap: Interval) -> str:
-    return f"{gap.estimate:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"

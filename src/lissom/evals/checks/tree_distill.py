@@ -9,7 +9,6 @@ tokens.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -17,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lissom.evals.arms import train_missing
 from lissom.evals.journal import Journal, digest, scope_of
-from lissom.evals.stats import Interval, mean_interval, paired_bootstrap, verdict
+from lissom.evals.policies import Arms, by_arm, first_policy, identity_facts, learn, loaded
+from lissom.evals.stats import Interval, mean_interval, paired_bootstrap, signed, verdict
 from lissom.rl.sampling import sample
 from lissom.rl.tasks import Countdown, CountdownProblem
 from lissom.rl.tree_search import (
@@ -38,10 +36,9 @@ from lissom.rl.tree_search import (
 )
 from lissom.rl.tree_search.trainer import DistillConfig
 from lissom.rl.world import task_world
-from lissom.train.align import AlignConfig, Method, align
+from lissom.train.align import AlignConfig, Method
 from lissom.train.config import TrainConfig
-from lissom.train.run import without_noise
-from lissom.train.warm_start import WarmStart, facts_of, warm_start
+from lissom.train.warm_start import WarmStart
 
 STAGES = ("puzzle", "policy", "lift", "learning")
 OURS, PAPER_SOURCE = "lissom", "A. Tambde, 2026"
@@ -137,7 +134,7 @@ PAPER = Size(
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Arms):
     """What a check measured.
 
     Attributes:
@@ -154,14 +151,6 @@ class Run:
     policy: Mapping[str, float]
     lift: Mapping[str, Any]
     trained: Mapping[str, Sequence[Mapping[str, Any]]]
-
-    def final(self, arm: str, what: str) -> np.ndarray:
-        """A figure of `_trained`, one number per seed."""
-        return np.array([record[what] for record in self.trained[arm]], float)
-
-    def gap(self, arm: str, base: str, what: str) -> Interval:
-        """Of a figure, paired by seed."""
-        return mean_interval(self.final(arm, what) - self.final(base, what))
 
     def lifted(self, base: str) -> Interval:
         """By how much more problems searches solve than `mean`, a sample, or `best`, the best of as many tokens."""
@@ -181,26 +170,18 @@ def run(
     """
     known = Journal(journal)
     puzzle = _puzzles(size, known, partial(progress, STAGES[0]))
-    if model is None:
-        folder = journal.with_suffix("") / digest(facts_of(size.task, size.policy))
-        if not (folder / "config.json").exists():
-            warm_start(size.task, folder, size.policy, partial(progress, STAGES[1]))
-        model = str(folder)
-    with without_noise():
-        parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(model).parameters())
-    policy = (Path(model) / "config.json").read_text(), facts_of(size.task, size.policy)
+    folder, facts = first_policy(model, size.task, size.policy, journal, partial(progress, STAGES[1]))
+    policy = identity_facts(folder, size.task, size.policy)
     identity = f"lift/{scope_of(policy, size.lifted, size.simulations)}"
-    lift = known[identity] if identity in known else known.add(identity, _lift(size, model))
+    lift = known[identity] if identity in known else known.add(identity, _lift(size, folder))
     progress(STAGES[2], 1, 1)
-    jobs, plan = {}, {}
-    for seed in size.seeds:
-        for arm in size.arms:
-            facts = asdict(config_of(size, arm, seed)), str(settings_of(size, arm)), policy, size.held_out
-            identity = f"{arm}/{seed}/{scope_of(facts)}"
-            jobs[identity], plan[identity] = (arm, seed, size, model), arm
-    train_missing(jobs, _trained, known, partial(progress, STAGES[3]))
-    trained = {arm: [known[identity] for identity, own in plan.items() if own == arm] for arm in size.arms}
-    return Run(size, puzzle, {"parameters": float(parameters)}, lift, trained)
+
+    def learning(arm: str, seed: int) -> tuple[str, tuple[Any, ...]]:
+        own = asdict(config_of(size, arm, seed)), str(settings_of(size, arm)), policy, size.held_out
+        return f"{arm}/{seed}/{scope_of(own)}", (arm, seed, size, folder)
+
+    trained = by_arm(size.arms, size.seeds, learning, _trained, known, partial(progress, STAGES[3]))
+    return Run(size, puzzle, facts, lift, trained)
 
 
 def _puzzles(
@@ -245,8 +226,7 @@ def _sampled(problems: Sequence[CountdownProblem], games: int) -> dict[str, floa
 
 def _lift(size: Size, folder: str) -> dict[str, Any]:
     """Searches by the policy as it is, with play-outs as values, and samples of as many tokens."""
-    with without_noise():
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = loaded(folder)
     task, problems = size.task, size.task.problems("test", size.lifted, seed=0)
     prompts = [task.prompt(problem) for problem in problems]
     world = PolicyWorld(
@@ -305,18 +285,12 @@ def _trained(arm: str, seed: int, size: Size, folder: str) -> dict[str, Any]:
     """
     config = config_of(size, arm, seed)
     world = task_world(size.task, 4000, size.held_out, "dense", seed)
-    with without_noise():
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    with tempfile.TemporaryDirectory() as output:
-        history = align(config, model, tokenizer, world, Path(output), settings_of(size, arm))
-    measured = f"mean@{config.eval_completions}", f"best@{config.eval_completions}"
-    points = [entry for entry in history if measured[0] in entry]
-    steps = [entry for entry in history if "loss" in entry]
+    learned = learn(folder, config, world, settings_of(size, arm))
+    first, last = learned.curve[0], learned.curve[-1]
     return {
-        "seed": seed, "mean": points[-1][measured[0]], "best": points[-1][measured[1]],
-        "before": points[0][measured[0]], "best before": points[0][measured[1]],
-        "tokens": points[-1]["tokens/generated"], "steps": points[-1]["step"],
-        "reward": [entry["reward"] for entry in steps if "reward" in entry],
+        "seed": seed, "mean": last[1], "best": last[2], "before": first[1], "best before": first[2], "tokens": last[0],
+        "steps": learned.steps[-1]["step"],
+        "reward": [entry["reward"] for entry in learned.steps if "reward" in entry],
     }  # fmt: skip
 
 
@@ -333,17 +307,13 @@ def verdicts(run: Run) -> list[tuple[str, str, str]]:
     ]
     for base, words in (("mean", "a sample"), ("best", "the best of as many tokens of samples")):
         gap = run.lifted(base)
-        sentence = f"before learning a search solves more than {words}: {_signed(gap)}"
+        sentence = f"before learning a search solves more than {words}: {signed(gap)}"
         found.append((sentence, PAPER_SOURCE, verdict([-gap], strict=True)))
     gain = mean_interval(run.final(SEARCHED, "mean") - run.final(SEARCHED, "before"))
-    found.append((f"learned from trees: mean@K rises: {_signed(gain)}", PAPER_SOURCE, verdict([-gain], strict=True)))
+    found.append((f"learned from trees: mean@K rises: {signed(gain)}", PAPER_SOURCE, verdict([-gain], strict=True)))
     for base in (BEST_OF, CISPO):
         if base in run.trained:
             gap = run.gap(SEARCHED, base, "mean")
-            sentence = f"learned from trees, at as many tokens: mean@K is above that of {base}: {_signed(gap)}"
+            sentence = f"learned from trees, at as many tokens: mean@K is above that of {base}: {signed(gap)}"
             found.append((sentence, PAPER_SOURCE, verdict([-gap], strict=True)))
     return found
-
-
-def _signed(gap: Interval) -> str:
-    return f"{gap.estimate:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"

@@ -8,7 +8,6 @@ rollouts, and end at as many generated tokens. Two arms have a prior that is mea
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -17,11 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lissom.evals.arms import train_missing
-from lissom.evals.journal import Journal, digest, scope_of
-from lissom.evals.stats import Interval, mean_interval, verdict
+from lissom.evals.journal import Journal, scope_of
+from lissom.evals.policies import Arms, by_arm, first_policy, identity_facts, learn, tuned
+from lissom.evals.stats import signed, verdict
 from lissom.rl.tasks import Countdown
 from lissom.rl.value_prior import (
     Baseline,
@@ -38,10 +36,9 @@ from lissom.rl.value_prior import (
     ValuePriorConfig,
 )
 from lissom.rl.world import task_world
-from lissom.train.align import AlignConfig, Method, align
+from lissom.train.align import AlignConfig, Method
 from lissom.train.config import TrainConfig
-from lissom.train.run import without_noise
-from lissom.train.warm_start import WarmStart, facts_of, warm_start
+from lissom.train.warm_start import WarmStart
 
 STAGES = ("policy", "tuning", "learning")
 GRPO_4, GRPO_16, DAPO = "GRPO, 4 rollouts", "GRPO, 16 rollouts", "DAPO's filter, 4 rollouts"
@@ -125,7 +122,7 @@ PAPER = Size(
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Arms):
     """What a check measured.
 
     Attributes:
@@ -145,14 +142,6 @@ class Run:
     rates: Mapping[str, Any]
     trained: Mapping[str, Sequence[Mapping[str, Any]]]
 
-    def final(self, arm: str, what: str) -> np.ndarray:
-        """A figure of `_trained`, one number per seed."""
-        return np.array([record[what] for record in self.trained[arm]], float)
-
-    def gap(self, arm: str, base: str, what: str) -> Interval:
-        """Of a figure, paired by seed."""
-        return mean_interval(self.final(arm, what) - self.final(base, what))
-
 
 def run(
     model: str | None,
@@ -166,24 +155,23 @@ def run(
         model: folder of a policy in characters that all arms begin with; None: one is trained.
     """
     known = Journal(journal)
-    if model is None:
-        folder = journal.with_suffix("") / digest(facts_of(size.task, size.policy))
-        if not (folder / "config.json").exists():
-            warm_start(size.task, folder, size.policy, partial(progress, STAGES[0]))
-        model = str(folder)
-    with without_noise():
-        parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(model).parameters())
-    rates = _tune(size, model, known, partial(progress, STAGES[1]))
-    jobs, plan = {}, {}
-    for seed in size.seeds:
-        for arm in size.arms:
-            config = replace(size.config, seed=seed, learning_rate=rates[V05 if "V_0.5" in arm else GRPO_4])
-            identity = _identity(size, model, arm, config)
-            jobs[identity], plan[identity] = (arm, config, size, model), arm
-    train_missing(jobs, _trained, known, partial(progress, STAGES[2]))
-    trained = {arm: [known[identity] for identity, own in plan.items() if own == arm] for arm in size.arms}
+    folder, facts = first_policy(model, size.task, size.policy, journal, partial(progress, STAGES[0]))
+    budget = round((size.config.token_budget or 0) * size.tuning)
+
+    def tuning(arm: str, rate: float) -> tuple[str, tuple[Any, ...]]:
+        seed = max(size.seeds) + 1000
+        config = replace(size.config, seed=seed, learning_rate=rate, token_budget=budget)
+        return f"tuning/{_identity(size, folder, arm, config)}", (arm, config, size, folder)
+
+    rates = tuned((GRPO_4, V05), size.rates, tuning, _trained, known, partial(progress, STAGES[1]))
+
+    def learning(arm: str, seed: int) -> tuple[str, tuple[Any, ...]]:
+        config = replace(size.config, seed=seed, learning_rate=rates[V05 if "V_0.5" in arm else GRPO_4])
+        return _identity(size, folder, arm, config), (arm, config, size, folder)
+
+    trained = by_arm(size.arms, size.seeds, learning, _trained, known, partial(progress, STAGES[2]))
     errors, silent, budgets = simulate(size.draws)
-    return Run(size, errors, silent, budgets, {"parameters": float(parameters)}, rates, trained)
+    return Run(size, errors, silent, budgets, facts, rates, trained)
 
 
 Errors = dict[str, dict[str, float]]
@@ -260,25 +248,8 @@ def config_of(size: Size, arm: str, config: AlignConfig) -> AlignConfig:
     )  # fmt: skip
 
 
-def _tune(size: Size, folder: str, known: Journal, progress: Callable[[int, int], None]) -> dict[str, Any]:
-    seed, jobs, plan = max(size.seeds) + 1000, {}, {}
-    for rate in size.rates:
-        for arm in (GRPO_4, V05):
-            budget = round((size.config.token_budget or 0) * size.tuning)
-            config = replace(size.config, seed=seed, learning_rate=rate, token_budget=budget)
-            identity = f"tuning/{_identity(size, folder, arm, config)}"
-            jobs[identity], plan[identity] = (arm, config, size, folder), (arm, rate)
-    train_missing(jobs, _trained, known, progress)
-    found: dict[str, Any] = {"tuning": {GRPO_4: {}, V05: {}}}
-    for identity, (arm, rate) in plan.items():
-        found["tuning"][arm][rate] = known[identity]["mean"]
-    for arm, reached in found["tuning"].items():
-        found[arm] = max(reached, key=reached.get)
-    return found
-
-
 def _identity(size: Size, folder: str, arm: str, config: AlignConfig) -> str:
-    policy = (Path(folder) / "config.json").read_text(), facts_of(size.task, size.policy)
+    policy = identity_facts(folder, size.task, size.policy)
     facts = asdict(config_of(size, arm, config)), str(settings_of(arm)), policy, size.held_out
     return f"{arm}/{config.seed}/{scope_of(facts)}"
 
@@ -293,24 +264,12 @@ def _trained(arm: str, config: AlignConfig, size: Size, folder: str) -> dict[str
     """
     config = config_of(size, arm, config)
     world = task_world(size.task, config.steps * config.prompts, size.held_out, "correct", config.seed)
-    with without_noise():
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    with tempfile.TemporaryDirectory() as output:
-        history = align(config, model, tokenizer, world, Path(output), settings_of(arm))
-    measured = f"mean@{config.eval_completions}", f"best@{config.eval_completions}"
-    curve = [
-        [entry["tokens/generated"], *(entry[name] for name in measured)] for entry in history if measured[0] in entry
-    ]
-    steps = [entry for entry in history if "loss" in entry]
-
-    def mean_of(name: str) -> float | None:
-        values = [entry[name] for entry in steps if entry.get(name) is not None]
-        return float(np.mean(values)) if values else None
-
-    tokens, means = np.array(curve)[:, 0], np.array(curve)[:, 1]
-    norms = np.array([entry["grad_norm"] for entry in steps if entry.get("grad_norm") is not None])
+    learned = learn(folder, config, world, settings_of(arm))
+    mean_of, curve, last = learned.mean_of, np.array(learned.curve), learned.curve[-1]
+    tokens, means = curve[:, 0], curve[:, 1]
+    norms = np.array([entry["grad_norm"] for entry in learned.steps if entry.get("grad_norm") is not None])
     return {
-        "seed": config.seed, "curve": curve, "mean": curve[-1][1], "best": curve[-1][2], "tokens": curve[-1][0],
+        "seed": config.seed, "curve": learned.curve, "mean": last[1], "best": last[2], "tokens": last[0],
         "area": float(np.trapezoid(means, tokens) / max(tokens[-1] - tokens[0], 1)),
         "silent": mean_of("prior/silent") if arm not in (GRPO_4, GRPO_16) else mean_of("frac_reward_zero_std"),
         "accepted": mean_of("prior/accepted"), "error": mean_of("prior/error"), "rollouts": mean_of("prior/rollouts"),
@@ -345,17 +304,13 @@ def verdicts(run: Run) -> list[tuple[str, str, str]]:
             for what, words in (("mean", "mean@K at the end"), ("area", "mean@K over all tokens")):
                 gap = run.gap(V05, base, what)
                 source = PAPER_SOURCE if base in (GRPO_16, DAPO) else OURS
-                sentence = f"Countdown, at as many tokens: {words} is above that of {base}: {_signed(gap)}"
+                sentence = f"Countdown, at as many tokens: {words} is above that of {base}: {signed(gap)}"
                 found.append((sentence, source, verdict([-gap], strict=True)))
     for base in (FLIPPED, CONSTANT):
         if base in run.trained and GRPO_4 in run.trained:
             gap = run.gap(base, GRPO_4, "mean")
             sentence = (
-                f"Countdown: with a harmful prior ({base}) no more than 0.02 of mean@K is lost to GRPO: {_signed(gap)}"
+                f"Countdown: with a harmful prior ({base}) no more than 0.02 of mean@K is lost to GRPO: {signed(gap)}"
             )
             found.append((sentence, OURS, verdict([-gap], 0.02)))
     return found
-
-
-def _signed(gap: Interval) -> str:
-    return f"{gap.estimate:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"

@@ -11,7 +11,6 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 import lissom
-from lissom.evals.stats import Interval
 from lissom.models.load import DEFAULT_MODEL
 from lissom.models.registry import registered
 from lissom.report.rows import Result
@@ -105,11 +104,6 @@ def grid(title: str, *headings: str, numbers: bool = False) -> Table:
     for number, heading in enumerate(headings):
         table.add_column(heading, justify="right" if numbers and number else "left")
     return table
-
-
-def signed(gap: Interval, form: str = "+.3f") -> str:
-    """A difference with its interval."""
-    return f"{gap.estimate:{form}} [{gap.low:{form}}, {gap.high:{form}}]"
 
 
 def check_of(method: str) -> Check:

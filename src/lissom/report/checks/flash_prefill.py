@@ -9,8 +9,8 @@ from rich.table import Table
 
 from lissom.evals.checks import flash_prefill as study
 from lissom.evals.checks.flash_prefill import DENSE, FLASH, NATIVE, OWN, ROWS, SDPA, STRICT, Run
-from lissom.evals.stats import Interval, median_interval, paired_bootstrap, ratio_interval
-from lissom.report.checks import grid, signed, study_check
+from lissom.evals.stats import Interval, median_interval, paired_bootstrap, ratio_interval, signed
+from lissom.report.checks import grid, study_check
 from lissom.report.rows import Claim, Result, Row
 
 SOURCE = "lissom"

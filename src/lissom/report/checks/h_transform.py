@@ -9,8 +9,8 @@ from rich.table import Table
 
 from lissom.devices.machine import describe
 from lissom.evals.checks import h_transform as study
-from lissom.evals.stats import Interval, paired_bootstrap, verdict
-from lissom.report.checks import grid, model_or_none, signed, study_check
+from lissom.evals.stats import Interval, paired_bootstrap, signed, verdict
+from lissom.report.checks import grid, model_or_none, study_check
 from lissom.report.rows import Claim, Result, Row
 
 SOURCE, OURS = "arXiv 2603.12057", "lissom"

@@ -11,8 +11,8 @@ from lissom.devices.machine import describe
 from lissom.evals.checks import klein_kv as study
 from lissom.evals.editing import KINDS, METRICS
 from lissom.evals.reference_speed import ARMS, CACHED, FULL, THEIRS, WARM, bounds
-from lissom.evals.stats import Interval, ratio_interval, verdict
-from lissom.report.checks import grid, model_or_none, signed, study_check
+from lissom.evals.stats import Interval, ratio_interval, signed, verdict
+from lissom.report.checks import grid, model_or_none, study_check
 from lissom.report.rows import Claim, Result, Row
 
 SOURCE = "FLUX.2 klein KV"

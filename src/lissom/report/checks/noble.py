@@ -9,8 +9,8 @@ from rich.table import Table
 
 from lissom.devices.machine import describe
 from lissom.evals.checks import noble as study
-from lissom.evals.stats import Interval
-from lissom.report.checks import grid, signed, study_check
+from lissom.evals.stats import Interval, signed
+from lissom.report.checks import grid, study_check
 from lissom.report.rows import Claim, Result, Row
 
 SOURCE = "arXiv 2603.06492"

@@ -9,7 +9,8 @@ from rich.table import Table
 
 from lissom.devices.machine import describe
 from lissom.evals.checks import sparse_bitnet as study
-from lissom.report.checks import grid, signed, study_check
+from lissom.evals.stats import signed
+from lissom.report.checks import grid, study_check
 from lissom.report.rows import Claim, Result, Row
 
 SOURCE = "arXiv 2603.05168"

@@ -9,8 +9,8 @@ from rich.table import Table
 
 from lissom.devices.machine import describe
 from lissom.evals.checks import tree_distill as study
-from lissom.evals.stats import mean_interval
-from lissom.report.checks import grid, model_or_none, signed, study_check
+from lissom.evals.stats import mean_interval, signed
+from lissom.report.checks import grid, model_or_none, study_check
 from lissom.report.rows import Claim, Result, Row
 
 _LEARNED = (("mean", "mean@K"), ("best", "pass@K"), ("steps", "updates"))

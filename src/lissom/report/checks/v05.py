@@ -10,8 +10,8 @@ from rich.table import Table
 
 from lissom.devices.machine import describe
 from lissom.evals.checks import v05 as study
-from lissom.evals.stats import mean_interval
-from lissom.report.checks import grid, model_or_none, signed, study_check
+from lissom.evals.stats import mean_interval, signed
+from lissom.report.checks import grid, model_or_none, study_check
 from lissom.report.rows import Claim, Result, Row
 
 _LEARNED = (
